@@ -1,0 +1,75 @@
+"""The one batch type of the package, and how ordinary loader outputs become it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "as_batch", "slice_cond"]
+
+
+def slice_cond(cond: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """The given rows of every tensor in a conditioning mapping."""
+    return {k: v[rows] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in cond.items()}
+
+
+@dataclass
+class Batch:
+    """One batch: conditions, and clean samples where the method uses data.
+
+    Attributes:
+        cond: conditioning tensors by the name the network's family declares, each (B, ...); may be empty.
+        x0: clean samples, (B, ...), or None for data-free training.
+        noise: starting noise of a stored trajectory, (B, ...), or None; with it ``x0`` is the teacher's output.
+        size: B.
+    """
+
+    cond: dict[str, Any] = field(default_factory=dict)
+    x0: Tensor | None = None
+    noise: Tensor | None = None
+    size: int = -1
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            sources = [self.x0, self.noise, *self.cond.values()]
+            tensors = [v for v in sources if isinstance(v, Tensor) and v.ndim > 0]
+            if not tensors:
+                raise ValueError("a Batch without x0 and without conditions needs its size: Batch(size=B).")
+            self.size = len(tensors[0])
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Samples ``start:stop`` of this batch."""
+        rows = slice(start, stop)
+        return Batch(
+            cond=slice_cond(self.cond, rows),
+            x0=None if self.x0 is None else self.x0[rows],
+            noise=None if self.noise is None else self.noise[rows],
+            size=len(range(*rows.indices(self.size))),
+        )
+
+
+def as_batch(data: Any) -> Batch:
+    """Turn what a loader yields into a ``Batch``.
+
+    Accepted: a ``Batch``; a mapping with its field names; ``x0``; ``(x0,)``; ``(x0, class_labels)``.
+
+    Raises:
+        TypeError: anything else, with the accepted forms.
+    """
+    if isinstance(data, Batch):
+        return data
+    if isinstance(data, Tensor):
+        return Batch(x0=data)
+    if isinstance(data, Mapping) and set(data) <= {f.name for f in fields(Batch)}:
+        return Batch(**data)
+    if isinstance(data, (tuple, list)) and 1 <= len(data) <= 2 and all(isinstance(v, Tensor) for v in data):
+        cond = {} if len(data) == 1 else {"class_labels": data[1].to(torch.long)}
+        return Batch(x0=data[0], cond=cond)
+    raise TypeError(
+        f"cannot read a batch of type {type(data).__name__}; yield lightning_distill.Batch, a tensor of clean samples, "
+        "(samples, class_labels), or a mapping with the keys cond, x0, noise, size."
+    )

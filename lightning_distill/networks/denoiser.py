@@ -1,0 +1,263 @@
+"""The contract between a network and everything above it: ``denoiser(x_t, t, cond) -> Prediction``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.networks.families import Family, family_of
+from lightning_distill.prediction import PREDICTION_TYPES, Prediction
+from lightning_distill.processes import NoiseProcess, change_process, expand
+
+__all__ = ["Denoiser"]
+
+
+class _AllTapsSeen(Exception):  # noqa: N818  (control flow, not an error)
+    """Raised by the hook on the last tapped block so that the blocks behind it are not run."""
+
+
+class Denoiser(nn.Module):
+    """A network together with its noise process, prediction type and calling convention.
+
+    Everything above this class speaks only ``x_t``, ``t`` and ``Prediction``; everything below is the network's own.
+
+    With ``network_process`` the network lives in another process than the one the method uses, and the exact change of
+    process is applied at its edge: ``Denoiser(net, EDM(), "v_prediction", network_process=TrigFlow(), sigma_data=0.5)``
+    is EDM's preconditioning (arXiv:2206.00364, Table 1, up to the sign of F).
+
+    Args:
+        network: the module called; found in ``families.FAMILIES`` by class name, else called ``network(x, t, **cond)``.
+        process: noise process of the ``x_t`` and ``t`` given to ``forward``.
+        prediction_type: what the network outputs: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
+        network_process: native process of the network, None when it is ``process``.
+        sigma_data: standard deviation of the data, per element; checked against the first batches of a run.
+        null_class: label that means "no class"; None when the network was trained without one.
+        family: calling convention, None to look it up.
+
+    Raises:
+        ValueError: unknown prediction type, or a type that cannot be read at the process' noisiest time.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: NoiseProcess,
+        prediction_type: str,
+        *,
+        network_process: NoiseProcess | None = None,
+        sigma_data: float = 1.0,
+        null_class: int | None = None,
+        family: Family | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type={prediction_type!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}."
+            )
+        inner = network_process or process
+        t_max = torch.tensor(inner.t_max, dtype=torch.float64)
+        if prediction_type == "epsilon" and inner.alpha(t_max) == 0:
+            raise ValueError(
+                f"prediction_type='epsilon' says nothing about the clean sample at t={inner.t_max:g} of {inner!r}, where "
+                "alpha is 0; use a network trained with v_prediction, sample or flow_prediction, or a process without "
+                "zero terminal SNR."
+            )
+        self.network = network
+        self.process = process
+        self.prediction_type = prediction_type
+        self.network_process = network_process
+        self.sigma_data = float(sigma_data)
+        self.null_class = null_class
+        self.family = family or family_of(network)
+
+    # ------------------------------------------------------------------------------------------------ calling
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Any] | None = None,
+        *,
+        r: Tensor | None = None,
+        guidance: Tensor | None = None,
+        taps: Sequence[str] = (),
+        features_only: bool = False,
+    ) -> Prediction | dict[str, Tensor]:
+        """Run the network once.
+
+        Args:
+            x_t: noisy samples, (B, ...), float32 or float64.
+            t: native times of ``process``, (B,) or ().
+            cond: conditioning by keyword; keys the family does not know are an error.
+            r: target times for two-time networks, (B,).
+            guidance: guidance scale for guidance-embedded networks, (B,).
+            taps: names of submodules whose outputs are wanted in ``Prediction.features``.
+            features_only: stop as soon as every tapped block has run and return the features alone.
+
+        Returns:
+            a ``Prediction`` in ``process``; the features by name with ``features_only``.
+
+        Raises:
+            ValueError: a condition the family does not take, an unknown tap, or taps that never ran.
+        """
+        t = t.expand(x_t.shape[0]) if t.ndim == 0 else t
+        x_in, time, scale = self._network_input(x_t, t)
+        kwargs = self._conditions(cond or {})
+        if r is not None:
+            kwargs["r"] = self._time(r)
+        if guidance is not None:
+            kwargs["guidance"] = guidance
+        features: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            self._tap(taps, features, features_only, stack)
+            try:
+                out = self.call_network(x_in, time, kwargs)
+            except _AllTapsSeen:
+                return features
+        if missing := [name for name in taps if name not in features]:
+            raise ValueError(f"the tapped blocks {missing} were not run by {type(self.network).__name__}.forward.")
+        if features_only:
+            return features
+        raw = self._raw(self.family.output(out), x_in, x_t.dtype)
+        if scale is None:
+            return Prediction(raw, x_t, t, self.process, self.prediction_type, features)
+        inner = Prediction(raw, x_t * scale, self._inner_time(t), self._inner, self.prediction_type)
+        return Prediction(inner.x0 * self.sigma_data, x_t, t, self.process, "sample", features)
+
+    def call_network(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The network's own call; adapter roles override it to choose their adapter."""
+        return self.network(x, time, **kwargs)
+
+    def feature_maps(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any] | None, taps: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Outputs of the named blocks; blocks behind the last of them are not run.
+
+        Args:
+            x_t: noisy samples, (B, ...).
+            t: native times, (B,) or ().
+            cond: conditioning by keyword.
+            taps: submodule names, for example ``("mid_block",)``.
+        """
+        out = self(x_t, t, cond, taps=taps, features_only=True)
+        assert isinstance(out, dict)
+        return out
+
+    # ------------------------------------------------------------------------------------------------ conditioning
+    def null_cond(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        """The unconditional counterpart of ``cond`` for classifier-free guidance.
+
+        Raises:
+            ValueError: a key has no unconditional value for this network.
+        """
+        null: dict[str, Any] = {}
+        for key, value in cond.items():
+            entry = self.null_class if key == "class_labels" and self.null_class is not None else None
+            if entry is None:
+                entry = self.family.null.get(key)
+                entry = entry(self.network) if callable(entry) else entry
+            if entry is None:
+                raise ValueError(
+                    f"guidance needs an unconditional value for {key!r}, and {type(self.network).__name__} has none; "
+                    "give null_class=... of the teacher (the label it was trained to ignore), or set guidance_scale=1."
+                )
+            null[key] = torch.full_like(value, entry)
+        return null
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether class labels have an unconditional value."""
+        entry = self.family.null.get("class_labels")
+        return self.null_class is not None or entry is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter or buffer (CPU for networks without any)."""
+        for tensor in (*self.network.parameters(), *self.network.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def train(self, mode: bool = True) -> Denoiser:
+        """As ``nn.Module.train``, except that families with random train-mode behaviour stay in eval mode."""
+        return super().train(mode and not self.family.eval_only)
+
+    # ------------------------------------------------------------------------------------------------ inner parts
+    @property
+    def _inner(self) -> NoiseProcess:
+        return self.network_process or self.process
+
+    def _inner_time(self, t: Tensor) -> Tensor:
+        if self.network_process is None:
+            return t
+        return change_process(t, self.process, self.network_process, self.sigma_data)[0]
+
+    def _time(self, t: Tensor) -> Tensor:
+        inner_t = self._inner_time(t)
+        time = self._inner.network_time(inner_t) if self.family.time == "network" else inner_t
+        return self.family.network_time(time)
+
+    def _network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        time = self._time(t)
+        dtype = self._dtype(x_t)
+        if time.is_floating_point():
+            time = time.to(dtype if dtype == torch.float64 else torch.float32)
+        if self.network_process is None:
+            return x_t.to(dtype), time, None
+        _, factor = change_process(t, self.process, self.network_process, self.sigma_data)
+        scale = expand(factor, x_t)
+        return (x_t * scale).to(dtype), time, scale
+
+    def _dtype(self, x_t: Tensor) -> torch.dtype:
+        for parameter in self.network.parameters():
+            return parameter.dtype if parameter.is_floating_point() else x_t.dtype
+        return x_t.dtype
+
+    def _raw(self, out: Tensor, x_in: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.family.channel_split and out.shape[1] == 2 * x_in.shape[1]:
+            out = out[:, : x_in.shape[1]]
+        if out.shape != x_in.shape:
+            raise ValueError(
+                f"{type(self.network).__name__} returned shape {tuple(out.shape)} for an input of shape "
+                f"{tuple(x_in.shape)}; a denoiser's output has the shape of its input."
+            )
+        out = out.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return out if self.family.sign == 1.0 else self.family.sign * out
+
+    def _conditions(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        if self.family.cond_keys and (unknown := set(cond) - set(self.family.cond_keys)):
+            raise ValueError(
+                f"{type(self.network).__name__} takes the conditions {list(self.family.cond_keys)}, "
+                f"but the batch also has {sorted(unknown)}."
+            )
+        return dict(cond)
+
+    def _tap(self, taps: Sequence[str], into: dict[str, Tensor], stop: bool, stack: ExitStack) -> None:
+        for name in taps:
+            try:
+                block = self.network.get_submodule(name)
+            except AttributeError:
+                known = ", ".join(self.block_names()[:40]) or "(no blocks are declared for this class)"
+                raise ValueError(
+                    f"{type(self.network).__name__} has no block {name!r}; blocks to tap: {known}."
+                ) from None
+
+            def hook(_module: nn.Module, _args: Any, out: Any, name: str = name) -> None:
+                into[name] = out[0] if isinstance(out, tuple) else out
+                if stop and len(into) == len(taps):
+                    raise _AllTapsSeen
+
+            stack.callback(block.register_forward_hook(hook).remove)
+
+    def block_names(self) -> list[str]:
+        """Names of the network's blocks in execution order (see ``Family.blocks``)."""
+        names = []
+        for path in self.family.blocks:
+            block = getattr(self.network, path, None)
+            if isinstance(block, nn.ModuleList):
+                names += [f"{path}.{i}" for i in range(len(block))]
+            elif block is not None:
+                names.append(path)
+        return names

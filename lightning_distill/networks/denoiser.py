@@ -118,7 +118,9 @@ class Denoiser(nn.Module):
             except _AllTapsSeen:
                 return features
         if missing := [name for name in taps if name not in features]:
-            raise ValueError(f"the tapped blocks {missing} were not run by {type(self.network).__name__}.forward.")
+            raise ValueError(
+                f"the tapped blocks {missing} were not run by {type(self.network).__name__}.forward."
+            )
         if features_only:
             return features
         raw = self._raw(self.family.output(out), x_in, x_t.dtype)
@@ -168,10 +170,18 @@ class Denoiser(nn.Module):
         return null
 
     @property
-    def can_guide(self) -> bool:
-        """Whether class labels have an unconditional value."""
+    def num_classes(self) -> int | None:
+        """Number of real classes (the null class is the label after the last); None without class labels."""
+        if self.null_class is not None:
+            return self.null_class
         entry = self.family.null.get("class_labels")
-        return self.null_class is not None or entry is not None
+        return entry(self.network) if callable(entry) else None
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample without the batch dimension, where the network knows it."""
+        shape = self.family.sample_shape(self.network)
+        return None if shape is None else tuple(shape)
 
     @property
     def device(self) -> torch.device:

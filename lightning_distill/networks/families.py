@@ -19,6 +19,15 @@ from torch import Tensor, nn
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
 
+def _image_shape(network: nn.Module) -> tuple[int, ...] | None:
+    config = network.config
+    size = config.sample_size
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return (config.in_channels, height, width)
+
+
 @dataclass(frozen=True)
 class Family:
     """Calling convention of one model class.
@@ -39,6 +48,7 @@ class Family:
             and discriminator features.
         lora_targets: module-name endings that adapters attach to by default.
         eval_only: the model changes its output at random in train mode (label dropout); keep it in eval mode.
+        sample_shape: shape of one sample without the batch dimension, where the network knows it.
     """
 
     model_class: str
@@ -48,12 +58,17 @@ class Family:
     integer_time: bool = False
     sign: float = 1.0
     channel_split: bool = False
-    output: Callable[[Any], Tensor] = lambda out: out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+    output: Callable[[Any], Tensor] = lambda out: (
+        out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+    )
     cond_keys: tuple[str, ...] = ()
     null: Mapping[str, int | float | Callable[[nn.Module], int | None]] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     eval_only: bool = False
+    sample_shape: Callable[[nn.Module], tuple[int, ...] | None] = lambda network: getattr(
+        network, "shape", None
+    )
 
     def network_time(self, time: Tensor) -> Tensor:
         """Apply scale, flip and rounding to a time that ``time`` names."""
@@ -89,6 +104,7 @@ register(
         cond_keys=("class_labels",),
         blocks=("down_blocks", "mid_block", "up_blocks"),
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj"),
+        sample_shape=_image_shape,
     )
 )
 register(
@@ -100,5 +116,6 @@ register(
         null={"class_labels": lambda network: network.config.num_embeds_ada_norm},
         blocks=("transformer_blocks",),
         eval_only=True,
+        sample_shape=_image_shape,
     )
 )

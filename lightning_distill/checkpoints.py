@@ -1,0 +1,124 @@
+"""What a training checkpoint holds: what optimizers own, their buffers, averages and declared targets; never the teacher.
+
+Frozen sources are recorded by a fingerprint of their weights, so that resuming with another teacher is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import DistillationModule
+
+__all__ = ["checkpoint_keys", "drop_frozen", "fingerprint", "strict_load", "verify_fingerprint"]
+
+
+def checkpoint_keys(module: DistillationModule) -> set[str]:
+    """Names in ``module.state_dict()`` that a checkpoint keeps.
+
+    Decided by tensor identity rather than by prefix: the adapters of a LoRA student live inside the teacher's backbone.
+    """
+    roles = {role for names in module.phases.values() for role in names}
+    owned = {id(p) for role in roles for p in module.role_parameters(role)}
+    owned |= {id(p) for average in module.averages() for p in average}
+    teacher = set() if module.teacher is None else {id(t) for t in _tensors(module.teacher)}
+    kept = roles | {"student_ema", *module.targets}
+    keys = set()
+    for name, tensor in _named_tensors(module):
+        own = id(tensor) in owned or id(tensor) not in teacher
+        if "." not in name or (name.split(".", 1)[0] in kept and own):
+            keys.add(name)
+    return keys
+
+
+def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """State-dict hook that removes everything a checkpoint must not hold."""
+    keep = {prefix + key for key in checkpoint_keys(module)}  # type: ignore[arg-type]
+    for key in [k for k in state_dict if k.startswith(prefix) and k not in keep]:
+        del state_dict[key]
+
+
+def strict_load(module: DistillationModule, state_dict: Mapping[str, Any]) -> None:
+    """Raise unless ``state_dict`` holds exactly what a checkpoint of this configuration holds."""
+    keys = checkpoint_keys(module) & set(nn.Module.state_dict(module))
+    missing, unexpected = sorted(keys - set(state_dict)), sorted(set(state_dict) - keys)
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint does not fit this {type(module).__name__}: {len(missing)} tensors are missing"
+            f"{_examples(missing)}, {len(unexpected)} are unknown{_examples(unexpected)}. Resume with the configuration "
+            "of the run that wrote it (roles, ema, discriminator), or start a new run from its weights with "
+            "student=FromCheckpoint(path)."
+        )
+
+
+def _examples(names: list[str]) -> str:
+    return f" (first: {names[0]})" if names else ""
+
+
+def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the values of tensors in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous()
+        digest.update(str((tuple(data.shape), data.dtype)).encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def verify_fingerprint(role: str, found: str, recorded: str) -> None:
+    """Raise when a run is resumed with another frozen network than it was trained with."""
+    if found != recorded:
+        raise ValueError(
+            f"the {role} of this configuration (sha256 {found[:12]}) is not the one the checkpoint was trained with "
+            f"(sha256 {recorded[:12]}); give the original weights, or start a new run."
+        )
+
+
+def header(module: DistillationModule) -> dict[str, Any]:
+    """The package's own part of a checkpoint: method, teacher fingerprint, states of the global generators."""
+    from lightning_distill import __version__
+
+    entry: dict[str, Any] = {
+        "version": __version__,
+        "method": type(module).__name__,
+        "rng": {"cpu": torch.get_rng_state()},
+    }
+    if torch.cuda.is_available():
+        entry["rng"]["cuda"] = torch.cuda.get_rng_state()
+    if module.teacher is not None:
+        entry["teacher"] = module.teacher_fingerprint()
+    return entry
+
+
+def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) -> None:
+    """Refuse foreign checkpoints and other teachers; restore the global generators while a fit resumes."""
+    if entry is None:
+        raise ValueError(
+            "this checkpoint was not written by lightning_distill (its header is missing); give a checkpoint of a "
+            "distillation run, or load plain weights with PretrainedDenoiser(path)."
+        )
+    if entry["method"] != type(module).__name__:
+        raise ValueError(
+            f"the checkpoint was written by {entry['method']}, but this run trains {type(module).__name__}; start a new "
+            "run from its weights with student=FromCheckpoint(path)."
+        )
+    if module.teacher is not None and "teacher" in entry:
+        verify_fingerprint("teacher", module.teacher_fingerprint(), entry["teacher"])
+    torch.set_rng_state(entry["rng"]["cpu"])
+    if "cuda" in entry["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(entry["rng"]["cuda"])

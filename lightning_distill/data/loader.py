@@ -1,0 +1,261 @@
+"""A sized loader whose order is a pure function of (seed, epoch) and whose position can be saved.
+
+    position in the epoch's order  =  batch_idx * global_batch + rank * batch_size + i
+
+Neither the number of workers nor prefetching nor an interruption changes which samples come next, and two
+ranks together see exactly what one rank with the doubled batch would see.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lightning_distill.batch import Batch, as_batch
+from lightning_distill.randomness import derive_seed
+
+__all__ = ["InMemory", "ResumableLoader", "Source", "epoch_generator"]
+
+
+def epoch_generator(seed: int, epoch: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator that depends on (seed, epoch, stream) only."""
+    return torch.Generator().manual_seed(derive_seed(seed, "data", epoch, stream))
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples that can be had in whole batches: tensors in memory, or samples computed from their index."""
+
+    def __len__(self) -> int:
+        """Number of samples in an epoch."""
+
+    def gather(self, indices: Tensor, epoch: int) -> Batch:
+        """The samples of the given indices (B,), int64; a pure function of both arguments."""
+
+
+class InMemory:
+    """A data set that fits into memory, held as one big batch; a batch is one ``index_select`` per tensor.
+
+    Args:
+        data: all samples.
+        transform: applied to every gathered batch, for example bytes to [-1, 1].
+    """
+
+    def __init__(self, data: Batch, transform: Callable[[Batch], Batch] | None = None) -> None:
+        self.data = data
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return self.data.size
+
+    def gather(self, indices: Tensor, epoch: int) -> Batch:
+        """Rows ``indices`` of every tensor; ``epoch`` plays no part."""
+
+        def pick(value: Any) -> Any:
+            return value.index_select(0, indices) if isinstance(value, Tensor) and value.ndim > 0 else value
+
+        data = self.data
+        batch = Batch(
+            cond={key: pick(value) for key, value in data.cond.items()},
+            x0=pick(data.x0),
+            noise=pick(data.noise),
+            size=len(indices),
+        )
+        return batch if self.transform is None else self.transform(batch)
+
+
+class ResumableLoader:
+    """A loader of ``Batch`` objects with a position that goes into checkpoints.
+
+    It is sized and has ``state_dict`` and ``load_state_dict``, by which Lightning saves and restores it with
+    the fit loop; it is no ``DataLoader``, so Lightning leaves its order alone (``use_distributed_sampler``
+    has no effect). The position counts batches handed out, not batches prefetched by workers.
+
+    An epoch has ``max(1, len(source) // global_batch)`` batches. All ranks drop the same tail. A source
+    smaller than one global batch is repeated, each time in another order, to fill it.
+
+    With ``slices`` > 1 a batch is made of that many consecutive global batches, of which each rank holds its
+    part: slice s of rank r begins at s * world_size * batch_size + r * batch_size, so that every slice, taken
+        over all ranks,
+    is what one process would have seen.
+
+    Args:
+        source: a ``Source``, or a map-style data set whose items collate to what ``as_batch`` reads.
+        batch_size: samples per rank and slice.
+        slices: slices per batch; a batch has ``batch_size * slices`` samples.
+        seed: seed of the order.
+        rank: index of this data-parallel process.
+        world_size: number of them.
+        num_workers: loading processes, for map-style data sets.
+        pin_memory: put batches into page-locked memory, for faster copies to an accelerator.
+        shuffle: draw a new order every epoch; otherwise keep the stored one.
+
+    Raises:
+        ValueError: the source is empty, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source | Dataset[Any],
+        batch_size: int,
+        *,
+        slices: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1 or slices < 1:
+            raise ValueError(f"batch_size={batch_size} and slices={slices} must both be 1 or more.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not exist among {world_size} processes.")
+        if len(source) < 1:  # type: ignore[arg-type]
+            raise ValueError(
+                f"{type(source).__name__} has no samples; check where the data should come from."
+            )
+        self.source = source
+        self.batch_size = batch_size
+        self.slices = slices
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.batch = 0
+        self._restored = False
+        self._workers: DataLoader[Any] | None = None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per batch over all slices and ranks."""
+        return self.batch_size * self.slices * self.world_size
+
+    def __len__(self) -> int:
+        return max(1, len(self.source) // self.global_batch)  # type: ignore[arg-type]
+
+    # -------------------------------------------------------------------------------------------------- order
+    def order(self, epoch: int) -> Tensor:
+        """Sample indices of an epoch in the order of all ranks, (len(self) * global_batch,), int64."""
+        n, wanted = len(self.source), len(self) * self.global_batch  # type: ignore[arg-type]
+        repeats = -(-wanted // n)
+        if self.shuffle:
+            parts = [
+                torch.randperm(n, generator=epoch_generator(self.seed, epoch, k)) for k in range(repeats)
+            ]
+        else:
+            parts = [torch.arange(n)] * repeats
+        return torch.cat(parts)[:wanted]
+
+    def indices(self, epoch: int) -> Tensor:
+        """Sample indices of this rank's batches of an epoch, (len(self), batch_size * slices), int64."""
+        order = self.order(epoch).reshape(len(self), self.slices, self.world_size, self.batch_size)
+        return order[:, :, self.rank].reshape(len(self), self.slices * self.batch_size)
+
+    # ---------------------------------------------------------------------------------------------- iteration
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._restored and self.batch > 0:
+            self.epoch, self.batch = self.epoch + 1, 0
+        if self.batch >= len(self):
+            self.epoch, self.batch = self.epoch + 1, 0
+        self._restored = False
+        return self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        # a generator: nothing is read before the first batch is asked for, after which the epoch is settled
+        indices = self.indices(self.epoch)[self.batch :]
+        for batch in self._gather(indices) if isinstance(self.source, Source) else self._collate(indices):
+            self.batch += 1
+            yield batch
+
+    def _gather(self, indices: Tensor) -> Iterator[Batch]:
+        assert isinstance(self.source, Source)
+        for rows in indices:
+            batch = self.source.gather(rows, self.epoch)
+            yield _pin(batch) if self.pin_memory else batch
+
+    def _collate(self, indices: Tensor) -> Iterator[Batch]:
+        if self._workers is None:
+            self._rows: list[list[int]] = []
+            self._workers = DataLoader(
+                self.source,  # type: ignore[arg-type]
+                batch_sampler=_Rows(self),
+                collate_fn=_collate,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                persistent_workers=self.num_workers > 0,
+                # workers are seeded from here, so that iterating leaves the global random state alone
+                generator=epoch_generator(self.seed, 0, stream=1),
+            )
+        self._rows = indices.tolist()
+        for data in self._workers:
+            yield as_batch(data)
+
+    # ----------------------------------------------------------------------------------------------- position
+    @property
+    def sampler(self) -> ResumableLoader:
+        """The object that Lightning tells the epoch: this loader itself."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, unless the loader is within it already."""
+        if epoch != self.epoch:
+            self.epoch, self.batch = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: epoch, batches handed out in it, and what is needed to read that number."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "samples": len(self.source),  # type: ignore[arg-type]
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue with the batch after the last one handed out when ``state`` was saved.
+
+        Another world size is fine as long as the global batch stays the same. Otherwise, or with another seed
+        or data set, the loader warns and continues after as many samples as had been seen in the epoch.
+        """
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        now = self.state_dict()
+        if changed := [k for k in ("seed", "global_batch", "samples") if state[k] != now[k]]:
+            what = ", ".join(f"{k} {state[k]} -> {now[k]}" for k in changed)
+            warnings.warn(
+                f"resuming with other data settings ({what}): the order of samples differs.", stacklevel=2
+            )
+            self.batch = min(len(self), state["batch"] * state["global_batch"] // self.global_batch)
+        self._restored = True
+
+
+class _Rows:
+    """Batches of indices for ``DataLoader``: what is left of the epoch when its iteration begins."""
+
+    def __init__(self, loader: ResumableLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.loader._rows)
+
+    def __len__(self) -> int:
+        return len(self.loader._rows)
+
+
+def _collate(items: list[Any]) -> Any:
+    return default_collate(items)
+
+
+def _pin(batch: Batch) -> Batch:
+    def pin(value: Any) -> Any:
+        return value.pin_memory() if isinstance(value, Tensor) else value
+
+    return Batch({k: pin(v) for k, v in batch.cond.items()}, pin(batch.x0), pin(batch.noise), batch.size)

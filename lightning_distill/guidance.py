@@ -1,0 +1,134 @@
+"""Classifier-free guidance, in the convention  uncond + w (cond - uncond)  (w = 1 means none).
+
+Papers that write  cond + s (cond - uncond)  use s = w - 1; convert at the edge. Guidance is linear in the network's
+output, and the two passes share x_t and t, so it is the same in every parameterisation; it is done on x0 in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.prediction import Prediction
+from lightning_distill.processes import expand
+
+__all__ = ["Guidance", "IntervalGuidance", "RandomGuidance", "guided"]
+
+
+def _concatenate(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: torch.cat([a[k], b[k]]) if isinstance(a[k], Tensor) else a[k] for k in a}
+
+
+def guided(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Any],
+    scale: float | Tensor,
+) -> Prediction:
+    """The guided prediction  y_u + w (y_c - y_u), both branches in one batched pass.
+
+    Scales 1 and 0 are one pass (conditional, unconditional); negative scales are allowed (Anti-CFG).
+
+    Args:
+        denoiser: network with an unconditional branch.
+        x_t: noisy samples, (B, ...).
+        t: native times, (B,).
+        cond: conditions; empty for unconditional networks, which cannot be guided.
+        scale: w, a number or (B,).
+
+    Raises:
+        ValueError: w is not 1 and there is no condition, or no unconditional value for one.
+    """
+    fixed = isinstance(scale, (int, float))
+    if fixed and scale == 1.0:
+        return denoiser(x_t, t, cond)
+    if not cond:
+        raise ValueError(
+            f"guidance_scale={scale} needs conditions (class labels, text), but the batch has none; "
+            "use guidance_scale=1 for unconditional models."
+        )
+    null = denoiser.null_cond(cond)
+    if fixed and scale == 0.0:
+        return denoiser(x_t, t, null)
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(cond, null))
+    with_cond, without = both.x0.chunk(2)
+    w = scale if fixed else expand(scale, x_t)
+    return Prediction.from_x0(without + w * (with_cond - without), x_t, t, denoiser.process)
+
+
+class Guidance:
+    """Guidance with one fixed scale.
+
+    Args:
+        scale: w; 1 is none, 0 the unconditional network (Zero-CFG), negative values push away from it (Anti-CFG).
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = float(scale)
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether the network must have an unconditional branch."""
+        return self.scale != 1.0
+
+    def scales(self, t: Tensor, u: Tensor) -> float | Tensor:
+        """Guidance scale per sample.
+
+        Args:
+            t: native times, (B,).
+            u: one uniform number per sample in (0, 1), float64, (B,); used by random policies.
+        """
+        return self.scale
+
+    def __call__(
+        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], u: Tensor
+    ) -> Prediction:
+        """Guided prediction; see ``guided``."""
+        return guided(denoiser, x_t, t, cond, self.scales(t, u))
+
+
+class IntervalGuidance(Guidance):
+    """Guidance inside a time interval only (arXiv:2404.07724); outside it w = 1.
+
+    Args:
+        scale: w inside the interval.
+        low: lower native time.
+        high: upper native time.
+    """
+
+    def __init__(self, scale: float, low: float, high: float) -> None:
+        super().__init__(scale)
+        if not low < high:
+            raise ValueError(f"IntervalGuidance needs low < high, got {low} and {high}.")
+        self.low, self.high = float(low), float(high)
+
+    def scales(self, t: Tensor, u: Tensor) -> float | Tensor:  # noqa: D102
+        inside = (t >= self.low) & (t <= self.high)
+        return torch.where(inside, self.scale, 1.0)
+
+
+class RandomGuidance(Guidance):
+    """A scale drawn uniformly per sample and step (SNOOPI's PG-SB, arXiv:2412.02687).
+
+    Args:
+        low: smallest w.
+        high: largest w.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(0.5 * (low + high))
+        if not low < high:
+            raise ValueError(f"RandomGuidance needs low < high, got {low} and {high}.")
+        self.low, self.high = float(low), float(high)
+
+    @property
+    def needs_null(self) -> bool:  # noqa: D102
+        return True
+
+    def scales(self, t: Tensor, u: Tensor) -> float | Tensor:  # noqa: D102
+        return self.low + (self.high - self.low) * u

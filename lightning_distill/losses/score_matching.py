@@ -1,0 +1,107 @@
+"""Losses of the distribution-matching family: denoising for critics and teachers, score differences for students.
+
+Notation: y_T, y_F are the x0-predictions of teacher and fake score at x_t = alpha x + sigma eps, x = G(z) the student's
+sample, w the guidance scale inside y_T.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.prediction import Prediction, regression_target
+from lightning_distill.processes import NoiseProcess, expand
+
+__all__ = ["MatchingWeight", "denoising_loss", "matching_weight", "score_difference", "surrogate"]
+
+MatchingWeight = Literal["dmd", "dmd_v1", "kl", "vsd", "one"]
+
+
+def denoising_loss(
+    prediction: Prediction, x0: Tensor, eps: Tensor, space: str | None = None, sigma_data: float = 1.0
+) -> Tensor:
+    """Mean-squared denoising error, in the space that fixes its weight over time.
+
+        E | out - target |^2  =  E w(t) | x0_hat - x0 |^2
+
+    with w = (alpha/sigma)^2 for ``epsilon``, 1 for ``sample``, (alpha^2 + sigma^2)^2 / sigma^2 for ``v_prediction``,
+    ((alpha + sigma)/sigma)^2 for ``flow_prediction`` and (alpha^2 s^2 + sigma^2) / (s sigma)^2 for ``edm`` (s =
+    ``sigma_data``; arXiv:2206.00364, Table 1, lambda(sigma), for alpha = 1).
+
+    Args:
+        prediction: network output at x_t = alpha x0 + sigma eps.
+        x0: clean samples, (B, ...).
+        eps: the noise in x_t, same shape.
+        space: a prediction type or ``edm``; None is the prediction's own type.
+        sigma_data: s of the ``edm`` weight.
+
+    Returns:
+        scalar mean over all elements.
+    """
+    process, t = prediction.process, prediction.t
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    if space == "edm":
+        weight = (alpha.square() * sigma_data**2 + sigma.square()) / (sigma_data * sigma).square()
+        return (expand(weight, x0) * (prediction.x0 - x0).square()).mean()
+    space = space or prediction.kind
+    return (prediction.as_type(space) - regression_target(space, x0, eps, alpha, sigma)).square().mean()
+
+
+def surrogate(x: Tensor, direction: Tensor) -> Tensor:
+    """A loss whose gradient with respect to ``x`` is ``direction`` divided by the number of elements.
+
+        1/2 mean | x - sg(x - g) |^2      (DMD2, arXiv:2405.14867, released code)
+
+    Args:
+        x: student samples with graph, (B, ...).
+        direction: g, same shape; no gradient flows through it.
+    """
+    target = (x - direction).detach()
+    return 0.5 * (x - target).square().mean()
+
+
+@torch.no_grad()
+def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: NoiseProcess) -> Tensor:
+    """Per-sample factor lambda on the direction y_F - y_T, (B, 1, ...), float32.
+
+        kl      alpha^2 / sigma^2        exact gradient of KL(p_student,t || p_teacher,t)
+        vsd     alpha sigma              w(t) = sigma^2 on the noise difference (VSD, arXiv:2305.16213)
+        dmd     1 / mean |x - y_T|       DMD2 and public re-implementations of DMD
+        dmd_v1  alpha / mean |x - y_T|   DMD's paper, w_t = sigma^2 / alpha on the score difference (arXiv:2311.18828, Eq. 8)
+        one     1                        Diff-Instruct (arXiv:2305.18455)
+
+    Args:
+        kind: one of the names above.
+        x: student samples, (B, ...).
+        real: teacher's (guided) x0-prediction, same shape.
+        t: native times of the matching, (B,).
+        process: noise process of ``t``.
+    """
+    if kind in ("dmd", "dmd_v1"):
+        scale = (x - real).abs().flatten(1).mean(1).clamp_min(1e-6)
+        weight = 1.0 / scale
+        if kind == "dmd_v1":
+            weight = weight * process.alpha(t).to(weight)
+    elif kind == "kl":
+        weight = (process.alpha(t) / process.sigma(t)).square()
+    elif kind == "vsd":
+        weight = process.alpha(t) * process.sigma(t)
+    elif kind == "one":
+        weight = torch.ones_like(t)
+    else:
+        raise ValueError(f"unknown matching weight {kind!r}; choose dmd, dmd_v1, kl, vsd or one.")
+    return expand(weight, x)
+
+
+def score_difference(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor) -> Tensor:
+    """Distribution-matching loss: moves x along lambda (y_T - y_F) (DMD2, arXiv:2405.14867, Eq. 1).
+
+    Args:
+        x: student samples with graph, (B, ...).
+        real: y_T, guided x0-prediction of the teacher, same shape, no graph needed.
+        fake: y_F, x0-prediction of the fake score, same shape, no graph needed.
+        weight: lambda, broadcastable to ``x``; see ``matching_weight``.
+    """
+    return surrogate(x, weight * (fake - real).detach())

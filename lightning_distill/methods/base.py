@@ -1,0 +1,522 @@
+"""The LightningModule that every distillation method extends.
+
+A method overrides losses; this class owns everything that is not the idea of a paper: building the roles, phases and
+their optimizers, clipping, accumulation, skipping of non-finite steps, learning-rate schedules, student averages,
+reproducible draws, checkpoints, sampling and logging.
+
+One ``training_step`` is one *cycle*: one student update, then the updates of the other networks. Only the student's
+optimizer steps through Lightning's wrapper, so ``trainer.global_step`` and ``max_steps`` count student updates.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distill import checkpoints
+from lightning_distill.batch import Batch, as_batch
+from lightning_distill.data.base import check_scaling
+from lightning_distill.ema import EMAProfile, PowerEMA, check_horizon, update_average
+from lightning_distill.generation import default_cond, draw_noise, generate
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.lora import base_state_dict
+from lightning_distill.networks.roles import Copy, Role, averaged_copy
+from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
+from lightning_distill.optim import default_optimizer, guard_step
+from lightning_distill.prediction import Prediction
+from lightning_distill.processes import NoiseProcess
+from lightning_distill.randomness import Draws, RandomStreams
+from lightning_distill.samplers import simulate
+from lightning_distill.times import TimeDistribution, few_step_times, validate_times
+
+__all__ = ["DistillationModule", "Rollout", "Terms"]
+
+
+@dataclass
+class Terms:
+    """What a loss returns.
+
+    Attributes:
+        losses: scalars by term name; summed with the module's ``loss_weights`` and logged one by one.
+        diagnostics: scalars that are only logged.
+    """
+
+    losses: dict[str, Tensor]
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Rollout:
+    """A student sample and the step that made it.
+
+    Attributes:
+        x0: student's clean-sample prediction, (B, ...), float32.
+        step: index of the step in the student's time list, the same for the whole batch.
+    """
+
+    x0: Tensor
+    step: int
+
+
+class DistillationModule(LightningModule):
+    """Base of all methods.
+
+    Args:
+        teacher: the pretrained model, as a spec (YAML) or a ``Denoiser``; None for methods that have none.
+        student: how the student is realised: ``Copy()`` of the teacher, ``Lora(...)`` on its backbone, or another role.
+        num_steps: number of student steps (NFE); the time list is then the trailing grid of the process.
+        student_times: explicit descending time list in the process' native time; overrides ``num_steps``.
+        sampler: how student steps are chained: ``renoise`` or ``ode``.
+        shape: shape of one sample without the batch dimension; None to ask the network.
+        loss_weights: factors by ``"phase/term"``, for example ``{"student/gan": 0.003}``; unlisted terms have the
+            method's default weight, or 1.
+        student_optimizer: optimizer of the student, None for fused AdamW with the method's defaults.
+        student_scheduler: learning-rate schedule, stepped once per student update.
+        gradient_clip_val: largest gradient norm of each optimizer, None for no clipping.
+        accumulate_grad_batches: each phase's batch is split into this many micro-batches.
+        ema: averages of the student, None for one ``PowerEMA()``, an empty list for none; the first is sampled by
+            default.
+        max_skipped_steps: non-finite steps in a row after which training stops.
+        seed: seed of every training draw.
+        check_data: compare the first batches with the declared data scale.
+    """
+
+    #: trained roles by phase, in the order of a cycle; the student comes first.
+    phases: ClassVar[dict[str, tuple[str, ...]]] = {"student": ("student",)}
+    #: further networks that change during training (moving targets) and belong into checkpoints.
+    targets: ClassVar[tuple[str, ...]] = ()
+    #: default factors of loss terms, by "phase/term".
+    default_loss_weights: ClassVar[Mapping[str, float]] = {}
+    #: arXiv number, shown by ``lightning-distill methods``.
+    paper: ClassVar[str] = ""
+    default_lr: ClassVar[float] = 1e-4
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        student: Role | None = None,
+        num_steps: int = 1,
+        student_times: list[float] | None = None,
+        sampler: str = "renoise",
+        shape: list[int] | None = None,
+        loss_weights: dict[str, float] | None = None,
+        student_optimizer: OptimizerCallable | None = None,
+        student_scheduler: LRSchedulerCallable | None = None,
+        gradient_clip_val: float | None = 10.0,
+        accumulate_grad_batches: int = 1,
+        ema: list[EMAProfile] | None = None,
+        max_skipped_steps: int = 50,
+        seed: int = 0,
+        check_data: bool = True,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: a student needs at least one step.")
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: give 1 or more.")
+        if isinstance(teacher, DenoiserSpec):
+            teacher.check()
+        self._teacher_source = teacher
+        self._student_role = student or Copy()
+        self._num_steps = num_steps
+        self._given_times = None if student_times is None else [float(t) for t in student_times]
+        self.sampler = sampler
+        self._given_shape = None if shape is None else tuple(shape)
+        self.loss_weights = {**self.default_loss_weights, **(loss_weights or {})}
+        self.optimizer_factories: dict[str, OptimizerCallable | None] = {"student": student_optimizer}
+        self.scheduler_factories: dict[str, LRSchedulerCallable | None] = {"student": student_scheduler}
+        self.gradient_clip_val = gradient_clip_val
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.ema_profiles = [PowerEMA()] if ema is None else list(ema)
+        self.max_skipped_steps = max_skipped_steps
+        self.streams = RandomStreams(seed)
+        self.check_data = check_data
+
+        self.teacher: Denoiser | None = None
+        self.student: Denoiser
+        self.student_ema = nn.ModuleDict()
+        self.skipped_steps: Tensor
+        self.skipped_in_a_row: Tensor
+        self.register_buffer("skipped_steps", torch.zeros(len(self.phases)))
+        self.register_buffer("skipped_in_a_row", torch.zeros(len(self.phases)))
+        self.register_state_dict_post_hook(checkpoints.drop_frozen)
+        self.draws = Draws(self.streams, 0, 0, "outside")
+        self._built = False
+        self._data_checks_left = 2
+        self._rollouts: dict[tuple[int, int], Rollout] = {}
+        self._stepping: tuple[int, Tensor]
+        self._teacher_fingerprint: str | None = None
+        self._trained: dict[str, list[nn.Parameter]] = {}
+
+    # ------------------------------------------------------------------------------------------------ networks
+    def configure_model(self) -> None:
+        """Build every network once: teacher, student, the method's own roles, averages."""
+        if self._built:
+            return
+        if self._teacher_source is not None:
+            self.teacher = as_denoiser(self._teacher_source).requires_grad_(False).eval()
+        self.build_roles()
+        for profile in self.ema_profiles:
+            self.student_ema[profile.name] = averaged_copy(self.student, profile.name)
+        self._trained.clear()
+        self._built = True
+        self.check_configuration()
+
+    def build_roles(self) -> None:
+        """Create the trained networks; methods with more roles extend this."""
+        self.student = self._student_role.build(self.require_teacher(), "student")
+
+    def check_configuration(self) -> None:
+        """Raise for settings that contradict each other; called when the networks exist, before any step."""
+        if self.sampler not in ("renoise", "ode"):
+            raise ValueError(f"sampler={self.sampler!r} is unknown for students; choose renoise or ode.")
+        validate_times(self.student_times, self.process)
+        phases = [f"{phase}/" for phase in self.phases]
+        for key in self.loss_weights:
+            if not key.startswith(tuple(phases)):
+                raise ValueError(
+                    f"loss_weights has {key!r}; keys are 'phase/term' with a phase of {list(self.phases)}."
+                )
+
+    def require_teacher(self) -> Denoiser:
+        """The teacher, or a clear error."""
+        if self.teacher is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a teacher: give ZooDenoiser('fashion'), PretrainedDenoiser(path) or a Denoiser."
+            )
+        return self.teacher
+
+    def teacher_fingerprint(self) -> str:
+        """SHA-256 of the teacher's own weights (adapters on its backbone excluded); computed once."""
+        if self._teacher_fingerprint is None:
+            self._teacher_fingerprint = checkpoints.fingerprint(
+                base_state_dict(self.require_teacher().network).values()
+            )
+        return self._teacher_fingerprint
+
+    def role_parameters(self, name: str) -> list[nn.Parameter]:
+        """Trained parameters of a role; empty where the configuration has none."""
+        if name not in self._trained:
+            network = getattr(self, name, None)
+            self._trained[name] = (
+                [] if network is None else [p for p in network.parameters() if p.requires_grad]
+            )
+        return self._trained[name]
+
+    def averages(self) -> list[list[nn.Parameter]]:
+        """Parameters of each student average, in the order of ``student.parameters()``."""
+        return [list(average.parameters()) for average in self.student_ema.values()]
+
+    def train(self, mode: bool = True) -> "DistillationModule":
+        """As ``nn.Module.train``; teacher and averages stay in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        self.student_ema.eval()
+        return self
+
+    @property
+    def process(self) -> NoiseProcess:
+        """Noise process of the student."""
+        return self.student.process
+
+    @property
+    def student_times(self) -> list[float]:
+        """The student's descending time list, without the final 0."""
+        return self._given_times or few_step_times(self.process, self._num_steps)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample without the batch dimension."""
+        shape = self._given_shape or self.student.sample_shape
+        if shape is None:
+            raise ValueError(
+                f"{type(self.student.network).__name__} does not know the shape of its samples; give shape=[channels, "
+                "height, width] to the method."
+            )
+        return shape
+
+    # ------------------------------------------------------------------------------------------------ parts of losses
+    def times(self, name: str, distribution: TimeDistribution, n: int) -> Tensor:
+        """Native times of this phase drawn from a distribution, (n,), float64."""
+        return distribution.quantile(self.draws.uniform(name, n), self.process)
+
+    def renoise(
+        self, x0: Tensor, distribution: TimeDistribution, name: str = "renoise"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise a clean sample to a random time.
+
+        Returns:
+            x_t (B, ...), t (B,) and eps (B, ...).
+        """
+        t = self.times(f"{name}/time", distribution, len(x0))
+        eps = self.draws.normal(f"{name}/noise", x0.shape)
+        return self.process.add_noise(x0, eps, t), t, eps
+
+    def rollout(self, batch: Batch, grad: bool = True) -> Rollout:
+        """Student samples by backward simulation (DMD2, arXiv:2405.14867, Section 4.5).
+
+        A random step k of the student's time list is chosen, the same for the batch and on all ranks; the steps before
+        it run without graph exactly as at inference, and step k predicts x0, with graph if ``grad``. Within a cycle the
+        samples of a slice are made once: critics get, detached, what the student phase made.
+
+        Args:
+            batch: conditions and size.
+            grad: whether the last step keeps its graph.
+        """
+        key = (self.draws.slice_index, self.draws.first)
+        if not grad and key in self._rollouts:
+            return self._rollouts[key]
+        draws, times = self.draws.of_slice(), self.student_times
+        step = draws.integer("stop", len(times))
+        start = self.process.prior(draws.normal("start", (batch.size, *self.sample_shape)), times[0])
+
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            return self.student(x_t, t.to(x_t.device), batch.cond)
+
+        def fresh(index: int, x: Tensor) -> Tensor:
+            return draws.normal(f"fresh{index}", x.shape)
+
+        with torch.no_grad():
+            x = simulate(denoise, start, times, self.process, step, self.sampler, noise=fresh)
+        t = torch.full((batch.size,), times[step], dtype=torch.float64, device=x.device)
+        with torch.set_grad_enabled(grad):
+            x0 = self.student(x, t, batch.cond).x0
+        self._rollouts[key] = Rollout(x0.detach(), step)
+        return Rollout(x0, step)
+
+    # ------------------------------------------------------------------------------------------------ the cycle
+    @property
+    def slices_per_cycle(self) -> int:
+        """Equal parts a cycle's batch is cut into; phases that share samples share a slice."""
+        return 1
+
+    def phase_plan(self) -> list[tuple[str, int]]:
+        """Phases of one cycle in order, each with the slice of the batch it uses."""
+        return [(phase, 0) for phase in self.phases]
+
+    def configure_optimizers(self) -> list[dict[str, Any]]:
+        """One optimizer, and its schedule if there is one, per phase."""
+        configured = []
+        for phase, roles in self.phases.items():
+            parameters = [p for role in roles for p in self.role_parameters(role)]
+            factory: Callable[..., Optimizer] = self.optimizer_factories.get(phase) or default_optimizer(
+                self.default_lr
+            )
+            entry: dict[str, Any] = {"optimizer": factory(parameters)}
+            if (schedule := self.scheduler_factories.get(phase)) is not None:
+                entry["lr_scheduler"] = {"scheduler": schedule(entry["optimizer"]), "name": f"lr/{phase}"}
+            configured.append(entry)
+        return configured
+
+    def on_fit_start(self) -> None:
+        """Warn about averages that will mostly hold the teacher's weights."""
+        check_horizon(self.ema_profiles, self.trainer.max_steps)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One cycle."""
+        batch = as_batch(batch)
+        self._check_scaling(batch)
+        slices = self._slice(batch)
+        update = self.trainer.global_step
+        log = (update + 1) % max(1, self.trainer.log_every_n_steps) == 0
+        repeats: dict[str, int] = {}
+        for phase, index in self.phase_plan():
+            repeat = repeats[phase] = repeats.get(phase, -1) + 1
+            terms = self._phase(phase, slices[index], update, repeat, index)
+            if log:
+                self._log_terms(phase, terms)
+        self._rollouts.clear()
+        schedulers = self.lr_schedulers() or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()  # type: ignore[call-arg]
+        if log:
+            self._log_skipped()
+
+    def _slice(self, batch: Batch) -> list[Batch]:
+        parts = self.slices_per_cycle
+        if batch.size % (parts * self.accumulate_grad_batches):
+            raise ValueError(
+                f"the loader yields {batch.size} samples, but a cycle of {type(self).__name__} cuts its batch into "
+                f"{parts} slices of {self.accumulate_grad_batches} micro-batches; give a multiple of "
+                f"{parts * self.accumulate_grad_batches} samples per batch (this package's data modules multiply by the "
+                "slices themselves)."
+            )
+        size = batch.size // parts
+        return [batch.rows(i * size, (i + 1) * size) for i in range(parts)]
+
+    def _phase(self, phase: str, batch: Batch, update: int, repeat: int, slice_index: int) -> Terms:
+        """Gradients over the micro-batches of one slice, then one optimizer step."""
+        index = list(self.phases).index(phase)
+        loss_function: Callable[[Batch], Terms] = getattr(self, f"{phase}_loss")
+        optimizers = self.optimizers()
+        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
+        parts = self.accumulate_grad_batches
+        size = batch.size // parts
+        logged: list[Terms] = []
+        total = torch.zeros((), device=self.device)
+        with self._only(phase):
+            for micro in range(parts):
+                first = self.global_rank * batch.size + micro * size
+                self.draws = Draws(self.streams, update, first, f"{phase}{repeat}", slice_index, self.device)
+                terms = loss_function(batch.rows(micro * size, (micro + 1) * size))
+                loss = self.weighted_sum(phase, terms) / parts
+                self.manual_backward(loss)
+                total = total + loss.detach()
+                logged.append(terms)
+            self._stepping = (index, total)
+            if phase == "student":
+                optimizer.step()
+                self._average(update + 1, batch.size * self.trainer.world_size)
+            else:
+                inner = getattr(optimizer, "optimizer", optimizer)
+                self.trainer.strategy.optimizer_step(inner, closure=lambda: None, model=self)
+        optimizer.zero_grad(set_to_none=True)
+        mean = _mean(logged)
+        mean.diagnostics.update(total=total, grad_norm=self._grad_norm)
+        return mean
+
+    def weighted_sum(self, phase: str, terms: Terms) -> Tensor:
+        """Total loss of a phase: its terms with their ``loss_weights``."""
+        losses = [
+            self.loss_weights.get(f"{phase}/{name}", 1.0) * value for name, value in terms.losses.items()
+        ]
+        return torch.stack(losses).sum()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip and guard; Lightning calls this once gradients are unscaled, in every precision."""
+        index, loss = self._stepping
+        self._grad_norm, self._skipped = guard_step(optimizer, loss, self.gradient_clip_val)
+        self.skipped_steps[index] += self._skipped
+        self.skipped_in_a_row[index] = (self.skipped_in_a_row[index] + 1.0) * self._skipped
+
+    def _average(self, update: int, samples_per_update: int) -> None:
+        current = list(self.student.parameters())
+        for profile, average in zip(self.ema_profiles, self.averages()):
+            update_average(average, current, profile.beta(update, samples_per_update), self._skipped)
+
+    @contextmanager
+    def _only(self, phase: str) -> Iterator[None]:
+        """Within it only the phase's own networks collect gradients; the others still pass them to their inputs."""
+        own = {id(p) for role in self.phases[phase] for p in self.role_parameters(role)}
+        others = [p for roles in self.phases.values() for role in roles for p in self.role_parameters(role)]
+        frozen = [p for p in others if id(p) not in own]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _check_scaling(self, batch: Batch) -> None:
+        if self.check_data and self._data_checks_left and batch.x0 is not None:
+            self._data_checks_left -= 1
+            check_scaling(batch.x0, self.student.sigma_data)
+
+    # ------------------------------------------------------------------------------------------------ logging
+    def _log_terms(self, phase: str, terms: Terms) -> None:
+        values = {f"train/{phase}/{k}": v for k, v in {**terms.losses, **terms.diagnostics}.items()}
+        self.log_dict({k: v.detach() for k, v in values.items()}, batch_size=1)
+        self.log(f"{phase}", terms.diagnostics["total"].detach(), prog_bar=True, logger=False, batch_size=1)
+
+    def _log_skipped(self) -> None:
+        in_a_row = self.skipped_in_a_row.tolist()
+        for phase, skipped, streak in zip(self.phases, self.skipped_steps.tolist(), in_a_row):
+            self.log(f"train/{phase}/skipped_steps", skipped, batch_size=1)
+            if streak >= self.max_skipped_steps:
+                raise RuntimeError(
+                    f"the last {int(streak)} {phase} updates had a loss or gradient that is not finite and were skipped; "
+                    "training stops, and the last checkpoint is intact. Lower the learning rate, check the data, or use "
+                    "precision=bf16-mixed instead of 16-mixed."
+                )
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a checkpoint's tensors; frozen networks are not in it and stay as they are."""
+        self.configure_model()
+        if strict:
+            checkpoints.strict_load(self, state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the identity of the teacher and the state of the global generators."""
+        checkpoint["lightning_distill"] = checkpoints.header(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method or teacher; restore the global generators."""
+        self.configure_model()
+        checkpoints.check_header(self, checkpoint.get("lightning_distill"))
+
+    # ------------------------------------------------------------------------------------------------ sampling
+    def sampling_network(self, weights: str | None = None) -> Denoiser:
+        """The network that samples: the first average by default, ``"student"``, or an average by name."""
+        if weights is None:
+            weights = next(iter(self.student_ema), "student")
+        if weights == "student":
+            return self.student
+        if weights not in self.student_ema:
+            raise ValueError(
+                f"weights={weights!r} is unknown; choose student or one of {list(self.student_ema)}."
+            )
+        average = self.student_ema[weights]
+        assert isinstance(average, Denoiser)
+        return average
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        cond: Mapping[str, Any] | None = None,
+        *,
+        num_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        weights: str | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Samples of the student.
+
+        Args:
+            n: number of samples.
+            cond: conditions, tensors of n rows; None cycles through the classes (or nothing when there are none).
+            num_steps: steps on the trailing grid; None is the student's own time list.
+            generator: source of the starting noise and of the fresh noise, in that order, as in diffusers.
+            noise: starting noise (n, *shape) instead of the generator's.
+            weights: which network; see ``sampling_network``.
+            batch_size: samples per network call.
+
+        Returns:
+            x0, (n, *shape), float32.
+        """
+        network = self.sampling_network(weights)
+        times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
+        start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
+        conditions = default_cond(network, n) if cond is None else cond
+        return generate(
+            network, start, conditions, times, self.sampler, generator=generator, batch_size=batch_size
+        )
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Samples for the conditions of a batch."""
+        batch = as_batch(batch)
+        return self.sample(batch.size, batch.cond)
+
+
+def _mean(terms: list[Terms]) -> Terms:
+    """Micro-batch average, detached."""
+
+    def average(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {k: torch.stack([p[k].detach() for p in parts]).mean() for k in parts[0]}
+
+    return Terms(average([t.losses for t in terms]), average([t.diagnostics for t in terms]))

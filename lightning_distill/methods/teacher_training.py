@@ -1,0 +1,97 @@
+"""Teachers: ordinary diffusion or flow-matching training of a fresh network."""
+
+from typing import Any
+
+import torch
+
+from lightning_distill.batch import Batch
+from lightning_distill.losses.score_matching import denoising_loss
+from lightning_distill.methods.base import DistillationModule, Terms
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
+from lightning_distill.times import TimeDistribution, Uniform
+
+__all__ = ["TeacherTraining"]
+
+
+class TeacherTraining(DistillationModule):
+    """Denoising training of a network, so that the library can make its own teachers.
+
+        E_{x0, eps, t} || target - network(alpha_t x0 + sigma_t eps, t, c) ||^2
+
+    One class serves flow matching (arXiv:2210.02747), EDM (arXiv:2206.00364) and VP diffusion (arXiv:2006.11239,
+    arXiv:2202.00512): the spec's noise process and prediction type decide the target. Class labels are dropped at random
+    so that the network can be guided (arXiv:2207.12598).
+
+    Args:
+        network: the network to train.
+        label_dropout: share of samples whose class becomes the null class; needs ``null_class`` of the network.
+        training_times: distribution of t.
+        loss_space: space of the squared error (see ``denoising_loss``); None is the network's own prediction type, or
+            ``edm`` for a network with a process of its own.
+        num_steps: solver steps of ``sample()``.
+        sampler: solver of ``sample()``.
+        **kwargs: see ``DistillationModule``.
+    """
+
+    paper = "2006.11239"
+    default_lr = 1e-3
+
+    def __init__(
+        self,
+        network: DenoiserSpec | Denoiser,
+        *,
+        label_dropout: float = 0.1,
+        training_times: TimeDistribution | None = None,
+        loss_space: str | None = None,
+        num_steps: int = 50,
+        sampler: str = "ode",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher=None, num_steps=num_steps, sampler=sampler, **kwargs)
+        if not 0.0 <= label_dropout < 1.0:
+            raise ValueError(f"label_dropout={label_dropout}: give a share between 0 and 1.")
+        if isinstance(network, DenoiserSpec):
+            network.check()
+        self._network_source = network
+        self.label_dropout = label_dropout
+        self.training_times = training_times or Uniform(0.0, 1.0)
+        self.loss_space = loss_space
+
+    def build_roles(self) -> None:
+        """The network itself is the student role."""
+        self.student = as_denoiser(self._network_source).requires_grad_(True).train()
+
+    def student_loss(self, batch: Batch) -> Terms:
+        """Denoising error on a batch of data."""
+        if batch.x0 is None:
+            raise ValueError(
+                "TeacherTraining needs data, but the loader yields batches without x0; use a data module with images "
+                "(for example FashionMNIST) instead of a prior-only one."
+            )
+        x_t, t, eps = self.renoise(batch.x0, self.training_times)
+        prediction = self.student(x_t, t, self._drop_labels(batch))
+        space = self.loss_space or ("edm" if self.student.network_process is not None else None)
+        return Terms({"denoising": denoising_loss(prediction, batch.x0, eps, space, self.student.sigma_data)})
+
+    def _drop_labels(self, batch: Batch) -> dict[str, Any]:
+        if self.label_dropout == 0.0 or not batch.cond or self.student.null_class is None:
+            return batch.cond
+        drop = self.draws.uniform("label_dropout", batch.size) < self.label_dropout
+        null = self.student.null_cond(batch.cond)
+        return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in batch.cond.items()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Denoising error of held-out data."""
+        from lightning_distill.batch import as_batch
+        from lightning_distill.randomness import Draws
+
+        batch = as_batch(batch)
+        self.draws = Draws(
+            self.streams, batch_idx, self.global_rank * batch.size, "validation", device=self.device
+        )
+        loss = self.weighted_sum("student", self.student_loss(batch))
+        self.log("val/denoising", loss, prog_bar=True, batch_size=batch.size, sync_dist=True)
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        return {"student": {"student": 1}}

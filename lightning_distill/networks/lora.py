@@ -1,0 +1,507 @@
+"""LoRA roles on one shared frozen backbone.
+
+peft puts the low-rank layers into the teacher's own network; each role is a *view* of that network that
+switches its adapter on for the length of one call:
+
+    y = W x + (alpha / rank) B A x,        B = 0 at initialisation        (arXiv:2106.09685, Eq. 3)
+
+At rest every adapter is off, so the teacher, and anything else that calls the network, runs the original
+weights. Switching sets two plain attributes on the low-rank layers and puts them back; ``requires_grad`` is
+never touched, which peft's ``set_adapter`` would do. Activation checkpointing recomputes a block after the
+call is over, so the adapter that was on during the forward is entered again for the recomputation
+(``AdapterCheckpoint``).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import seeded
+
+__all__ = [
+    "AdapterBank",
+    "AdapterCheckpoint",
+    "AdapterDenoiser",
+    "adapter_bank",
+    "add_adapter",
+    "add_adapter_copy",
+    "base_state_dict",
+    "enable_activation_checkpointing",
+    "load_role_state",
+    "merged_network",
+    "role_state",
+    "trainable_parameters",
+    "without_adapters",
+]
+
+_ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BANK = "_lightning_distill_adapters"
+
+
+class AdapterBank:
+    """The adapters of one network, and which of them is on.
+
+    Attributes:
+        layers: low-rank layers by the path of the layer they replaced.
+        configs: peft configuration of each adapter by name.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Any] = {}  # LoraLayer, which is typed as no module
+        self.configs: dict[str, LoraConfig] = {}
+        self._state: tuple[str | None, bool] = (None, False)
+
+    @property
+    def active(self) -> str | None:
+        """Name of the adapter that is on, None at rest."""
+        return self._state[0]
+
+    def using(self, name: str | None, training: bool = False) -> AbstractContextManager[None]:
+        """A context with adapter ``name`` on (None: all off) that leaves the state it found; reusable.
+
+        Args:
+            name: an adapter of this bank, or None.
+            training: whether the adapter's dropout is active.
+        """
+        return _Using(self, (name, training))
+
+    def reenter(self) -> AbstractContextManager[None]:
+        """A context that restores, later, the state of this moment."""
+        return _Using(self, self._state)
+
+    def _set(self, state: tuple[str | None, bool]) -> None:
+        self._state = state
+        name, training = state
+        for layer in self.layers.values():
+            layer._disable_adapters = name is None
+            layer._active_adapter = [] if name is None else [name]
+            if name is not None and name in layer.lora_dropout:
+                # the mode of the role, not of the teacher in whose module tree the dropout lives
+                layer.lora_dropout[name].training = training
+
+    def collect(self, network: nn.Module) -> None:
+        """Read the low-rank layers from ``network`` and switch all adapters off."""
+        self.layers = {path: m for path, m in network.named_modules() if isinstance(m, LoraLayer)}
+        self._set((None, False))
+
+
+class _Using(AbstractContextManager):
+    """One state of a bank as a context; entered again by every backward through a retained graph."""
+
+    def __init__(self, bank: AdapterBank, state: tuple[str | None, bool]) -> None:
+        self.bank = bank
+        self.state = state
+        self.before: list[tuple[str | None, bool]] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.bank._state)
+        self.bank._set(self.state)
+
+    def __exit__(self, *_: object) -> None:
+        self.bank._set(self.before.pop())
+
+
+class AdapterCheckpoint:
+    """Activation checkpointing that recomputes with the adapter of the forward.
+
+    It is what diffusers takes as ``gradient_checkpointing_func``.
+
+    A plain network uses it around its own blocks: ``AdapterCheckpoint(adapter_bank(network))(block, x)``.
+
+    Args:
+        bank: adapters of the network, None for a network without.
+    """
+
+    def __init__(self, bank: AdapterBank | None) -> None:
+        self.bank = bank
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """``module(*args, **kwargs)`` without keeping its activations."""
+        bank = self.bank
+        if bank is None:
+            return checkpoint(module, *args, use_reentrant=False, **kwargs)
+        again = bank.reenter()
+        return checkpoint(
+            module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs
+        )
+
+
+def adapter_bank(network: nn.Module) -> AdapterBank | None:
+    """The adapters of a network, None where it has none."""
+    return network.__dict__.get(_BANK)
+
+
+class AdapterDenoiser(Denoiser):
+    """A role that is an adapter on a backbone owned by another denoiser.
+
+    Its parameters, ``state_dict`` and ``train`` mode are those of the adapter alone: the backbone is reached
+    through ``network`` but is not a submodule, so no optimizer, checkpoint or strategy meets it twice. State
+    keys are ``adapter.<layer>.lora_A.weight``, the format of diffusers' LoRA files behind the prefix.
+
+    Args:
+        source: denoiser that owns the backbone.
+        name: adapter of the backbone.
+    """
+
+    lora_alpha: Tensor
+
+    def __init__(self, source: Denoiser, name: str) -> None:
+        bank = adapter_bank(source.network)
+        if bank is None or name not in bank.configs:
+            raise ValueError(
+                f"{type(source.network).__name__} has no adapter {name!r}; add it with add_adapter."
+            )
+        nn.Module.__init__(self)
+        self.__dict__["network"] = source.network  # past nn.Module's registration
+        self.process = source.process
+        self.prediction_type = source.prediction_type
+        self.network_process = source.network_process
+        self.sigma_data = source.sigma_data
+        self.null_class = source.null_class
+        self.family = source.family
+        self.adapter_name = name
+        self.adapter = nn.Module()
+        for path, layer in bank.layers.items():
+            if name in layer.lora_A:
+                leaf = _descend(self.adapter, path)
+                leaf._modules["lora_A"] = layer.lora_A[name]
+                leaf._modules["lora_B"] = layer.lora_B[name]
+        # travels with the weights: the same tensors with another alpha are another network
+        self.register_buffer("lora_alpha", torch.tensor(float(self.config.lora_alpha)))
+        self.train(source.training)
+
+    @property
+    def bank(self) -> AdapterBank:
+        """All adapters of the backbone."""
+        bank = adapter_bank(self.network)
+        assert bank is not None
+        return bank
+
+    @property
+    def config(self) -> LoraConfig:
+        """The adapter's rank, alpha and target modules as peft's configuration, for LoRA files."""
+        return self.bank.configs[self.adapter_name]
+
+    def call_network(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Any:  # noqa: D102
+        with self.bank.using(self.adapter_name, self.training):
+            return self.network(x, time, **kwargs)
+
+    def train(self, mode: bool = True) -> AdapterDenoiser:
+        """Mode of the adapter's dropout; the backbone stays in the mode of its owner."""
+        nn.Module.train(self, mode)
+        return self
+
+    def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and tensor of every parameter of the adapter, trainable or not."""
+        return list(self.adapter.named_parameters())
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Adapter tensors by ``<layer>.lora_A.weight``, what diffusers' ``save_lora_weights`` takes."""
+        return dict(self.adapter.state_dict())
+
+
+def _descend(root: nn.Module, path: str) -> nn.Module:
+    """The container at ``path``, made on the way; past ``add_module``, since a part may be called ``to``."""
+    for part in path.split("."):
+        root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+    return root
+
+
+# ---------------------------------------------------------------------------------------- building
+def add_adapter(
+    source: Denoiser,
+    name: str | None = None,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    target_modules: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    trainable: bool = True,
+    seed: int = 0,
+) -> AdapterDenoiser:
+    """Put a new adapter into the network of ``source`` and return the role that uses it.
+
+    ``source`` itself keeps running the original weights. Its parameters are frozen.
+
+    Args:
+        source: denoiser that owns the backbone.
+        name: adapter name without dots, None for the first free of ``adapter``, ``adapter_2``, ...
+        rank: inner dimension of the low-rank product, >= 1.
+        alpha: scale numerator, None for ``rank`` (scale 1).
+        target_modules: endings of layer names or full names, None for the defaults of the model class (every
+            linear and convolution layer for a class without defaults).
+        dropout: dropout on the adapter's input, [0, 1).
+        trainable: whether its parameters require gradients.
+        seed: of the random A; ranks of a distributed run get equal weights.
+
+    Returns:
+        the role; its parameters are float32 (float64 on a float64 backbone) whatever the backbone's dtype is.
+
+    Raises:
+        ValueError: a bad argument, a name in use, or targets that match no layer that can be adapted.
+    """
+    if isinstance(source, AdapterDenoiser):
+        raise ValueError(
+            "an adapter starts from the frozen backbone, but the source is the adapter "
+            f"{source.adapter_name!r}; give the denoiser that owns the backbone, or use add_adapter_copy."
+        )
+    if rank < 1 or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"Lora(rank={rank}, dropout={dropout}): rank must be >= 1 and dropout in [0, 1).")
+    network = source.network
+    bank = adapter_bank(network) or AdapterBank()
+    name = _free_name(bank) if name is None else name.replace(".", "_")
+    if name in bank.configs:
+        raise ValueError(
+            f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}."
+        )
+    paths = _target_paths(network, target_modules or source.family.lora_targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=paths,
+        lora_dropout=dropout,
+    )
+    _inject(network, bank, name, config, trainable, seed)
+    return AdapterDenoiser(source, name)
+
+
+def add_adapter_copy(source: AdapterDenoiser, name: str, *, trainable: bool = False) -> AdapterDenoiser:
+    """A second adapter with the tensors of ``source`` on the same backbone, for the student EMA.
+
+    Args:
+        source: role whose adapter is copied.
+        name: name of the copy; dots become underscores.
+        trainable: whether the copy requires gradients.
+
+    Returns:
+        the new role, float32, in eval mode when frozen.
+
+    Raises:
+        ValueError: ``name`` is in use.
+    """
+    bank, name = source.bank, name.replace(".", "_")
+    if name in bank.configs:
+        raise ValueError(
+            f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}."
+        )
+    _inject(source.network, bank, name, copy.deepcopy(source.config), trainable, seed=0)
+    view = AdapterDenoiser(source, name)
+    view.load_state_dict(source.state_dict())
+    return view.train(trainable and source.training)
+
+
+def _free_name(bank: AdapterBank) -> str:
+    number = 1
+    while (name := "adapter" if number == 1 else f"adapter_{number}") in bank.configs:
+        number += 1
+    return name
+
+
+def _target_paths(network: nn.Module, endings: Sequence[str]) -> list[str]:
+    """Full names of the layers to adapt; layers that already carry adapters count as what they replaced."""
+    layers: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for path, module in network.named_modules():
+        if not path or path.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, LoraLayer):
+            inside += (f"{path}.",)
+            module = module.get_base_layer()
+        layers[path] = module
+    if not endings:
+        paths = [p for p, m in layers.items() if isinstance(m, _ADAPTABLE)]
+    else:
+        # a dotted full name means that layer alone, although others may end the same
+        full = {e for e in endings if "." in e and e in layers}
+        short = tuple(f".{e}" for e in endings if e not in full)
+        paths = [p for p in layers if p in full or f".{p}".endswith(short or ("\0",))]
+    if not paths:
+        known = sorted({p.rsplit(".", 1)[-1] for p, m in layers.items() if isinstance(m, _ADAPTABLE)})
+        raise ValueError(
+            f"target_modules={list(endings)} match no layer of {type(network).__name__}; endings of its "
+            f"linear and convolution layers: {known[:20]}."
+        )
+    if wrong := [p for p in paths if not isinstance(layers[p], _ADAPTABLE)]:
+        raise ValueError(
+            f"target_modules={list(endings)} match {wrong[0]!r} of {type(network).__name__}, a "
+            f"{type(layers[wrong[0]]).__name__}; adapters attach to linear and convolution layers only."
+        )
+    return paths
+
+
+def _inject(
+    network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig, trainable: bool, seed: int
+) -> None:
+    flags = {id(p): p.requires_grad for layer in bank.layers.values() for p in layer.parameters()}
+    checkpointing = getattr(network, "is_gradient_checkpointing", False)
+    # peft reads a list as endings, a pattern as full names
+    exact = copy.copy(config)
+    exact.target_modules = "|".join(re.escape(path) for path in config.target_modules or ())
+    with seeded(seed):
+        inject_adapter_in_model(exact, network, name)
+    bank.configs[name] = config
+    bank.collect(network)
+    network.__dict__[_BANK] = bank
+    # peft has flipped flags while injecting: the base is frozen, earlier adapters are as they were
+    for parameter in network.parameters():
+        parameter.requires_grad_(flags.get(id(parameter), False))
+    for layer in bank.layers.values():
+        for part in (layer.lora_A, layer.lora_B):
+            if name in part:
+                wide = layer.get_base_layer().weight.dtype == torch.float64
+                part[name].to(torch.float64 if wide else torch.float32).requires_grad_(trainable)
+    if checkpointing:
+        _checkpoint_with(network, bank)
+
+
+# ---------------------------------------------------------------------------------------- checkpointing
+def enable_activation_checkpointing(denoiser: Denoiser) -> None:
+    """Recompute the network's blocks in the backward pass instead of keeping their activations.
+
+    Valid for every role on the same backbone, and for denoisers without adapters.
+
+    Raises:
+        ValueError: the model class has no activation checkpointing.
+    """
+    network = denoiser.network
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(network).__name__} has no activation checkpointing; switch it off, or call "
+            "AdapterCheckpoint around its blocks."
+        )
+    _checkpoint_with(network, adapter_bank(network))
+
+
+def _checkpoint_with(network: nn.Module, bank: AdapterBank | None) -> None:
+    network.enable_gradient_checkpointing(  # type: ignore[operator]
+        gradient_checkpointing_func=AdapterCheckpoint(bank)
+    )
+
+
+# ---------------------------------------------------------------------------------------- plain copies
+def without_adapters(network: nn.Module) -> nn.Module:
+    """A deep copy of the original network: same weights, no adapters.
+
+    Args:
+        network: any network, with or without adapters.
+    """
+    return _plain_copy(network, None)
+
+
+def merged_network(denoiser: Denoiser) -> nn.Module:
+    """A deep copy of the network a role runs, as an ordinary module: its adapter is added to the weights.
+
+    For a role without adapter it is the plain copy of its network.
+
+    Args:
+        denoiser: any role.
+
+    Returns:
+        a network of the original class, equal in output up to rounding, ready for ``save_pretrained``.
+    """
+    return _plain_copy(
+        denoiser.network, denoiser.adapter_name if isinstance(denoiser, AdapterDenoiser) else None
+    )
+
+
+def _plain_copy(network: nn.Module, name: str | None) -> nn.Module:
+    network = copy.deepcopy(network)
+    bank = network.__dict__.pop(_BANK, None)
+    if bank is None:
+        return network
+    for path, layer in bank.layers.items():
+        base = layer.get_base_layer()
+        if name in layer.lora_A:
+            with torch.no_grad():
+                weight = base.weight.to(layer.lora_A[name].weight.dtype) + layer.get_delta_weight(name)
+                base.weight.copy_(weight)
+        parent, _, child = path.rpartition(".")
+        network.get_submodule(parent)._modules[child] = base
+    network.__dict__.pop("peft_config", None)
+    if getattr(network, "is_gradient_checkpointing", False):
+        _checkpoint_with(network, None)
+    return network
+
+
+def base_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state under its original names, adapters left out: what identifies a frozen source.
+
+    Args:
+        network: any network, with or without adapters.
+    """
+    bank = adapter_bank(network)
+    if bank is None:
+        return dict(network.state_dict())
+    state = {}
+    for key, value in network.state_dict().items():
+        path, _, rest = key.rpartition(".base_layer.")
+        if path in bank.layers:
+            key = f"{path}.{rest}"
+        elif any(key.startswith(f"{layer}.lora_") for layer in bank.layers):
+            continue
+        state[key] = value
+    return state
+
+
+# ---------------------------------------------------------------------------------------- one door
+def trainable_parameters(denoiser: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What an optimizer of this role owns: all of a copy, the adapter of a LoRA role, nothing frozen.
+
+    Args:
+        denoiser: any role (or discriminator).
+
+    Returns:
+        (name, parameter) pairs in a fixed order; names are those of ``role_state``.
+    """
+    return [(name, parameter) for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+
+
+def role_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold for this role: every tensor of a copy, only the adapter of a LoRA role."""
+    return dict(denoiser.state_dict())
+
+
+def load_role_state(
+    denoiser: nn.Module, state: Mapping[str, Tensor], origin: str = "the given state"
+) -> None:
+    """Load what ``role_state`` returned, strictly.
+
+    Args:
+        denoiser: a role of the same kind.
+        state: tensors by name.
+        origin: where they come from, for the message.
+
+    Raises:
+        ValueError: names, shapes or the LoRA scale do not fit.
+    """
+    own = denoiser.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is unknown to the network" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    if "lora_alpha" in own and "lora_alpha" in state and own["lora_alpha"] != state["lora_alpha"]:
+        problems.append(
+            f"its LoRA alpha is {state['lora_alpha'].item():g} and the role's is {own['lora_alpha'].item():g}"
+        )
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{origin} does not fit {type(getattr(denoiser, 'network', denoiser)).__name__}: "
+            f"{problems[0]}{more}; use the network and the role (copy or LoRA with its rank, alpha and "
+            "targets) that it was saved from."
+        )
+    denoiser.load_state_dict(state)

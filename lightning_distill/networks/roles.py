@@ -1,0 +1,334 @@
+"""How a method's network is realised: a copy of the teacher, an adapter, an earlier run, another module.
+
+A method states the roles it needs (student, fake score); a ``Role`` builds one from the teacher. At
+initialisation a role made from a teacher gives the teacher's output bit for bit (``Explicit`` excepted).
+Every role is in the mode of its source, eval for teachers: distillation runs without dropout.
+"""
+
+import copy
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.folders import beside, load_diffusers_network, network_folder, read_scheduler
+from lightning_distill.networks.lora import (
+    AdapterDenoiser,
+    add_adapter,
+    add_adapter_copy,
+    load_role_state,
+    merged_network,
+    role_state,
+    trainable_parameters,
+)
+from lightning_distill.networks.specs import (
+    DenoiserSpec,
+    as_denoiser,
+    same_path,
+)
+
+__all__ = [
+    "Copy",
+    "Explicit",
+    "FromCheckpoint",
+    "Lora",
+    "Role",
+    "averaged_copy",
+    "load_role_state",
+    "role_state",
+    "trainable_parameters",
+]
+
+
+class Role(ABC):
+    """How one trained network is made from its source.
+
+    Attributes:
+        shares_weights: whether the role runs on the source's own parameters (frozen, with an adapter).
+    """
+
+    shares_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:
+        """Make the network of the role.
+
+        Args:
+            source: the teacher.
+            name: name of the role, for adapters and messages.
+
+        Returns:
+            a denoiser whose trained parameters require gradients and are float32 or wider.
+        """
+
+    def check(self) -> None:  # noqa: B027  (a copy has nothing to check)
+        """Find what is wrong without reading a weight; raises one clear sentence."""
+
+
+class Copy(Role):
+    """A deep copy of the source with every weight trained, in float32 whatever the source's dtype is."""
+
+    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        copied = _like(source, merged_network(source))
+        if next(copied.parameters(), None) is None:
+            raise ValueError(
+                f"{type(source.network).__name__} has no parameters, so a copy of it cannot be trained; give "
+                f"the {name or 'student'} a network of its own with Explicit(spec)."
+            )
+        return _master(copied)
+
+
+class Lora(Role):
+    """A low-rank adapter on the source's own frozen network: teacher and roles share one set of big weights.
+
+    Args:
+        rank: inner dimension of the low-rank product, >= 1.
+        alpha: scale numerator, None for ``rank`` (scale 1).
+        target_modules: endings of layer names, None for the defaults of the model class.
+        dropout: dropout on the adapter's input, [0, 1).
+        seed: of the adapter's random half.
+    """
+
+    shares_weights: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        rank: int = 16,
+        alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.rank = rank
+        self.alpha = alpha
+        self.target_modules = None if target_modules is None else list(target_modules)
+        self.dropout = dropout
+        self.seed = seed
+
+    def check(self) -> None:  # noqa: D102
+        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(
+                f"Lora(rank={self.rank}, dropout={self.dropout}): rank must be >= 1 and dropout in [0, 1)."
+            )
+
+    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        return add_adapter(
+            source,
+            name,
+            rank=self.rank,
+            alpha=self.alpha,
+            target_modules=self.target_modules,
+            dropout=self.dropout,
+            seed=self.seed,
+        )
+
+
+class Explicit(Role):
+    """Another network, for example a smaller one.
+
+    Args:
+        spec: how it is made; it must work on the teacher's samples and noise process.
+    """
+
+    def __init__(self, spec: DenoiserSpec) -> None:
+        self.spec = spec
+
+    def check(self) -> None:  # noqa: D102
+        self.spec.check()
+
+    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        network = as_denoiser(self.spec)
+        role = name or "student"
+        if not same_path(network.process, source.process):
+            raise ValueError(
+                f"the {role} works with {network.process!r} and the teacher with {source.process!r}; give "
+                f"the {role}'s spec the teacher's process, and its own as network_process."
+            )
+        own, theirs = network.sample_shape, source.sample_shape
+        if own is not None and theirs is not None and own != theirs:
+            raise ValueError(
+                f"the {role} ({type(network.network).__name__}) makes samples of shape {own} and the teacher "
+                f"({type(source.network).__name__}) of shape {theirs}; set the {role}'s in_channels and "
+                "sample_size to the teacher's."
+            )
+        return _master(network)
+
+
+class FromCheckpoint(Role):
+    """Warm start from a Lightning checkpoint of this package or from an exported diffusers folder.
+
+    A checkpoint of full weights gives a copy of the teacher with these weights; one of adapters gives an
+    adapter of the same rank, alpha and targets on the teacher, or a copy with the adapter fused when
+    ``merge`` is set.
+
+    Args:
+        path: checkpoint file, or folder with ``model_index.json`` or ``config.json``.
+        role: role to read from a checkpoint; ``student_ema`` means its only profile,
+            ``student_ema.<profile>`` a given one.
+        merge: fuse a saved adapter into a full copy.
+    """
+
+    def __init__(self, path: str, role: str = "student_ema", merge: bool = False) -> None:
+        self.path = str(path)
+        self.role = role
+        self.merge = merge
+
+    def check(self) -> None:  # noqa: D102
+        path = Path(self.path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(
+                f"FromCheckpoint(path={self.path!r}) does not exist; give a .ckpt file of an earlier run or "
+                "an exported diffusers folder."
+            )
+        if path.is_dir():
+            if (path / ".metadata").is_file():
+                raise ValueError(
+                    f"{path} is a sharded checkpoint; consolidate it first: python -m "
+                    f"lightning.pytorch.utilities.consolidate_checkpoint {path}"
+                )
+            network_folder(path)
+
+    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        self.check()
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            return self._from_folder(path, source)
+        state, found = self._role_state(path)
+        origin = f"role {found!r} of {path}"
+        if not any(key.startswith("adapter.") for key in state):
+            if isinstance(source, AdapterDenoiser):
+                source = _like(source, merged_network(source))
+            copied = Copy().build(source, name)
+            load_role_state(copied, state, origin)
+            return copied
+        if self.merge:
+            # a throw-away copy: the teacher's own network stays without the adapter
+            source = _like(source, merged_network(source))
+        adapter = self._adapter(source, state, name, origin)
+        return _master(_like(source, merged_network(adapter))) if self.merge else adapter
+
+    def _adapter(
+        self, source: Denoiser, state: dict[str, Tensor], name: str | None, origin: str
+    ) -> AdapterDenoiser:
+        downs = [key for key in state if key.endswith(".lora_A.weight")]
+        paths = [key.removeprefix("adapter.").removesuffix(".lora_A.weight") for key in downs]
+        if not downs or "lora_alpha" not in state:
+            raise ValueError(f"{origin} is no complete adapter (lora_A weights or lora_alpha are missing).")
+        adapter = add_adapter(
+            source,
+            name,
+            rank=state[downs[0]].shape[0],
+            alpha=state["lora_alpha"].item(),
+            target_modules=paths,
+        )
+        load_role_state(adapter, state, origin)
+        return adapter
+
+    def _role_state(self, path: Path) -> tuple[dict[str, Tensor], str]:
+        tensors = _read_checkpoint(path)
+        roles: dict[str, dict[str, Tensor]] = {}
+        for key in tensors:
+            cuts = [key.find(part) for part in (".network.", ".adapter.") if part in key]
+            if cuts:
+                roles.setdefault(key[: min(cuts)], {})
+        matches = [r for r in roles if r == self.role or r.startswith(f"{self.role}.")]
+        if len(matches) != 1:
+            problem = "holds no" if not matches else "holds several"
+            raise ValueError(
+                f"{path} {problem} role {self.role!r}; set role to one of "
+                f"{sorted(roles) or '(it holds no networks)'}."
+            )
+        prefix = f"{matches[0]}."
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, matches[0]
+
+    def _from_folder(self, path: Path, source: Denoiser) -> Denoiser:
+        folder = network_folder(path)
+        network = load_diffusers_network(folder)
+        file = beside(path, folder, "scheduler/scheduler_config.json")
+        # a few-step scheduler need not determine either
+        process, kind = read_scheduler(file) if file is not None else (None, None)
+        if process is not None and not same_path(process, source.network_process or source.process):
+            raise ValueError(
+                f"{file} describes {process!r}, and the teacher works with "
+                f"{source.network_process or source.process!r}; start from a student of the same process."
+            )
+        base = type(source.network).__name__
+        if type(network) is not type(source.network) or kind not in (None, source.prediction_type):
+            raise ValueError(
+                f"{folder} holds a {type(network).__name__} with {kind or 'an unstated prediction type'}, "
+                f"and the teacher is a {base} with {source.prediction_type}; use "
+                "Explicit(PretrainedDenoiser(path)) for a student of another kind."
+            )
+        copied = Copy().build(source)
+        load_role_state(copied, {f"network.{k}": v for k, v in network.state_dict().items()}, str(folder))
+        return copied
+
+
+def averaged_copy(denoiser: Denoiser, name: str) -> Denoiser:
+    """A frozen average of a role, equal to it now.
+
+    A float32 copy; for adapters one more adapter on the backbone, which would else be copied with it.
+
+    Args:
+        denoiser: the role, usually the student.
+        name: name of the average; unique on a shared backbone.
+
+    Returns:
+        a denoiser in eval mode without trained parameters.
+    """
+    if isinstance(denoiser, AdapterDenoiser):
+        return add_adapter_copy(denoiser, f"{denoiser.adapter_name}_{name}")
+    copied = _master(_like(denoiser, merged_network(denoiser)))
+    return copied.requires_grad_(False).eval()
+
+
+def _like(source: Denoiser, network: nn.Module) -> Denoiser:
+    """The same denoiser around another network."""
+    if not isinstance(source, AdapterDenoiser):
+        same = (source.process, source.network_process, source.family)
+        return copy.deepcopy(source, {id(source.network): network, **{id(part): part for part in same}})
+    return Denoiser(
+        network,
+        source.process,
+        source.prediction_type,
+        network_process=source.network_process,
+        sigma_data=source.sigma_data,
+        null_class=source.null_class,
+        family=source.family,
+    ).eval()
+
+
+def _master(denoiser: Denoiser) -> Denoiser:
+    """Trainable, with float32 weights where they were narrower."""
+    narrow = {torch.float16, torch.bfloat16}
+    for module in denoiser.modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(t.dtype in narrow for t in tensors):
+            module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
+    return denoiser.requires_grad_(True)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors of a Lightning checkpoint, memory-mapped; pickled code is refused by ``weights_only``."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({reason}); it is incomplete, not a checkpoint, or holds "
+            "more than tensors and plain values."
+        ) from None
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        what = (
+            f"the keys {sorted(map(str, content))[:5]}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
+        raise ValueError(f"{path} is no Lightning checkpoint: it has no state_dict but {what}.")
+    return state

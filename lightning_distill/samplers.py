@@ -1,0 +1,220 @@
+"""Samplers: free functions with one signature, nothing stateful.
+
+    sampler(denoise, x, times, process, *, noise=None) -> x0
+
+``denoise(x_t, t) -> Prediction`` is a student, or a teacher with its guidance; ``times`` is a descending
+list of native times without the final clean time 0; ``x`` is the noisy sample at ``times[0]``, for example
+``process.prior(eps, times[0])``. The number of steps is ``len(times)``. Training-time rollouts use the same
+loop (``simulate``) and the same step (``transport``), so a student is sampled exactly as it was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.prediction import Prediction
+from lightning_distill.processes import FlowMatching, NoiseProcess, change_process, expand
+from lightning_distill.times import validate_times
+
+__all__ = ["SAMPLERS", "dpmpp_2m", "flow_map", "heun", "ode", "renoise", "simulate", "transport"]
+
+Denoise = Callable[[Tensor, Tensor], Prediction]
+TwoTimeDenoise = Callable[[Tensor, Tensor, Tensor], Prediction]
+#: ``noise(i, x)`` is the eps of the input at ``times[i]``, i >= 1, shaped like x
+Noise = Callable[[int, Tensor], Tensor]
+
+
+def _time(t: float, x: Tensor) -> Tensor:
+    return torch.tensor(t, dtype=torch.float64, device=x.device)
+
+
+def _gaussian(_step: int, x: Tensor) -> Tensor:
+    return torch.randn_like(x)
+
+
+def transport(prediction: Prediction, r: Tensor | float, eps: Tensor | None = None) -> Tensor:
+    """The noisy sample at time r made from a prediction: x_r = alpha_r x0 + sigma_r eps.
+
+    With the predicted noise this is the deterministic step (DDIM; Euler in flow-matching coordinates), with
+    fresh noise the renoise step.
+
+    Args:
+        prediction: network output at (x_t, t).
+        r: native target times, (B,), () or a float, in [0, t_max].
+        eps: fresh noise shaped like x_t; None means the predicted noise.
+
+    Returns:
+        x_r, shape and dtype of x_t.
+    """
+    x0 = prediction.x0
+    r = torch.as_tensor(r, dtype=torch.float64, device=x0.device)
+    return prediction.process.add_noise(x0, prediction.eps if eps is None else eps, r)
+
+
+def simulate(
+    denoise: Denoise,
+    x: Tensor,
+    times: Sequence[float],
+    process: NoiseProcess,
+    stop: int,
+    kind: Literal["renoise", "ode"] = "renoise",
+    noise: Noise | None = None,
+    noise_scale: float = 1.0,
+) -> Tensor:
+    """The noisy input of step ``stop``: the first ``stop`` steps of ``renoise`` or ``ode``.
+
+    This is the backward simulation of training (DMD2, arXiv:2405.14867, Sec. 4.4), run without graph by the
+    caller.
+
+    Args:
+        denoise: network, (x_t, t) -> Prediction.
+        x: noisy sample at ``times[0]``, (B, ...).
+        times: descending native times without the final 0.
+        process: process of the times.
+        stop: k in [0, len(times) - 1]; 0 returns ``x``.
+        kind: ``renoise`` adds fresh noise to each x0, ``ode`` keeps the predicted noise.
+        noise: eps of the input at ``times[i]``; None draws from the global generator. Unused by ``ode``.
+        noise_scale: gamma, factor on the fresh noise.
+
+    Returns:
+        x at ``times[stop]``, shape and dtype of ``x``.
+
+    Raises:
+        ValueError: bad times, an unknown kind, or ``stop`` outside the list.
+    """
+    validate_times(times, process)
+    if kind not in ("renoise", "ode"):
+        raise ValueError(f"kind={kind!r} is unknown; simulate 'renoise' or 'ode'.")
+    if not 0 <= stop < len(times):
+        raise ValueError(
+            f"stop={stop} is outside the {len(times)} steps of {list(times)}; use 0..{len(times) - 1}."
+        )
+    noise = noise or _gaussian
+    for i in range(stop):
+        prediction = denoise(x, _time(times[i], x))
+        eps = None if kind == "ode" else noise_scale * noise(i + 1, x)
+        x = transport(prediction, times[i + 1], eps)
+    return x
+
+
+def renoise(
+    denoise: Denoise,
+    x: Tensor,
+    times: Sequence[float],
+    process: NoiseProcess,
+    *,
+    noise: Noise | None = None,
+    noise_scale: float = 1.0,
+) -> Tensor:
+    """Predict x0, add fresh noise for the next time, repeat (consistency models, arXiv:2303.01469, Alg. 1).
+
+    Args:
+        denoise: network, (x_t, t) -> Prediction.
+        x: noisy sample at ``times[0]``, (B, ...).
+        times: descending native times without the final 0.
+        process: process of the times.
+        noise: eps of the input at ``times[i]``, i >= 1; None draws from the global generator.
+        noise_scale: gamma in x_r = alpha_r x0 + gamma sigma_r eps; below 1 trades diversity for fidelity.
+
+    Returns:
+        x0, (B, ...).
+    """
+    x = simulate(denoise, x, times, process, len(times) - 1, "renoise", noise, noise_scale)
+    return denoise(x, _time(times[-1], x)).x0
+
+
+def ode(
+    denoise: Denoise, x: Tensor, times: Sequence[float], process: NoiseProcess, *, noise: Noise | None = None
+) -> Tensor:
+    """Keep the predicted noise: DDIM (arXiv:2010.02502, Eq. 12, eta = 0), Euler in flow-matching coordinates.
+
+    First order. ``noise`` is accepted for the common signature and unused.
+    """
+    x = simulate(denoise, x, times, process, len(times) - 1, "ode")
+    return denoise(x, _time(times[-1], x)).x0
+
+
+def heun(
+    denoise: Denoise, x: Tensor, times: Sequence[float], process: NoiseProcess, *, noise: Noise | None = None
+) -> Tensor:
+    """Heun's method in flow-matching coordinates, 2 N - 1 evaluations; the last step, to 0, is Euler.
+
+    x' = x / (alpha + sigma) obeys dx'/dt' = eps - x0 with t' = sigma / (alpha + sigma) whatever the process
+    is, and both stay finite where alpha = 0. Second order. ``noise`` is unused.
+    """
+    validate_times(times, process)
+    for t, r in pairwise(times):
+        prediction = denoise(x, _time(t, x))
+        trial = denoise(transport(prediction, r), _time(r, x))
+        velocity = 0.5 * (prediction.flow_prediction + trial.flow_prediction)
+        t_flow, scale = change_process(_time(t, x), process, FlowMatching())
+        r_flow, r_scale = change_process(_time(r, x), process, FlowMatching())
+        x = expand(scale / r_scale, x) * x + expand((r_flow - t_flow) / r_scale, x) * velocity
+    return denoise(x, _time(times[-1], x)).x0
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, times: Sequence[float], process: NoiseProcess, *, noise: Noise | None = None
+) -> Tensor:
+    """DPM-Solver++(2M) (arXiv:2211.01095, Alg. 2): linear extrapolation of x0 in lambda = ln(alpha / sigma).
+
+        D_i = x0_i + h_i / (2 h_{i-1}) (x0_i - x0_{i-1}),     h_i = lambda_{i+1} - lambda_i
+
+    and then the first-order step with D_i in the place of x0_i. The first and the last step are first
+    order, and so is the second one after a start at alpha = 0, where h_0 is infinite. ``noise`` is unused.
+    """
+    validate_times(times, process)
+    lambdas = 0.5 * process.log_snr(torch.tensor(list(times), dtype=torch.float64))
+    steps = lambdas.diff().tolist()
+    previous: Tensor | None = None
+    for i, (t, r) in enumerate(pairwise(times)):
+        x0 = denoise(x, _time(t, x)).x0
+        extrapolated = x0 if previous is None else x0 + steps[i] / (2.0 * steps[i - 1]) * (x0 - previous)
+        x = transport(Prediction.from_x0(extrapolated, x, _time(t, x), process), r)
+        previous = x0
+    return denoise(x, _time(times[-1], x)).x0
+
+
+def flow_map(
+    denoise: TwoTimeDenoise,
+    x: Tensor,
+    times: Sequence[float],
+    process: NoiseProcess,
+    *,
+    noise: Noise | None = None,
+) -> Tensor:
+    """Jump from time to time with a two-time network, the last jump to 0.
+
+    In flow matching the network's ``flow_prediction`` is the average velocity u(x, t, r) and the jump is
+    x_r = x_t + (r - t) u (MeanFlow, arXiv:2505.13447, Eq. 12); for a plain callable u pass
+    ``lambda x, t, r: Prediction(u(x, t, r), x, t, process, "flow_prediction")``. In another process the
+    jump is the same in flow-matching coordinates.
+
+    Args:
+        denoise: two-time network, (x_t, t, r) -> Prediction.
+        x: noisy sample at ``times[0]``, (B, ...).
+        times: descending native times without the final 0.
+        process: process of the times.
+        noise: unused.
+
+    Returns:
+        x0, (B, ...).
+    """
+    validate_times(times, process)
+    for t, r in zip(times, [*times[1:], 0.0]):
+        x = transport(denoise(x, _time(t, x), _time(r, x)), r)
+    return x
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "renoise": renoise,
+    "ode": ode,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "flow_map": flow_map,
+}

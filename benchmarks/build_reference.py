@@ -3,7 +3,7 @@
     python benchmarks/build_reference.py digits
     python benchmarks/build_reference.py fashion --data ROOT
 
-Writes ``classifier.safetensors``, ``classifier.json`` and ``reference.safetensors`` into the entry's folder of
+Writes ``classifier.safetensors``, ``classifier.json`` and ``reference.safetensors`` into its folder of
 ``lightning_distill/zoo``. One thread; about 10 CPU seconds for digits and 150 for fashion.
 """
 
@@ -161,6 +161,8 @@ def build(name: str, root: str | None, out: Path, seed: int) -> dict:
     halves = {half: features[rows[half]] for half in HALVES}
     save_reference(Reference(statistics, halves, {h: real_labels[rows[h]] for h in HALVES}, info), out)
     files = ("classifier.safetensors", "classifier.json", "reference.safetensors")
+    for file in files:
+        (out / file).chmod(0o644)  # safetensors writes files that only their owner can read
     return {**figures, "bytes": sum((out / file).stat().st_size for file in files)}
 
 

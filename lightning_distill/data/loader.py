@@ -132,6 +132,7 @@ class ResumableLoader:
         self.epoch = 0
         self.batch = 0
         self._restored = False
+        self._rows = _Rows()
         self._workers: DataLoader[Any] | None = None
 
     @property
@@ -184,10 +185,9 @@ class ResumableLoader:
 
     def _collate(self, indices: Tensor) -> Iterator[Batch]:
         if self._workers is None:
-            self._rows: list[list[int]] = []
             self._workers = DataLoader(
                 self.source,  # type: ignore[arg-type]
-                batch_sampler=_Rows(self),
+                batch_sampler=self._rows,
                 collate_fn=_collate,
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
@@ -195,7 +195,7 @@ class ResumableLoader:
                 # workers are seeded from here, so that iterating leaves the global random state alone
                 generator=epoch_generator(self.seed, 0, stream=1),
             )
-        self._rows = indices.tolist()
+        self._rows.rows = indices.tolist()
         for data in self._workers:
             yield as_batch(data)
 
@@ -238,16 +238,19 @@ class ResumableLoader:
 
 
 class _Rows:
-    """Batches of indices for ``DataLoader``: what is left of the epoch when its iteration begins."""
+    """Batches of indices for ``DataLoader``: what is left of the epoch when its iteration begins.
 
-    def __init__(self, loader: ResumableLoader) -> None:
-        self.loader = loader
+    It knows nothing of the loader, since worker processes in a reference cycle are stopped late and slowly.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.loader._rows)
+        return iter(self.rows)
 
     def __len__(self) -> int:
-        return len(self.loader._rows)
+        return len(self.rows)
 
 
 def _collate(items: list[Any]) -> Any:

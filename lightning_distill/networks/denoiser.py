@@ -73,6 +73,8 @@ class Denoiser(nn.Module):
         self.sigma_data = float(sigma_data)
         self.null_class = null_class
         self.family = family or family_of(network)
+        if self.family.eval_only:
+            self.eval()
 
     # ------------------------------------------------------------------------------------------------ calling
     def forward(

@@ -71,7 +71,10 @@ def network_folder(root: Path, subfolder: str | None = None) -> Path:
 
 def beside(root: Path, folder: Path, name: str) -> Path | None:
     """A file of a pipeline, given its folder or that of its network; None where there is none."""
-    return next((parent / name for parent in (root, folder.parent) if (parent / name).is_file()), None)
+    parents = [root]
+    if (folder.parent / "model_index.json").is_file():
+        parents.append(folder.parent)
+    return next((parent / name for parent in parents if (parent / name).is_file()), None)
 
 
 def diffusers_class(folder: Path) -> Any:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -227,6 +228,7 @@ def add_adapter(
     alpha: float | None = None,
     target_modules: Sequence[str] | None = None,
     dropout: float = 0.0,
+    exact_names: bool = False,
     trainable: bool = True,
     seed: int = 0,
 ) -> AdapterDenoiser:
@@ -239,9 +241,10 @@ def add_adapter(
         name: adapter name without dots, None for the first free of ``adapter``, ``adapter_2``, ...
         rank: inner dimension of the low-rank product, >= 1.
         alpha: scale numerator, None for ``rank`` (scale 1).
-        target_modules: endings of layer names or full names, None for the defaults of the model class (every
+        target_modules: endings of layer names, None for the defaults of the model class (every
             linear and convolution layer for a class without defaults).
         dropout: dropout on the adapter's input, [0, 1).
+        exact_names: ``target_modules`` are full names of layers.
         trainable: whether its parameters require gradients.
         seed: of the random A; ranks of a distributed run get equal weights.
 
@@ -265,7 +268,7 @@ def add_adapter(
         raise ValueError(
             f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}."
         )
-    paths = _target_paths(network, target_modules or source.family.lora_targets)
+    paths = _target_paths(network, target_modules or source.family.lora_targets, exact_names)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -308,7 +311,7 @@ def _free_name(bank: AdapterBank) -> str:
     return name
 
 
-def _target_paths(network: nn.Module, endings: Sequence[str]) -> list[str]:
+def _target_paths(network: nn.Module, endings: Sequence[str], exact: bool) -> list[str]:
     """Full names of the layers to adapt; layers that already carry adapters count as what they replaced."""
     layers: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
@@ -319,13 +322,11 @@ def _target_paths(network: nn.Module, endings: Sequence[str]) -> list[str]:
             inside += (f"{path}.",)
             module = module.get_base_layer()
         layers[path] = module
+    suffixes = tuple(f".{e}" for e in endings)
     if not endings:
         paths = [p for p, m in layers.items() if isinstance(m, _ADAPTABLE)]
     else:
-        # a dotted full name means that layer alone, although others may end the same
-        full = {e for e in endings if "." in e and e in layers}
-        short = tuple(f".{e}" for e in endings if e not in full)
-        paths = [p for p in layers if p in full or f".{p}".endswith(short or ("\0",))]
+        paths = [p for p in layers if p in endings or (not exact and f".{p}".endswith(suffixes))]
     if not paths:
         known = sorted({p.rsplit(".", 1)[-1] for p, m in layers.items() if isinstance(m, _ADAPTABLE)})
         raise ValueError(
@@ -348,7 +349,8 @@ def _inject(
     # peft reads a list as endings, a pattern as full names
     exact = copy.copy(config)
     exact.target_modules = "|".join(re.escape(path) for path in config.target_modules or ())
-    with seeded(seed):
+    with seeded(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
         inject_adapter_in_model(exact, network, name)
     bank.configs[name] = config
     bank.collect(network)
@@ -464,7 +466,12 @@ def trainable_parameters(denoiser: nn.Module) -> list[tuple[str, nn.Parameter]]:
     Returns:
         (name, parameter) pairs in a fixed order; names are those of ``role_state``.
     """
-    return [(name, parameter) for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+    bank = adapter_bank(denoiser.network) if isinstance(denoiser, Denoiser) else None
+    others: set[int] = set()
+    if bank is not None and not isinstance(denoiser, AdapterDenoiser):
+        # the owner of a backbone has other roles' adapters in its module tree
+        others = {id(p) for layer in bank.layers.values() for p in layer.parameters()}
+    return [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad and id(p) not in others]
 
 
 def role_state(denoiser: nn.Module) -> dict[str, Tensor]:

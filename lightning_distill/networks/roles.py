@@ -1,8 +1,10 @@
 """How a method's network is realised: a copy of the teacher, an adapter, an earlier run, another module.
 
 A method states the roles it needs (student, fake score); a ``Role`` builds one from the teacher. At
-initialisation a role made from a teacher gives the teacher's output bit for bit (``Explicit`` excepted).
-Every role is in the mode of its source, eval for teachers: distillation runs without dropout.
+initialisation a role made from a teacher has the teacher's weights bit for bit (``Explicit`` excepted), hence
+its output; a trained copy may differ in the last digit, where torch multiplies a weight that requires
+gradients in another order. Every role is in the mode of its source, eval for teachers: distillation runs
+without dropout.
 """
 
 import copy
@@ -225,6 +227,7 @@ class FromCheckpoint(Role):
             rank=state[downs[0]].shape[0],
             alpha=state["lora_alpha"].item(),
             target_modules=paths,
+            exact_names=True,
         )
         load_role_state(adapter, state, origin)
         return adapter

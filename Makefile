@@ -1,0 +1,57 @@
+# Every target needs only Python >= 3.10 and make: it creates .venv and installs what it needs there first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: help install quickstart smoke test check matrix bench docs
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   distil the shipped teacher, show images and a table (about three minutes)"
+	@echo "make test         the tests of every change"
+	@echo "make check        lint, formatting, types"
+	@echo "make matrix       all tests, the slow ones included"
+	@echo "make bench        measure throughput and memory"
+	@echo "make docs         write the generated pages"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "lightning_distill needs Python 3.10 or newer; run make PYTHON=python3.12")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { echo "$(PYTHON) cannot create virtual environments; install its venv package (python3-venv on Debian)"; exit 1; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/lightning-distill quickstart
+
+# the quick start with a few updates: does every part of it run?
+smoke: $(STAMP)
+	$(BIN)/lightning-distill quickstart --smoke
+
+# two workers with one thread each: the fastest that two cores do, and the same numbers everywhere
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow and not gpu"
+
+matrix: $(STAMP)
+	$(PYTEST)
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/throughput.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/build.py

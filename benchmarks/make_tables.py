@@ -1,0 +1,83 @@
+"""Fill the generated parts of README.md from benchmarks/results/latest/*.json and from the registered methods.
+
+    python benchmarks/make_tables.py            # rewrite
+    python benchmarks/make_tables.py --check    # exit 1 when README.md is out of date
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LATEST = ROOT / "benchmarks" / "results" / "latest"
+
+
+def _load(name: str) -> dict[str, Any] | None:
+    file = LATEST / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def quickstart() -> str:
+    """Picture and table of the quick start."""
+    result = _load("quickstart")
+    if result is None:
+        return "(run `make quickstart` to fill this table)"
+    fd, card = result["fd_cnn"], json.loads((ROOT / "lightning_distill/zoo/fashion/card.json").read_text())["figures"]
+    lines = [
+        "![teacher with 50 steps, student with 1, teacher with 1, from the same noise](docs/images/quickstart.png)",
+        "",
+        "| Fashion-MNIST, 32x32 | steps | fd_cnn | recall | class accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for steps in ("50", "4", "2", "1"):
+        row = [f"{card[k][steps]:.{d}f}" for k, d in (("fd_cnn", 2), ("recall", 2), ("class_accuracy", 3))]
+        lines.append(f"| teacher | {steps} | {' | '.join(row)} |")
+    lines.append(
+        f"| **student (DMD2, data-free)** | **1** | **{fd['student_1']:.2f}** | {result['recall']:.2f} | "
+        f"{result['class_accuracy']:.3f} |"
+    )
+    seconds = result["seconds"]
+    lines += ["", f"Progress {result['progress']:.3f} after {seconds:.0f} s of distillation, {result['images_per_second']:.0f} "
+              f"images/s from the student ({result['meta']['cpu']}, {result['meta']['cores']} cores)."]
+    claims = _load("claims")
+    if claims is not None:
+        lines += ["", "Three seeds of each (mean, range):", "", "| claim | steps | progress | CPU seconds |", "|---|---|---|---|"]
+        for row in claims["rows"]:
+            low, high = min(row["progress"]), max(row["progress"])
+            mean = sum(row["progress"]) / len(row["progress"])
+            cpu = sum(row["cpu_seconds"]) / len(row["cpu_seconds"])
+            lines.append(f"| {row['what']} | {row['nfe']} | {mean:.3f} ({low:.3f} to {high:.3f}) | {cpu:.0f} |")
+    return "\n".join(lines)
+
+
+def methods() -> str:
+    """One row per registered method."""
+    from lightning_distill.commands.methods import method_rows
+
+    lines = ["| method | paper | trained roles | data | configuration |", "|---|---|---|---|---|"]
+    for row in method_rows():
+        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else ""
+        lines.append(f"| {row.name} | {paper} | {row.roles} | {row.data} | {row.config} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the marked parts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = before = readme.read_text()
+    for name, part in (("quickstart", quickstart()), ("methods", methods())):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, rest = text.split(begin)
+        text = head + begin + "\n" + part + "\n" + end + rest.split(end)[1]
+    if args.check:
+        sys.exit("README.md is out of date; run python benchmarks/make_tables.py" if text != before else 0)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Put a trained teacher into the zoo: weights in bfloat16, its scheduler, and a card with measured figures.
+
+    python benchmarks/package_teacher.py RUN_DIR fashion
+
+The figures are those of the shipped (rounded) weights: distances at 1, 2, 4, 8 and 50 Euler steps on the uniform grid,
+without guidance, with fixed noise. The card also says whether the teacher passes the gate: FD(50) <= 1.05 FD(8), and
+FD(50) <= 10 times the distance of as many real images.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lightning_distill import checkpoints
+from lightning_distill.generation import default_cond, generate, index_noise
+from lightning_distill.metrics.class_accuracy import class_accuracy
+from lightning_distill.metrics.features import extract, load_classifier
+from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_distill.metrics.manifold import precision_recall
+from lightning_distill.metrics.reference import load_reference
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import ZooDenoiser
+from lightning_distill.processes import FlowMatching, VariancePreserving
+from lightning_distill.times import few_step_times
+from lightning_distill.zoo import zoo_path
+
+#: zoo entries that share the classifier and the reference of another
+EXTRACTOR = {"fashion_flow": "fashion"}
+
+
+def write_weights(denoiser: Denoiser, folder: Path, card: dict[str, Any]) -> None:
+    """Weights (and for diffusers networks a loadable pipeline) in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network, process = denoiser.network, denoiser.process
+    if hasattr(network, "save_pretrained"):
+        from diffusers import ConsistencyModelPipeline, FlowMapEulerDiscreteScheduler, LCMScheduler
+
+        if isinstance(process, VariancePreserving):
+            scheduler = LCMScheduler(
+                beta_schedule=process.beta_schedule,
+                beta_start=process.beta_start,
+                beta_end=process.beta_end,
+                rescale_betas_zero_snr=process.zero_terminal_snr,
+                prediction_type=denoiser.prediction_type,
+                clip_sample=False,
+                original_inference_steps=50,
+            )
+        else:
+            assert isinstance(process, FlowMatching)
+            scheduler = FlowMapEulerDiscreteScheduler(shift=process.shift)
+        pipeline = ConsistencyModelPipeline(unet=network.to(torch.bfloat16), scheduler=scheduler)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    else:
+        save_file({k: v.to(torch.bfloat16) for k, v in network.state_dict().items()}, folder / "model.safetensors")
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def measure(name: str, samples: int, seed: int) -> dict[str, Any]:
+    """Distances, recall and class accuracy of a zoo teacher at several numbers of steps."""
+    teacher = ZooDenoiser(name).build()
+    source = EXTRACTOR.get(name, name)
+    reference, classifier = load_reference(source), load_classifier(source)
+    assert teacher.sample_shape is not None
+    noise, cond = index_noise(samples, teacher.sample_shape, seed), default_cond(teacher, samples)
+    figures: dict[str, Any] = {"fd_cnn": {}, "precision": {}, "recall": {}, "class_accuracy": {}}
+    for steps in (1, 2, 4, 8, 50):
+        start = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16, enabled=noise.ndim == 4 and noise.shape[-1] >= 32):
+            images = generate(teacher, noise, cond, few_step_times(teacher.process, steps), "ode", batch_size=500)
+        features = extract(classifier, images.clamp(-1, 1))
+        real = reference.features["held_out"]
+        manifold = precision_recall(features[: len(real)], real[: len(features)])
+        labels = cond["class_labels"]
+        logits = classifier.classify(features)
+        figures["fd_cnn"][str(steps)] = round(
+            frechet_distance(FeatureStatistics.from_features(features), reference.statistics["train"]), 4
+        )
+        figures["precision"][str(steps)] = round(manifold.precision, 4)
+        figures["recall"][str(steps)] = round(manifold.recall, 4)
+        figures["class_accuracy"][str(steps)] = round(class_accuracy(logits, labels), 4)
+        print(steps, {k: v[str(steps)] for k, v in figures.items()}, f"{time.process_time() - start:.0f} CPU s", flush=True)
+    floor = frechet_distance(
+        FeatureStatistics.from_features(reference.features["held_out"]), reference.statistics["train"]
+    )
+    fd = figures["fd_cnn"]
+    figures |= {
+        "samples": samples,
+        "noise_seed": seed,
+        "guidance_scale": 1.0,
+        "solver": "euler (DDIM), uniform grid",
+        "fd_real_floor": round(floor, 4),
+        "gate": {
+            "fd50_over_fd8": round(fd["50"] / fd["8"], 3),
+            "fd50_over_floor": round(fd["50"] / floor, 2),
+            "passed": bool(fd["50"] <= 1.05 * fd["8"] and fd["50"] <= 10 * floor),
+        },
+    }
+    return figures
+
+
+def package(denoiser: Denoiser, name: str, training: dict[str, Any], samples: int = 5000, seed: int = 1234) -> dict:
+    """Write the zoo entry ``name`` and its card; returns the card."""
+    folder = Path(zoo_path(EXTRACTOR.get(name, name))).parent / name
+    card: dict[str, Any] = {
+        "name": name,
+        "sigma_data": denoiser.sigma_data,
+        "null_class": denoiser.null_class,
+        "training": training,
+        "parameters": sum(p.numel() for p in denoiser.network.parameters()),
+        "licence": "apache-2.0",
+    }
+    if "network" in training:
+        card |= {k: training.pop(k) for k in ("network", "process", "prediction_type") if k in training}
+        card["weights"] = "model.safetensors"
+    write_weights(denoiser, folder, card)
+    shipped = ZooDenoiser(name).build()
+    card["sha256"] = checkpoints.fingerprint(shipped.network.state_dict().values())
+    card["figures"] = measure(name, samples, seed)
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def main() -> None:
+    """Package the first average of a TeacherTraining run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir")
+    parser.add_argument("name")
+    parser.add_argument("--samples", type=int, default=5000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    from lightning_distill.commands.run_folder import load_run
+
+    module = load_run(args.run_dir)
+    config = json.loads(json.dumps(module.training_summary()))
+    print(package(module.sampling_network(), args.name, config, args.samples)["figures"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Every method in several small configurations; the contract tests run on all of them.
+
+A new method needs at least one entry in ``CASES``: how to build it (``build(**overrides)`` passes keyword arguments on
+to the method) and the samples it trains on. Keep a cycle within a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_distill import methods
+from lightning_distill.batch import Batch
+from lightning_distill.data import InMemory, ResumableLoader
+from lightning_distill.ema import ConstantEMA, PowerEMA
+from lightning_distill.guidance import Guidance
+from lightning_distill.methods import DMD2, DistillationModule, TeacherTraining
+from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.analytic import ring4
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Lora
+from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
+from lightning_distill.networks.specs import seeded
+from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
+from lightning_distill.schedules import WarmupDecay
+from lightning_distill.times import Karras, LogNormal, Uniform
+
+#: samples per phase and update
+BATCH = 8
+#: updates of an epoch of every case
+EPOCH = 5
+
+
+# ------------------------------------------------------------------------------------------------ networks and data
+def random_weights(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights that make every layer count: fresh output layers and gates are near zero."""
+    with seeded(seed):
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.25)
+    return network
+
+
+def flow_mlp(num_classes: int = 0) -> Denoiser:
+    network = random_weights(ResidualMLP((2,), width=8, depth=2, num_classes=num_classes))
+    return Denoiser(network, FlowMatching(), "flow_prediction", sigma_data=1.12)
+
+
+def edm_mlp() -> Denoiser:
+    network = random_weights(ResidualMLP((2,), width=8, depth=2))
+    return Denoiser(network, EDM(0.02, 10.0), "v_prediction", network_process=TrigFlow(), sigma_data=1.12)
+
+
+def vp_mlp() -> Denoiser:
+    network = random_weights(ResidualMLP((2,), width=8, depth=2, num_classes=4))
+    process = VariancePreserving(zero_terminal_snr=True)
+    return Denoiser(network, process, "v_prediction", sigma_data=1.12)
+
+
+def vp_unet() -> Denoiser:
+    network = small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8)
+    return Denoiser(random_weights(network), VariancePreserving(), "epsilon", sigma_data=0.5)
+
+
+def flow_dit() -> Denoiser:
+    network = small_dit(
+        8, 1, 3, patch_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=8, learned_variance=True
+    )
+    return Denoiser(random_weights(network), FlowMatching(shift=2.0), "flow_prediction", sigma_data=0.5)
+
+
+def points(labelled: bool = False) -> Batch:
+    """Points of ring4, enough for ``EPOCH`` updates of two slices."""
+    x0, labels = ring4(labelled=True).sample(2 * EPOCH * BATCH, torch.Generator().manual_seed(0))
+    return Batch(x0=x0, cond={"class_labels": labels} if labelled else {})
+
+
+def images(num_classes: int = 0) -> Batch:
+    n = 2 * EPOCH * BATCH
+    x0 = 0.5 * torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Batch(x0=x0, cond={"class_labels": torch.arange(n) % num_classes} if num_classes else {})
+
+
+def without_data(batch: Batch) -> Batch:
+    return Batch(cond=batch.cond, size=batch.size)
+
+
+# ------------------------------------------------------------------------------------------------ cases
+@dataclass
+class Case:
+    """One configuration of one method.
+
+    Attributes:
+        name: identifier of the test.
+        method: class under test.
+        network: makes the teacher, or the network that ``TeacherTraining`` trains.
+        data: training samples.
+        settings: makes the method's keyword arguments; a directory for files is passed in.
+    """
+
+    name: str
+    method: type[DistillationModule]
+    network: Callable[[], Denoiser]
+    data: Callable[[], Batch]
+    settings: Callable[[Path], dict[str, Any]]
+
+    def build(self, folder: Path, **overrides: Any) -> DistillationModule:
+        """The method with its networks; equal weights at every call.
+
+        All trained networks are moved away from the teacher, where the score difference is exactly zero.
+        """
+        module = self.method(self.network(), **{**self.settings(folder), **overrides})
+        module.configure_model()
+        with seeded(7), torch.no_grad():
+            for role in {role: None for roles in module.phases.values() for role in roles}:
+                for parameter in module.role_parameters(role):
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return module
+
+    def loader(self, module: DistillationModule, batch_size: int = BATCH) -> ResumableLoader:
+        return ResumableLoader(InMemory(self.data()), batch_size, slices=module.slices_per_cycle, seed=3)
+
+
+def decaying(optimizer: torch.optim.Optimizer) -> WarmupDecay:
+    return WarmupDecay(optimizer, warmup_steps=2, total_steps=20, decay="cosine")
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2, betas=(0.0, 0.99), fused=True)
+
+
+def dmd2(**settings: Any) -> Callable[[Path], dict[str, Any]]:
+    common: dict[str, Any] = {
+        "fake_score_steps": 2,
+        "student_optimizer": adam,
+        "fake_score_optimizer": adam,
+        "student_scheduler": decaying,
+        "fake_score_scheduler": decaying,
+    }
+    return lambda folder: {**common, **{k: v() if inspect.isfunction(v) else v for k, v in settings.items()}}
+
+
+def training(**settings: Any) -> Callable[[Path], dict[str, Any]]:
+    common: dict[str, Any] = {"student_optimizer": adam, "student_scheduler": decaying, "label_dropout": 0.0}
+    return lambda folder: {**common, **settings}
+
+
+def with_pairs(folder: Path) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    noise, x0 = (torch.randn(12, 2, generator=generator) for _ in range(2))
+    save_file({"noise": noise, "x0": x0}, folder / "pairs.safetensors")
+    settings = dmd2()(folder)
+    return {**settings, "regression_pairs": str(folder / "pairs.safetensors"), "regression_steps": 3}
+
+
+def heads(**settings: Any) -> Callable[[], Adversary]:
+    return lambda: Adversary(**{"taps": ("blocks.0",), "width": 4, **settings})
+
+
+CASES: list[Case] = [
+    Case("one_step", DMD2, flow_mlp, lambda: without_data(points()), dmd2(ema=lambda: [ConstantEMA(0.5)])),
+    Case("edm", DMD2, edm_mlp, lambda: without_data(points()), dmd2(
+        student_times=[2.5], matching_times=Karras(0.02, 10.0), critic_times=Karras(0.02, 10.0)
+    )),
+    Case("two_step_renoise", DMD2, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
+    Case("two_step_ode", DMD2, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2, sampler="ode")),
+    Case("gan_fake_score", DMD2, flow_mlp, points, dmd2(gan=heads())),
+    Case("gan_teacher", DMD2, flow_mlp, points, dmd2(gan=heads(features="teacher", times=Uniform(0.1, 0.9)))),
+    Case("gan_input", DMD2, flow_mlp, points, dmd2(gan=heads(taps=("input",)))),
+    Case("lora", DMD2, flow_mlp, lambda: without_data(points()), dmd2(
+        student=lambda: Lora(rank=2), fake_score=lambda: Lora(rank=3), ema=lambda: [PowerEMA(0.05), PowerEMA(0.1)]
+    )),
+    Case("guidance", DMD2, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        guidance=Guidance(2.0)
+    )),
+    Case("shared_3", DMD2, flow_mlp, lambda: without_data(points()), dmd2(
+        fake_score_steps=3, updates_per_sample=2
+    )),
+    Case("shared_4", DMD2, vp_mlp, lambda: without_data(points(labelled=True)), dmd2(
+        fake_score_steps=4, updates_per_sample=2, weight="vsd"
+    )),
+    Case("accumulate", DMD2, flow_mlp, points, dmd2(gan=heads(), accumulate_grad_batches=2, num_steps=2)),
+    Case("regression", DMD2, flow_mlp, lambda: without_data(points()), with_pairs),
+    Case("unet_gan", DMD2, vp_unet, images, dmd2(
+        gan=heads(taps=("mid_block",)), matching_times=Uniform(0.02, 0.9), student_times=[0.5]
+    )),
+    Case("dit_lora", DMD2, flow_dit, lambda: without_data(images(3)), dmd2(
+        student=lambda: Lora(rank=2), fake_score=lambda: Lora(rank=2), guidance=Guidance(1.5)
+    )),
+    Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
+    Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),
+    Case("vp_dropout", TeacherTraining, vp_mlp, lambda: points(labelled=True), training(label_dropout=0.3)),
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ coverage
+def concrete_methods() -> set[type[DistillationModule]]:
+    """Methods of the package that can be trained: subclasses that have the loss of each of their phases."""
+    for module in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+        importlib.import_module(module.name)
+    found, waiting = set(), [DistillationModule]
+    while waiting:
+        children = waiting.pop().__subclasses__()
+        found |= {c for c in children if c.__module__.startswith(f"{methods.__name__}.")}
+        waiting += children
+    return {c for c in found if all(hasattr(c, f"{phase}_loss") for phase in c.phases)}
+
+
+def methods_without_case(found: Iterable[type[DistillationModule]]) -> list[str]:
+    covered = {case.method for case in CASES}
+    return sorted(method.__name__ for method in found if method not in covered)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+def trainer(steps: int, **settings: Any) -> Trainer:
+    """A quiet Trainer on the CPU."""
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": steps,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1000,
+    }
+    return Trainer(**{**quiet, **settings})

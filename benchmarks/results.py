@@ -2,8 +2,8 @@
 
     write_result("throughput_cpu", {"rows": [...]}, seeds=[0, 1, 2])
 
-writes ``results/<date>_<machine>_<what>.json`` (kept for ever) and ``results/latest/<what>.json`` (what tables
-and plots read), both beside this file. From a shell, figures come as JSON from a file or from standard input:
+writes ``results/<date>_<machine>_<what>.json`` (kept for ever) and ``results/latest/<what>.json`` (read by
+tables and plots), both beside this file. From a shell, figures come as JSON from a file or standard input:
 
     python benchmarks/results.py throughput_cpu figures.json --seeds 0 1 2
     some_benchmark | python benchmarks/results.py compare_digits - --machine laptop --meta note="two threads"
@@ -114,7 +114,7 @@ def write_result(what: str, figures: dict[str, Any], *, results: Path = RESULTS,
         what: name of the benchmark, letters, digits and underscores; readers look it up under this name.
         figures: the benchmark's fixed fields; they stand at the top level of the file.
         results: folder to write to.
-        meta: further facts for ``meta``, for example ``seeds=[0, 1]``; ``machine="laptop"`` names the machine in
+        meta: further facts for ``meta``, for example ``seeds=[0, 1]``; ``machine="laptop"`` goes into
             the file name (default: kind of processor and number of cores).
 
     Returns:

@@ -262,9 +262,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target} exists already; give another folder, or overwrite=True to replace an export."
         )
-    if not (target / _CONFIG).is_file():
+    if target.is_symlink() or not (target / _CONFIG).is_file():
         raise FileExistsError(
-            f"{target} is not an earlier export ({_CONFIG} is missing), so it is not replaced."
+            f"{target} is not the folder of an earlier export (with {_CONFIG}), so it is not replaced."
         )
 
 
@@ -286,6 +286,7 @@ def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not target.exists():
             old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

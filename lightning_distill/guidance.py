@@ -44,8 +44,7 @@ def guided(
     Raises:
         ValueError: w is not 1 and there is no condition, or no unconditional value for one.
     """
-    fixed = isinstance(scale, (int, float))
-    if fixed and scale == 1.0:
+    if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser(x_t, t, cond)
     if not cond:
         raise ValueError(
@@ -53,11 +52,11 @@ def guided(
             "use guidance_scale=1 for unconditional models."
         )
     null = denoiser.null_cond(cond)
-    if fixed and scale == 0.0:
+    if not isinstance(scale, Tensor) and scale == 0.0:
         return denoiser(x_t, t, null)
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(cond, null))
     with_cond, without = both.x0.chunk(2)
-    w = scale if fixed else expand(scale, x_t)
+    w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
     return Prediction.from_x0(without + w * (with_cond - without), x_t, t, denoiser.process)
 
 

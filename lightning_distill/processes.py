@@ -96,7 +96,7 @@ class NoiseProcess(ABC):
         return 1000.0 * t.double()
 
     def prior(self, eps: Tensor, t_init: float | None = None) -> Tensor:
-        """The input from which a student starts at ``t_init``: sigma(t_init) eps, the data part left out.
+        """The input from which a student starts at ``t_init``: ``prior_std`` times eps, the data part left out.
 
         Students may start below ``t_max`` (SiD at sigma = 2.5, one-step SDXL at index 399); a process without zero
         terminal SNR leaves alpha(t_max) x0 in training inputs, which no sampler has at generation time.
@@ -114,7 +114,11 @@ class NoiseProcess(ABC):
                 f"start time {t_init} is outside (0, {self.t_max}] of {type(self).__name__}; "
                 "give the first entry of the student's time list in the process' native time."
             )
-        return self.sigma(torch.tensor(t_init, dtype=torch.float64)).to(eps) * eps
+        return self.prior_std(t_init) * eps
+
+    def prior_std(self, t_init: float) -> float:
+        """Standard deviation of the starting noise at native time ``t_init``; sigma(t_init) unless overridden."""
+        return float(self.sigma(torch.tensor(t_init, dtype=torch.float64)))
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{k}={v}" for k, v in vars(self).items() if isinstance(v, (int, float, str, bool)))
@@ -199,7 +203,7 @@ class VariancePreserving(NoiseProcess):
             beta_start=beta_start,
             beta_end=beta_end,
         )
-        betas = scheduler.betas
+        betas: Tensor = scheduler.betas  # type: ignore[attr-defined]
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)
         self._set_alphas_cumprod(torch.cumprod(1.0 - betas, dim=0))
@@ -261,6 +265,10 @@ class VariancePreserving(NoiseProcess):
 
     def network_time(self, t: Tensor) -> Tensor:  # noqa: D102
         return self.index_from_t(t)
+
+    def prior_std(self, t_init: float) -> float:
+        """1: VP students start from unit noise at any time, as DMD2, LCM and diffusers' schedulers do."""
+        return 1.0
 
     def t_from_index(self, index: Tensor | int) -> Tensor:
         """Native time (i + 1) / N of the scheduler's integer timestep i."""

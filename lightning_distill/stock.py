@@ -152,7 +152,7 @@ def stock_parts(
 
 def start_scale(process: NoiseProcess, t: float) -> float:
     """Factor on the unit noise from which a student starts at native time ``t``."""
-    return float(process.prior(torch.ones(1, dtype=torch.float64), t))
+    return process.prior_std(t)
 
 
 def _check_start(start: float, owner: str) -> None:

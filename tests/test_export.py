@@ -27,18 +27,11 @@ from lightning_distill.stock import stock_parts
 from lightning_distill.times import few_step_times
 
 
-class UnitStart(VariancePreserving):
-    """Without zero terminal SNR, starting from unit noise as stock pipelines do."""
-
-    def prior(self, eps: Tensor, t_init: float | None = None) -> Tensor:
-        return eps
-
-
 class SigmaStart(VariancePreserving):
     """Without zero terminal SNR, starting from the noise part of x_t."""
 
-    def prior(self, eps: Tensor, t_init: float | None = None) -> Tensor:
-        return self.sigma(torch.tensor(t_init or self.t_max, dtype=torch.float64)).to(eps) * eps
+    def prior_std(self, t_init: float) -> float:
+        return float(self.sigma(torch.tensor(t_init, dtype=torch.float64)))
 
 
 def unet(num_classes: int = 0, channels: int = 1, seed: int = 0) -> UNet2DModel:
@@ -107,14 +100,13 @@ def _cases() -> dict[str, Case]:
         for n in (1, 2, 4)
     }
     given = VariancePreserving.from_alphas_cumprod(DDPMScheduler(beta_schedule="linear").alphas_cumprod)
-    given.prior = lambda eps, t_init=None: eps
     vae = autoencoder()
     cases |= {
         "sample-8": Case(zero_snr(), "sample", 8, "renoise", unet(), cm, lcm),
-        "epsilon-4": Case(UnitStart(), "epsilon", 4, "renoise", unet(10), cm, lcm, labels=True),
+        "epsilon-4": Case(VariancePreserving(), "epsilon", 4, "renoise", unet(10), cm, lcm, labels=True),
         "given-betas-2": Case(given, "v_prediction", 2, "renoise", unet(), cm, lcm),
         "ddim-4": Case(zero_snr(), "v_prediction", 4, "ode", unet(10), cm, "DDIMScheduler", labels=True),
-        "ddim-epsilon-2": Case(UnitStart(), "epsilon", 2, "ode", unet(), cm, "DDIMScheduler"),
+        "ddim-epsilon-2": Case(VariancePreserving(), "epsilon", 2, "ode", unet(), cm, "DDIMScheduler"),
         "euler-4": Case(
             SigmaStart(), "v_prediction", 4, "ode", unet(10), cm, "EulerDiscreteScheduler", labels=True
         ),
@@ -273,7 +265,7 @@ def test_existing_folders_are_not_overwritten(tmp_path):
     run(1, overwrite=True)
     torch.testing.assert_close(weight(), unet(seed=1).conv_in.weight, rtol=0, atol=0)
     (tmp_path / "out" / "distill_config.json").unlink()
-    with pytest.raises(FileExistsError, match="not an earlier export"):
+    with pytest.raises(FileExistsError, match="not the folder of an earlier export"):
         run(2, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -327,7 +319,8 @@ FLOW, VP = FlowMatching(), zero_snr()
         (unet(), VP, "v_prediction", [1.0, 0.7505], "renoise", "749.5"),
         (unet(), VP, "v_prediction", [1.0, 0.001], "renoise", "timestep 0, where the stock LCMSch"),
         (unet(), VP, "v_prediction", few_step_times(VP, 3), "ode", "DDIMScheduler.*divisor of 1000"),
-        (unet(), VP, "v_prediction", [0.5], "renoise", "x noise, but stock LCM schedulers from unit noise"),
+        (unet(), VP, "v_prediction", [0.5], "renoise", r"1 steps is \[999\]"),
+        (unet(), SigmaStart(), "epsilon", [1.0, 0.5], "renoise", "x noise, but stock LCM schedulers from unit noise"),
         (unet(), SigmaStart(), "epsilon", [1.0, 0.5], "renoise", r"0\.99\d+ x noise"),
         (unet(), SigmaStart(), "epsilon", [0.5], "ode", r"0\.\d+ x noise"),
         (unet(), VP, "flow_prediction", [1.0], "renoise", "not flow_prediction"),

@@ -175,7 +175,7 @@ def test_samples_per_update_and_bad_arguments(clock):
     fit(Tick(clock, console=console, samples_per_update=100, metrics=()))
     assert "10/20  200 samples/s" in out.getvalue()
     assert "student" not in out.getvalue()
-    with pytest.raises(ValueError, match="at least one line"):
+    with pytest.raises(ValueError, match="one line or more"):
         StudentProgressBar(lines=0)
     with pytest.raises(ValueError, match="positive time"):
         StudentProgressBar(refresh_seconds=0)

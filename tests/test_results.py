@@ -1,4 +1,4 @@
-"""Benchmark records: fixed names, figures at the top level, facts under ``meta``, nothing that JSON cannot hold."""
+"""Benchmark records: fixed names, figures at the top level, facts under ``meta``, valid JSON."""
 
 from __future__ import annotations
 

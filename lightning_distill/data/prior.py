@@ -1,6 +1,5 @@
 """Batches without data, for methods that learn from the teacher alone."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,9 +28,7 @@ class Prior(DistillationDataModule):
     """Class labels only, every class equally often in an epoch, or nothing at all; methods draw the noise.
 
     Args:
-        shape: shape of the samples that the networks make, (C, H, W) or (D,).
         num_classes: number of classes; None for unconditional networks.
-        sigma_data: standard deviation of the data that the teacher was trained on.
         samples_per_epoch: size of an epoch.
         **kwargs: arguments of ``DistillationDataModule``.
 
@@ -41,9 +38,7 @@ class Prior(DistillationDataModule):
 
     def __init__(
         self,
-        shape: Sequence[int],
         num_classes: int | None = None,
-        sigma_data: float = 0.5,
         samples_per_epoch: int = 51_200,
         **kwargs: Any,
     ) -> None:
@@ -54,9 +49,7 @@ class Prior(DistillationDataModule):
                 "or more "
                 "(num_classes may be None for unconditional networks)."
             )
-        self.shape = tuple(shape)
         self.num_classes = num_classes
-        self.sigma_data = sigma_data
         self.samples_per_epoch = samples_per_epoch
 
     def make_source(self) -> _Labels:

@@ -11,11 +11,12 @@ optimizer steps through Lightning's wrapper, so ``trainer.global_step`` and ``ma
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -104,7 +105,7 @@ class DistillationModule(LightningModule):
         student: Role | None = None,
         num_steps: int = 1,
         student_times: list[float] | None = None,
-        sampler: str = "renoise",
+        sampler: Literal["renoise", "ode"] = "renoise",
         shape: list[int] | None = None,
         loss_weights: dict[str, float] | None = None,
         student_optimizer: OptimizerCallable | None = None,
@@ -120,6 +121,8 @@ class DistillationModule(LightningModule):
         self.automatic_optimization = False
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a student needs at least one step.")
+        if sampler not in ("renoise", "ode"):
+            raise ValueError(f"sampler={sampler!r} is unknown for students; choose renoise or ode.")
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: give 1 or more.")
         if isinstance(teacher, DenoiserSpec):
@@ -128,7 +131,7 @@ class DistillationModule(LightningModule):
         self._student_role = student or Copy()
         self._num_steps = num_steps
         self._given_times = None if student_times is None else [float(t) for t in student_times]
-        self.sampler = sampler
+        self.sampler: Literal["renoise", "ode"] = sampler
         self._given_shape = None if shape is None else tuple(shape)
         self.loss_weights = {**self.default_loss_weights, **(loss_weights or {})}
         self.optimizer_factories: dict[str, OptimizerCallable | None] = {"student": student_optimizer}
@@ -176,8 +179,6 @@ class DistillationModule(LightningModule):
 
     def check_configuration(self) -> None:
         """Raise for settings that contradict each other; called when the networks exist, before any step."""
-        if self.sampler not in ("renoise", "ode"):
-            raise ValueError(f"sampler={self.sampler!r} is unknown for students; choose renoise or ode.")
         validate_times(self.student_times, self.process)
         phases = [f"{phase}/" for phase in self.phases]
         for key in self.loss_weights:
@@ -303,7 +304,7 @@ class DistillationModule(LightningModule):
         """Phases of one cycle in order, each with the slice of the batch it uses."""
         return [(phase, 0) for phase in self.phases]
 
-    def configure_optimizers(self) -> list[dict[str, Any]]:
+    def configure_optimizers(self) -> Any:
         """One optimizer, and its schedule if there is one, per phase."""
         configured = []
         for phase, roles in self.phases.items():
@@ -327,8 +328,9 @@ class DistillationModule(LightningModule):
         self._check_scaling(batch)
         slices = self._slice(batch)
         update = self.trainer.global_step
-        log = (update + 1) % max(1, self.trainer.log_every_n_steps) == 0
+        log = (update + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 50)) == 0
         repeats: dict[str, int] = {}
+        self._rollouts.clear()  # an interrupted cycle leaves its own
         for phase, index in self.phase_plan():
             repeat = repeats[phase] = repeats.get(phase, -1) + 1
             terms = self._phase(phase, slices[index], update, repeat, index)
@@ -377,7 +379,7 @@ class DistillationModule(LightningModule):
                 optimizer.step()
                 self._average(update + 1, batch.size * self.trainer.world_size)
             else:
-                inner = getattr(optimizer, "optimizer", optimizer)
+                inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
                 self.trainer.strategy.optimizer_step(inner, closure=lambda: None, model=self)
         optimizer.zero_grad(set_to_none=True)
         mean = _mean(logged)
@@ -426,7 +428,6 @@ class DistillationModule(LightningModule):
     def _log_terms(self, phase: str, terms: Terms) -> None:
         values = {f"train/{phase}/{k}": v for k, v in {**terms.losses, **terms.diagnostics}.items()}
         self.log_dict({k: v.detach() for k, v in values.items()}, batch_size=1)
-        self.log(f"{phase}", terms.diagnostics["total"].detach(), prog_bar=True, logger=False, batch_size=1)
 
     def _log_skipped(self) -> None:
         in_a_row = self.skipped_in_a_row.tolist()

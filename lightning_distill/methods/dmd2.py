@@ -1,7 +1,7 @@
 """DMD2: improved distribution matching distillation (arXiv:2405.14867)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class DMD2(FakeScoreMethod):
     paper = "2405.14867"
     default_lr = 1e-4
     phases = {"student": ("student",), "fake_score": ("fake_score", "discriminator")}  # noqa: RUF012
-    default_loss_weights: Mapping[str, float] = {"student/gan": 1e-3, "fake_score/gan": 1e-2}  # noqa: RUF012
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 1e-3, "fake_score/gan": 1e-2}  # noqa: RUF012
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class DMD2(FakeScoreMethod):
         """Network calls per phase of a one-step student (first critic update); early-exit feature calls included."""
         student = {"student": 1, "teacher": 1, "fake_score": 1}
         critic = {"student": 0, "teacher": 0, "fake_score": 1}
-        if self.gan is not None:
+        if self.gan is not None and self.gan.network_taps:
             source = self.gan.features
             student[source] += 1
             critic[source] += 1 if source == "fake_score" and self.gan.times is None else 2

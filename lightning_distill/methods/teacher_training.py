@@ -1,6 +1,6 @@
 """Teachers: ordinary diffusion or flow-matching training of a fresh network."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,7 +45,7 @@ class TeacherTraining(DistillationModule):
         training_times: TimeDistribution | None = None,
         loss_space: str | None = None,
         num_steps: int = 50,
-        sampler: str = "ode",
+        sampler: Literal["renoise", "ode"] = "ode",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher=None, num_steps=num_steps, sampler=sampler, **kwargs)

@@ -159,10 +159,7 @@ class Denoiser(nn.Module):
         """
         null: dict[str, Any] = {}
         for key, value in cond.items():
-            entry = self.null_class if key == "class_labels" and self.null_class is not None else None
-            if entry is None:
-                entry = self.family.null.get(key)
-                entry = entry(self.network) if callable(entry) else entry
+            entry = self._null_value(key)
             if entry is None:
                 raise ValueError(
                     f"guidance needs an unconditional value for {key!r}, and {type(self.network).__name__} has none; "
@@ -171,13 +168,18 @@ class Denoiser(nn.Module):
             null[key] = torch.full_like(value, entry)
         return null
 
+    def _null_value(self, key: str) -> int | float | None:
+        """The value of a condition that stands for "none", None where there is no such value."""
+        if key == "class_labels" and self.null_class is not None:
+            return self.null_class
+        entry = self.family.null.get(key)
+        return entry(self.network) if callable(entry) else entry
+
     @property
     def num_classes(self) -> int | None:
         """Number of real classes (the null class is the label after the last); None without class labels."""
-        if self.null_class is not None:
-            return self.null_class
-        entry = self.family.null.get("class_labels")
-        return entry(self.network) if callable(entry) else None
+        null = self._null_value("class_labels")
+        return None if null is None else int(null)
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:

@@ -20,12 +20,17 @@ __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
 
 def _image_shape(network: nn.Module) -> tuple[int, ...] | None:
-    config = network.config
+    config: Any = network.config
     size = config.sample_size
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     return (config.in_channels, height, width)
+
+
+def _dit_classes(network: nn.Module) -> int | None:
+    config: Any = network.config
+    return config.num_embeds_ada_norm
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ register(
         integer_time=True,
         channel_split=True,
         cond_keys=("class_labels",),
-        null={"class_labels": lambda network: network.config.num_embeds_ada_norm},
+        null={"class_labels": _dit_classes},
         blocks=("transformer_blocks",),
         eval_only=True,
         sample_shape=_image_shape,

@@ -11,7 +11,8 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
+    own = any("case" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "case" in metafunc.fixturenames and not own:
         metafunc.parametrize("case", CASES, ids=lambda case: f"{case.method.__name__}-{case.name}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,19 @@ def methods_without_case(found: Iterable[type[DistillationModule]]) -> list[str]
 
 
 # ------------------------------------------------------------------------------------------------ runs
+class Batches:
+    """A loader of given batches."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 def trainer(steps: int, **settings: Any) -> Trainer:
     """A quiet Trainer on the CPU."""
     quiet: dict[str, Any] = {

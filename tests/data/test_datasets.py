@@ -283,7 +283,7 @@ def test_unknown_toy_lists_the_known_ones():
 
 # ------------------------------------------------------------------------------------------------------ prior
 def test_prior_classes_are_balanced_and_permuted():
-    got = batches(Prior((1, 8, 8), num_classes=10, samples_per_epoch=200, batch_size=20))
+    got = batches(Prior(num_classes=10, samples_per_epoch=200, batch_size=20))
     labels = torch.cat([b.cond["class_labels"] for b in got])
     assert labels.bincount().tolist() == [20] * 10
     assert labels[:10].tolist() != list(range(10))
@@ -291,10 +291,10 @@ def test_prior_classes_are_balanced_and_permuted():
 
 
 def test_unconditional_prior_gives_only_a_size():
-    (batch, *_) = batches(Prior([2], samples_per_epoch=64, batch_size=16))
+    (batch, *_) = batches(Prior(samples_per_epoch=64, batch_size=16))
     assert (batch.cond, batch.x0, batch.size) == ({}, None, 16)
     with pytest.raises(ValueError, match="num_classes=0"):
-        Prior([2], num_classes=0)
+        Prior(num_classes=0)
 
 
 # ------------------------------------------------------------------------------------------------------ pairs

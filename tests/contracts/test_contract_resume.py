@@ -1,0 +1,101 @@
+"""A run that is interrupted and resumed ends exactly where the uninterrupted one does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from method_cases import CASES, EPOCH, Case, dmd2, flow_mlp, points, trainer, without_data
+
+from lightning_distill.methods import DMD2
+from lightning_distill.networks.roles import Lora
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual", "ignore:.*eval mode")
+
+STEPS = EPOCH + 3
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Paths at which two checkpoints differ in any bit."""
+    if isinstance(a, torch.Tensor):
+        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{path}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [f"{path}: {a!r} != {b!r}"]
+
+
+class Batches(Callback):
+    """The data each cycle sees."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append([batch.x0, *batch.cond.values()])
+
+
+def final_state(case, module, path, loader=None, ckpt_path=None, **settings):
+    seen = Batches()
+    loader = loader or case.loader(module)
+    fit = trainer(STEPS, callbacks=[seen, *settings.pop("callbacks", [])], **settings)
+    fit.fit(module, loader, ckpt_path=ckpt_path)
+    fit.save_checkpoint(path)
+    state = torch.load(path, weights_only=True)
+    assert state["global_step"] == STEPS
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "lightning_distill", "global_step", "epoch")
+    return {**{key: state[key] for key in kept}, "position": loader.state_dict()}, seen.seen
+
+
+def check_resume(case, build, folder, stops):
+    every = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    want, batches = final_state(case, build(), folder / "whole.ckpt", callbacks=[every], enable_checkpointing=True)
+    for stop in stops:
+        torch.manual_seed(1000 + stop)  # a fresh process has another global state
+        module = build()
+        path = folder / f"step={stop}.ckpt"
+        got, rest = final_state(case, module, folder / "resumed.ckpt", ckpt_path=path)
+        assert not differences(batches[stop:], rest)
+        assert not differences(want, got)
+        assert differences(want["state_dict"], torch.load(path, weights_only=True)["state_dict"])
+
+
+def test_resumed_runs_are_uninterrupted_runs_bit_for_bit(case, build, tmp_path):
+    """Stops within an epoch, on its last batch and within the next one."""
+    stops = (2, EPOCH, EPOCH + 1) if case.name in ("one_step", "shared_3", "gan_fake_score") else (3,)
+    check_resume(case, build, tmp_path, stops)
+
+
+def test_global_generators_are_restored(tmp_path):
+    """Dropout of adapters is the one draw that comes from them."""
+    lora = dmd2(student=lambda: Lora(rank=2, dropout=0.3), fake_score=lambda: Lora(rank=2))
+    case = Case("dropout", DMD2, flow_mlp, lambda: without_data(points()), lora)
+    check_resume(case, lambda: case.build(tmp_path), tmp_path, (2,))
+
+
+def test_stopped_runs_are_resumed_too(tmp_path):
+    """A run that reached its own max_steps, and is then asked for more."""
+    case = next(c for c in CASES if c.name == "gan_fake_score")
+    want, batches = final_state(case, case.build(tmp_path), tmp_path / "whole.ckpt")
+    torch.manual_seed(0)  # as the uninterrupted run
+    first = case.build(tmp_path)
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, filename="first")
+    trainer(3, callbacks=[saving], enable_checkpointing=True).fit(first, case.loader(first))
+    got, rest = final_state(
+        case, case.build(tmp_path), tmp_path / "second.ckpt", ckpt_path=tmp_path / "first.ckpt"
+    )
+    assert not differences(want, got)
+    assert not differences(batches[3:], rest)
+
+
+def test_differences_are_found():
+    state = {"a": [torch.zeros(2), 1.0], "b": {"c": "x"}}
+    assert not differences(state, {"a": [torch.zeros(2), 1.0], "b": {"c": "x"}})
+    assert differences(state, {"a": [torch.tensor([0.0, 1e-30]), 1.0], "b": {"c": "x"}}) == ["/a[0]"]
+    assert differences(state, {"a": [torch.zeros(2), 1.0], "b": {}}) == ["/b: keys ['c']"]

@@ -6,7 +6,9 @@ Frozen sources are recorded by a fingerprint of their weights, so that resuming 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +121,33 @@ def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) ->
         )
     if module.teacher is not None and "teacher" in entry:
         verify_fingerprint("teacher", module.teacher_fingerprint(), entry["teacher"])
+    if module._trainer is None or module.trainer.state.fn != "fit":
+        return  # weights loaded outside a run
     torch.set_rng_state(entry["rng"]["cpu"])
     if "cuda" in entry["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(entry["rng"]["cuda"])
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Content of a Lightning checkpoint, memory-mapped; pickled code is refused by ``weights_only``.
+
+    Raises:
+        ValueError: the file is damaged, or something else than a Lightning checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({reason}); it is incomplete, not a checkpoint, or holds "
+            "more than tensors and plain values."
+        ) from None
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        what = (
+            f"the keys {sorted(map(str, content))[:5]}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
+        raise ValueError(f"{path} is no Lightning checkpoint: it has no state_dict but {what}.")
+    return content

@@ -121,11 +121,10 @@ def export_denoiser(
 
     process, start = denoiser.process, scale_of_start(denoiser.process, times[0])
     if denoiser.network_process is not None:
-        if denoiser.sigma_data != 1.0:
+        if denoiser.data_scale != 1.0:
             raise ValueError(
-                f"the student's network works on data divided by sigma_data={denoiser.sigma_data:g}, which "
-                "no stock "
-                f"scheduler multiplies back; train on data of unit standard deviation, or use export_weights."
+                f"the student's network works on data divided by {denoiser.data_scale:g}, which no stock "
+                "scheduler multiplies back; train on data of unit standard deviation, or use export_weights."
             )
         source, process = process, denoiser.network_process
         inner, factor = change_process(torch.tensor(list(times), dtype=torch.float64), source, process)

@@ -47,7 +47,10 @@ def test_one_generator_draws_the_start_and_then_the_fresh_noise(denoiser):
 
     assert torch.equal(sample(0), sample(0))
     assert not torch.equal(sample(0), sample(1))
-    assert torch.equal(draw_noise((4, 2), torch.Generator().manual_seed(5)), torch.randn(4, 2, generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(
+        draw_noise((4, 2), torch.Generator().manual_seed(5)),
+        torch.randn(4, 2, generator=torch.Generator().manual_seed(5)),
+    )
 
 
 @pytest.mark.parametrize("sampler", ["ode", "heun", "dpmpp_2m"])
@@ -73,7 +76,9 @@ def test_guidance_and_noise_scale_reach_the_sampler(denoiser):
     assert torch.equal(*quiet)
 
 
-@pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving(), EDM(0.02, 10.0)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [FlowMatching(), VariancePreserving(), EDM(0.02, 10.0)], ids=lambda p: type(p).__name__
+)
 def test_the_exact_teacher_makes_its_own_distribution(process):
     """From the start noise of the process to data N(1, .3^2), by a second-order solver."""
     teacher = analytic_denoiser(GaussianMixture([[1.0]], std=0.3), process)

@@ -76,7 +76,7 @@ def test_numbers_have_their_distribution():
     assert float(normal.pow(4).mean()) == pytest.approx(3.0, abs=4 * (96 / n) ** 0.5)
     uniform = torch.cat([streams.uniform("u", update, 0, (2000,)) for update in range(5)])
     assert uniform.dtype == torch.float64
-    assert 0.0 < float(uniform.min())
+    assert float(uniform.min()) > 0.0
     assert float(uniform.max()) < 1.0
     levels = (torch.arange(len(uniform)) + 0.5) / len(uniform)
     assert float((uniform.sort().values - levels).abs().max()) < 1.95 / len(uniform) ** 0.5  # Kolmogorov, 99.9 %

@@ -8,7 +8,7 @@ One ``training_step`` is one *cycle*: one student update, then the updates of th
 optimizer steps through Lightning's wrapper, so ``trainer.global_step`` and ``max_steps`` count student updates.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -96,6 +96,8 @@ class DistillationModule(LightningModule):
     default_loss_weights: ClassVar[Mapping[str, float]] = {}
     #: arXiv number, shown by ``lightning-distill methods``.
     paper: ClassVar[str] = ""
+    #: what the method learns from, shown beside it.
+    learns_from: ClassVar[str] = "teacher"
     default_lr: ClassVar[float] = 1e-4
 
     def __init__(
@@ -207,9 +209,7 @@ class DistillationModule(LightningModule):
         """Trained parameters of a role; empty where the configuration has none."""
         if name not in self._trained:
             network = getattr(self, name, None)
-            self._trained[name] = (
-                [] if network is None else [p for p in network.parameters() if p.requires_grad]
-            )
+            self._trained[name] = [] if network is None else [p for p in network.parameters() if p.requires_grad]
         return self._trained[name]
 
     def averages(self) -> list[list[nn.Parameter]]:
@@ -388,9 +388,7 @@ class DistillationModule(LightningModule):
 
     def weighted_sum(self, phase: str, terms: Terms) -> Tensor:
         """Total loss of a phase: its terms with their ``loss_weights``."""
-        losses = [
-            self.loss_weights.get(f"{phase}/{name}", 1.0) * value for name, value in terms.losses.items()
-        ]
+        losses = [self.loss_weights.get(f"{phase}/{name}", 1.0) * value for name, value in terms.losses.items()]
         return torch.stack(losses).sum()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -441,9 +439,7 @@ class DistillationModule(LightningModule):
                 )
 
     # ------------------------------------------------------------------------------------------------ checkpoints
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint's tensors; frozen networks are not in it and stay as they are."""
         self.configure_model()
         if strict:
@@ -467,9 +463,7 @@ class DistillationModule(LightningModule):
         if weights == "student":
             return self.student
         if weights not in self.student_ema:
-            raise ValueError(
-                f"weights={weights!r} is unknown; choose student or one of {list(self.student_ema)}."
-            )
+            raise ValueError(f"weights={weights!r} is unknown; choose student or one of {list(self.student_ema)}.")
         average = self.student_ema[weights]
         assert isinstance(average, Denoiser)
         return average
@@ -504,9 +498,7 @@ class DistillationModule(LightningModule):
         times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
         start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
         conditions = default_cond(network, n) if cond is None else cond
-        return generate(
-            network, start, conditions, times, self.sampler, generator=generator, batch_size=batch_size
-        )
+        return generate(network, start, conditions, times, self.sampler, generator=generator, batch_size=batch_size)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Samples for the conditions of a batch."""

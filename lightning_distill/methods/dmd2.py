@@ -14,6 +14,7 @@ from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.discriminators import DiscriminatorHeads
+from lightning_distill.networks.specs import DenoiserSpec
 
 __all__ = ["DMD2"]
 
@@ -47,13 +48,13 @@ class DMD2(FakeScoreMethod):
     """
 
     paper = "2405.14867"
-    default_lr = 1e-4
-    phases = {"student": ("student",), "fake_score": ("fake_score", "discriminator")}  # noqa: RUF012
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 1e-3, "fake_score/gan": 1e-2}  # noqa: RUF012
+    learns_from = "teacher alone; data for gan"
+    phases = {"student": ("student",), "fake_score": ("fake_score", "discriminator")}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 1e-3, "fake_score/gan": 1e-2}
 
     def __init__(
         self,
-        teacher: Any = None,
+        teacher: DenoiserSpec | Denoiser | None = None,
         *,
         weight: str = "dmd",
         gan: Adversary | None = None,
@@ -99,11 +100,7 @@ class DMD2(FakeScoreMethod):
             u = self.draws.uniform("guidance", len(x))
             real = self.guidance(self.require_teacher(), x_t, t, batch.cond, u).x0
             fake = self.fake_score(x_t, t, batch.cond).x0
-        terms = {
-            "matching": score_difference(
-                x, real, fake, matching_weight(self.weight, x, real, t, self.process)
-            )
-        }
+        terms = {"matching": score_difference(x, real, fake, matching_weight(self.weight, x, real, t, self.process))}
         if self.gan is not None:
             x_s, s, _ = self.renoise(x, self.gan.times or self.critic_times, "gan")
             terms["gan"] = generator_loss(self._logits(x_s, s, batch.cond), self.gan.kind)
@@ -137,9 +134,7 @@ class DMD2(FakeScoreMethod):
         if shared:  # the critic's own forward already has the fake features
             fake, t = self.heads(self.gan.in_passing(prediction.x_t, prediction.features)), prediction.t
         else:
-            x_s, t, _ = self.renoise(
-                self.rollout(batch, grad=False).x0, self.gan.times or self.critic_times, "gan"
-            )
+            x_s, t, _ = self.renoise(self.rollout(batch, grad=False).x0, self.gan.times or self.critic_times, "gan")
             fake = self._logits(x_s, t, batch.cond)
         eps = self.draws.normal("gan/real_noise", batch.x0.shape)
         real = self._logits(self.process.add_noise(batch.x0, eps, t), t, batch.cond)

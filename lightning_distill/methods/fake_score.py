@@ -12,6 +12,7 @@ from lightning_distill.losses.score_matching import denoising_loss
 from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Copy, Role
+from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.times import TimeDistribution, Uniform, check_coverage
 
 __all__ = ["FakeScoreMethod"]
@@ -39,11 +40,11 @@ class FakeScoreMethod(DistillationModule):
         **kwargs: see ``DistillationModule``.
     """
 
-    phases = {"student": ("student",), "fake_score": ("fake_score",)}  # noqa: RUF012
+    phases = {"student": ("student",), "fake_score": ("fake_score",)}
 
     def __init__(
         self,
-        teacher: Any = None,
+        teacher: DenoiserSpec | Denoiser | None = None,
         *,
         fake_score: Role | None = None,
         guidance: Guidance | None = None,
@@ -81,7 +82,8 @@ class FakeScoreMethod(DistillationModule):
         """Guidance must be possible, and the critic must be trained where scores are compared."""
         super().check_configuration()
         teacher = self.require_teacher()
-        if self.guidance.needs_null and teacher.num_classes is None and not teacher.family.null:
+        others = set(teacher.family.null) - {"class_labels"}
+        if self.guidance.needs_null and teacher.num_classes is None and not others:
             raise ValueError(
                 f"guidance scale {self.guidance.scale:g} needs an unconditional branch, but the teacher "
                 f"({type(teacher.network).__name__}) has no null class; give null_class=... of the teacher, or use "
@@ -105,7 +107,7 @@ class FakeScoreMethod(DistillationModule):
         x_t, t, eps = self.renoise(x, self.critic_times, "critic")
         prediction = self.fake_score(x_t, t, batch.cond, taps=taps)
         space = self.critic_space or ("edm" if self.fake_score.network_process is not None else None)
-        loss = denoising_loss(prediction, x, eps, space, self.fake_score.sigma_data)
+        loss = denoising_loss(prediction, x, eps, space, self.fake_score.data_scale)
         return Terms({"denoising": loss}), prediction
 
     def fake_score_loss(self, batch: Batch) -> Terms:

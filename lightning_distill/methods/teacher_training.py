@@ -25,7 +25,8 @@ class TeacherTraining(DistillationModule):
 
     Args:
         network: the network to train.
-        label_dropout: share of samples whose class becomes the null class; needs ``null_class`` of the network.
+        label_dropout: share of samples whose class becomes the null class; nothing is dropped for networks without
+            one (give ``null_class`` where the class does not know it).
         training_times: distribution of t.
         loss_space: space of the squared error (see ``denoising_loss``); None is the network's own prediction type, or
             ``edm`` for a network with a process of its own.
@@ -35,6 +36,7 @@ class TeacherTraining(DistillationModule):
     """
 
     paper = "2006.11239"
+    learns_from = "data"
     default_lr = 1e-3
 
     def __init__(
@@ -72,10 +74,10 @@ class TeacherTraining(DistillationModule):
         x_t, t, eps = self.renoise(batch.x0, self.training_times)
         prediction = self.student(x_t, t, self._drop_labels(batch))
         space = self.loss_space or ("edm" if self.student.network_process is not None else None)
-        return Terms({"denoising": denoising_loss(prediction, batch.x0, eps, space, self.student.sigma_data)})
+        return Terms({"denoising": denoising_loss(prediction, batch.x0, eps, space, self.student.data_scale)})
 
     def _drop_labels(self, batch: Batch) -> dict[str, Any]:
-        if self.label_dropout == 0.0 or not batch.cond or self.student.null_class is None:
+        if self.label_dropout == 0.0 or not batch.cond or self.student.num_classes is None:
             return batch.cond
         drop = self.draws.uniform("label_dropout", batch.size) < self.label_dropout
         null = self.student.null_cond(batch.cond)
@@ -87,9 +89,7 @@ class TeacherTraining(DistillationModule):
         from lightning_distill.randomness import Draws
 
         batch = as_batch(batch)
-        self.draws = Draws(
-            self.streams, batch_idx, self.global_rank * batch.size, "validation", device=self.device
-        )
+        self.draws = Draws(self.streams, batch_idx, self.global_rank * batch.size, "validation", device=self.device)
         loss = self.weighted_sum("student", self.student_loss(batch))
         self.log("val/denoising", loss, prog_bar=True, batch_size=batch.size, sync_dist=True)
 

@@ -35,6 +35,8 @@ class Denoiser(nn.Module):
         prediction_type: what the network outputs: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
         network_process: native process of the network, None when it is ``process``.
         sigma_data: standard deviation of the data, per element; checked against the first batches of a run.
+        data_scale: with ``network_process``, the network works on data divided by this; None is ``sigma_data``, 1 a network
+            trained on the data as they are.
         null_class: label that means "no class"; None when the network was trained without one.
         family: calling convention, None to look it up.
 
@@ -50,6 +52,7 @@ class Denoiser(nn.Module):
         *,
         network_process: NoiseProcess | None = None,
         sigma_data: float = 1.0,
+        data_scale: float | None = None,
         null_class: int | None = None,
         family: Family | None = None,
     ) -> None:
@@ -71,6 +74,7 @@ class Denoiser(nn.Module):
         self.prediction_type = prediction_type
         self.network_process = network_process
         self.sigma_data = float(sigma_data)
+        self.data_scale = self.sigma_data if data_scale is None else float(data_scale)
         self.null_class = null_class
         self.family = family or family_of(network)
         if self.family.eval_only:
@@ -129,7 +133,7 @@ class Denoiser(nn.Module):
         if scale is None:
             return Prediction(raw, x_t, t, self.process, self.prediction_type, features)
         inner = Prediction(raw, x_t * scale, self._inner_time(t), self._inner, self.prediction_type)
-        return Prediction(inner.x0 * self.sigma_data, x_t, t, self.process, "sample", features)
+        return Prediction(inner.x0 * self.data_scale, x_t, t, self.process, "sample", features)
 
     def call_network(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Any:
         """The network's own call; adapter roles override it to choose their adapter."""
@@ -206,7 +210,7 @@ class Denoiser(nn.Module):
     def _inner_time(self, t: Tensor) -> Tensor:
         if self.network_process is None:
             return t
-        return change_process(t, self.process, self.network_process, self.sigma_data)[0]
+        return change_process(t, self.process, self.network_process, self.data_scale)[0]
 
     def _time(self, t: Tensor) -> Tensor:
         inner_t = self._inner_time(t)
@@ -220,7 +224,7 @@ class Denoiser(nn.Module):
             time = time.to(dtype if dtype == torch.float64 else torch.float32)
         if self.network_process is None:
             return x_t.to(dtype), time, None
-        _, factor = change_process(t, self.process, self.network_process, self.sigma_data)
+        _, factor = change_process(t, self.process, self.network_process, self.data_scale)
         scale = expand(factor, x_t)
         return (x_t * scale).to(dtype), time, scale
 

@@ -169,6 +169,7 @@ class AdapterDenoiser(Denoiser):
         self.prediction_type = source.prediction_type
         self.network_process = source.network_process
         self.sigma_data = source.sigma_data
+        self.data_scale = source.data_scale
         self.null_class = source.null_class
         self.family = source.family
         self.adapter_name = name

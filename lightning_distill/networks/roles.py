@@ -8,7 +8,6 @@ without dropout.
 """
 
 import copy
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.folders import beside, load_diffusers_network, network_folder, read_scheduler
 from lightning_distill.networks.lora import (
@@ -233,7 +233,7 @@ class FromCheckpoint(Role):
         return adapter
 
     def _role_state(self, path: Path) -> tuple[dict[str, Tensor], str]:
-        tensors = _read_checkpoint(path)
+        tensors: dict[str, Tensor] = read_checkpoint(path)["state_dict"]
         roles: dict[str, dict[str, Tensor]] = {}
         for key in tensors:
             cuts = [key.find(part) for part in (".network.", ".adapter.") if part in key]
@@ -301,6 +301,7 @@ def _like(source: Denoiser, network: nn.Module) -> Denoiser:
         source.prediction_type,
         network_process=source.network_process,
         sigma_data=source.sigma_data,
+        data_scale=source.data_scale,
         null_class=source.null_class,
         family=source.family,
     ).eval()
@@ -314,24 +315,3 @@ def _master(denoiser: Denoiser) -> Denoiser:
         if any(t.dtype in narrow for t in tensors):
             module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
     return denoiser.requires_grad_(True)
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors of a Lightning checkpoint, memory-mapped; pickled code is refused by ``weights_only``."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({reason}); it is incomplete, not a checkpoint, or holds "
-            "more than tensors and plain values."
-        ) from None
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        what = (
-            f"the keys {sorted(map(str, content))[:5]}"
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
-        raise ValueError(f"{path} is no Lightning checkpoint: it has no state_dict but {what}.")
-    return state

@@ -202,6 +202,8 @@ class PretrainedDenoiser(DenoiserSpec):
         null_class: label that means "no class"; None for the card's.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps float32.
         allow_download: fetch ``path`` from the Hugging Face hub when it is no local folder.
+        method_process: noise process that the method works in when it is not the network's own; the exact change of process
+            makes a flow-matching teacher of any other, for example.
     """
 
     def __init__(
@@ -214,6 +216,7 @@ class PretrainedDenoiser(DenoiserSpec):
         null_class: int | None = None,
         dtype: str | None = None,
         allow_download: bool = False,
+        method_process: NoiseProcess | None = None,
     ) -> None:
         self.path = str(path)
         self.subfolder = subfolder
@@ -223,6 +226,7 @@ class PretrainedDenoiser(DenoiserSpec):
         self.null_class = null_class
         self.dtype = dtype
         self.allow_download = allow_download
+        self.method_process = method_process
 
     def check(self) -> None:  # noqa: D102
         _dtype(self.dtype)
@@ -242,12 +246,21 @@ class PretrainedDenoiser(DenoiserSpec):
         source = self._read(self._local() or self._download())
         source.check()
         network = source.load(_dtype(self.dtype))
+        process, inner, scale = source.process, source.network_process, None
+        if self.method_process is not None and not same_path(self.method_process, process):
+            if inner is not None:
+                raise ValueError(
+                    f"{self.path} already reaches its network through a change of process; leave out method_process and "
+                    "set process in its card."
+                )
+            process, inner, scale = self.method_process, process, 1.0
         return Denoiser(
             network,
-            source.process,
+            process,
             source.prediction_type,
-            network_process=source.network_process,
+            network_process=inner,
             sigma_data=source.sigma_data,
+            data_scale=scale,
             null_class=source.null_class,
         )
 
@@ -289,10 +302,13 @@ class ZooDenoiser(DenoiserSpec):
 
     Args:
         name: folder of ``lightning_distill/zoo``.
+        method_process: noise process that the method works in; ``FlowMatching()`` makes a flow-matching teacher of any
+            entry, exactly.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, method_process: NoiseProcess | None = None) -> None:
         self.name = name
+        self.method_process = method_process
 
     def check(self) -> None:  # noqa: D102
         self._folder().check()
@@ -303,7 +319,7 @@ class ZooDenoiser(DenoiserSpec):
     def _folder(self) -> PretrainedDenoiser:
         from lightning_distill.zoo import zoo_path
 
-        return PretrainedDenoiser(str(zoo_path(self.name)))
+        return PretrainedDenoiser(str(zoo_path(self.name)), method_process=self.method_process)
 
 
 # ---------------------------------------------------------------------------------------- folders

@@ -173,6 +173,7 @@ CASES: list[Case] = [
     )),
     Case("two_step_renoise", DMD2, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
     Case("two_step_ode", DMD2, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2, sampler="ode")),
+    Case("two_step_vp", DMD2, vp_mlp, lambda: without_data(points(labelled=True)), dmd2(num_steps=2)),
     Case("gan_fake_score", DMD2, flow_mlp, points, dmd2(gan=heads())),
     Case("gan_teacher", DMD2, flow_mlp, points, dmd2(gan=heads(features="teacher", times=Uniform(0.1, 0.9)))),
     Case("gan_input", DMD2, flow_mlp, points, dmd2(gan=heads(taps=("input",)))),

@@ -13,7 +13,13 @@ from lightning_distill.methods import DistillationModule, TeacherTraining
 from lightning_distill.networks.lora import AdapterDenoiser, base_state_dict
 from lightning_distill.prediction import Prediction
 
-pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:The `srun`", "ignore:.*num_workers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ConstantEMA",
+    "ignore:.*eval mode",
+    "ignore:Using ModelCheckpoint with manual",
+    "ignore:Checkpoint directory",
+    "ignore:Be aware",
+)
 
 
 def test_every_method_has_a_case():
@@ -177,6 +183,26 @@ def test_a_cycle_is_one_student_update_and_the_declared_others(case, build):
     assert len(fit.lr_scheduler_configs) == len(module.phases)
 
 
+def test_every_term_is_logged_by_phase(case, build):
+    module = build()
+    fit = trainer(1, log_every_n_steps=1)
+    terms = {}
+    for phase in module.phases:
+        original = getattr(module, f"{phase}_loss")
+
+        def loss(batch, phase=phase, original=original):
+            found = original(batch)
+            terms.setdefault(phase, set()).update(found.losses, found.diagnostics)
+            return found
+
+        setattr(module, f"{phase}_loss", loss)
+    fit.fit(module, case.loader(module))
+    for phase in module.phases:
+        for name in {*terms[phase], "total", "grad_norm", "skipped_steps"}:
+            assert bool(torch.isfinite(fit.callback_metrics[f"train/{phase}/{name}"]))
+        assert fit.callback_metrics[f"train/{phase}/grad_norm"] > 0
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 def expected_keys(module: DistillationModule) -> set[str]:
     keys = {"skipped_steps", "skipped_in_a_row"}
@@ -197,9 +223,7 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(case, build, tmp_path
     assert set(saved["state_dict"]) == set(module.state_dict()) == expected_keys(module)
     assert not any(key.startswith("teacher") for key in saved["state_dict"])
     owned = {id(p) for optimizer in fit.optimizers for group in optimizer.param_groups for p in group["params"]}
-    assert owned == {
-        id(p) for roles in module.phases.values() for role in roles for p in module.role_parameters(role)
-    }
+    assert owned == {id(p) for roles in module.phases.values() for role in roles for p in module.role_parameters(role)}
     if isinstance(module.student, AdapterDenoiser):
         ranks = module.student.config.r * (1 + len(module.student_ema)) + module.fake_score.config.r
         numbers = sum(t.numel() for t in saved["state_dict"].values())
@@ -255,9 +279,7 @@ def test_averages_are_float32_follow_the_student_and_never_the_teacher(case, bui
         else:
             assert not teacher & {p.data_ptr() for p in own}
         # after each student update: beta average + (1 - beta) student
-        after_first = [
-            w["student"] for w, p in zip([*seen.weights[1:], seen.last], seen.phases) if p == "student"
-        ]
+        after_first = [w["student"] for w, p in zip([*seen.weights[1:], seen.last], seen.phases) if p == "student"]
         for index, (begin, first, second, p) in enumerate(zip(start[f"ema/{name}"], *after_first, own)):
             b1, b2 = profile.beta(1, 8), profile.beta(2, 8)
             want = b2 * (b1 * begin + (1 - b1) * first) + (1 - b2) * second

@@ -12,7 +12,13 @@ from method_cases import CASES, EPOCH, Case, dmd2, flow_mlp, points, trainer, wi
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.roles import Lora
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual", "ignore:.*eval mode")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ConstantEMA",
+    "ignore:.*eval mode",
+    "ignore:Using ModelCheckpoint with manual",
+    "ignore:Checkpoint directory",
+    "ignore:Be aware",
+)
 
 STEPS = EPOCH + 3
 
@@ -32,13 +38,16 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 class Batches(Callback):
-    """The data each cycle sees."""
+    """The data each cycle sees, and the update that its draws belong to."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.updates = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.seen.append([batch.x0, *batch.cond.values()])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.updates.append(pl_module.draws.update)
 
 
 def final_state(case, module, path, loader=None, ckpt_path=None, **settings):
@@ -49,6 +58,7 @@ def final_state(case, module, path, loader=None, ckpt_path=None, **settings):
     fit.save_checkpoint(path)
     state = torch.load(path, weights_only=True)
     assert state["global_step"] == STEPS
+    assert seen.updates == list(range(STEPS))[-len(seen.seen) :]  # across epochs: no noise comes twice
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "lightning_distill", "global_step", "epoch")
     return {**{key: state[key] for key in kept}, "position": loader.state_dict()}, seen.seen
 
@@ -79,6 +89,22 @@ def test_global_generators_are_restored(tmp_path):
     check_resume(case, lambda: case.build(tmp_path), tmp_path, (2,))
 
 
+def test_weights_loaded_outside_a_run_leave_the_generators_alone(tmp_path):
+    case = next(c for c in CASES if c.name == "one_step")
+    module = case.build(tmp_path)
+    fit = trainer(1)
+    fit.fit(module, case.loader(module))
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    other = case.build(tmp_path)
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    other.on_load_checkpoint(saved)
+    other.load_state_dict(saved["state_dict"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not differences(dict(module.state_dict()), dict(other.state_dict()))
+
+
 def test_stopped_runs_are_resumed_too(tmp_path):
     """A run that reached its own max_steps, and is then asked for more."""
     case = next(c for c in CASES if c.name == "gan_fake_score")
@@ -87,9 +113,7 @@ def test_stopped_runs_are_resumed_too(tmp_path):
     first = case.build(tmp_path)
     saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, filename="first")
     trainer(3, callbacks=[saving], enable_checkpointing=True).fit(first, case.loader(first))
-    got, rest = final_state(
-        case, case.build(tmp_path), tmp_path / "second.ckpt", ckpt_path=tmp_path / "first.ckpt"
-    )
+    got, rest = final_state(case, case.build(tmp_path), tmp_path / "second.ckpt", ckpt_path=tmp_path / "first.ckpt")
     assert not differences(want, got)
     assert not differences(batches[3:], rest)
 

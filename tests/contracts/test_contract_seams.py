@@ -9,7 +9,13 @@ from method_cases import BATCH, Batches, trainer
 
 from lightning_distill.batch import Batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*eval mode", "ignore:.*num_workers", "ignore:.*does not have many")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ConstantEMA",
+    "ignore:.*eval mode",
+    "ignore:Using ModelCheckpoint with manual",
+    "ignore:Checkpoint directory",
+    "ignore:Be aware",
+)
 
 
 def frozen(parameters):

@@ -11,10 +11,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from method_cases import CASES, Batches, adam, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_distill.methods import TeacherTraining
-from lightning_distill.processes import VariancePreserving
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*eval mode", "ignore:Using ModelCheckpoint with manual")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ConstantEMA",
+    "ignore:.*eval mode",
+    "ignore:Using ModelCheckpoint with manual",
+    "ignore:Checkpoint directory",
+    "ignore:Be aware",
+)
 
 SOME = [c for c in CASES if c.name in ("one_step", "lora", "gan_fake_score", "accumulate", "edm_preconditioned")]
 
@@ -119,7 +122,9 @@ def test_training_stops_when_steps_stay_bad_and_the_last_checkpoint_is_good(case
         poison(module, phase, range(2, 100), "loss", repeat)
     saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     fit = trainer(50, callbacks=[saving], enable_checkpointing=True, log_every_n_steps=1)
-    with pytest.raises(RuntimeError, match=f"{phase} updates had a loss or gradient that is not finite.*training stops"):
+    with pytest.raises(
+        RuntimeError, match=f"{phase} updates had a loss or gradient that is not finite.*training stops"
+    ):
         fit.fit(module, case.loader(module))
     assert fit.global_step < 8
     saved = torch.load(max(tmp_path.glob("*.ckpt"), key=lambda p: p.stat().st_mtime), weights_only=True)
@@ -143,12 +148,14 @@ class Synchronisations(TorchDispatchMode):
         self.calls += 1
         if func.overloadpacket.__name__ in self.waiting:
             frames = [f for f in traceback.extract_stack() if "lightning_distill" in f.filename]
-            self.found.append(f"{func} at {frames[-1].filename}:{frames[-1].lineno}" if frames else str(func))
+            # prior_std reads a tensor that it has made on the host, wherever the run is
+            if not any(f.name == "prior_std" for f in frames):
+                self.found.append(f"{func} at {frames[-1].filename}:{frames[-1].lineno}" if frames else str(func))
         return func(*args, **(kwargs or {}))
 
 
 def test_a_cycle_that_does_not_log_never_waits_for_the_device(case, build, request):
-    if case.method is not TeacherTraining and isinstance(build().process, VariancePreserving):
+    if case.name == "two_step_vp":
         reason = "VariancePreserving indexes its table with the one time that all samples share"
         request.applymarker(pytest.mark.xfail(reason=reason))
     module = build(**({"regression_steps": 0} if case.name == "regression" else {}))

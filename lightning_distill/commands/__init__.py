@@ -1,0 +1,1 @@
+"""Commands that are not Trainer methods; each module has ``main(words)``."""

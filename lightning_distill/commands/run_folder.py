@@ -1,0 +1,86 @@
+"""Read a run folder: the configuration and the checkpoint that a training run left behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_distill import checkpoints
+from lightning_distill.methods.base import DistillationModule
+
+__all__ = ["find_checkpoint", "find_run", "load_run", "read_config"]
+
+
+def find_run(path: str | Path) -> Path:
+    """The folder with ``config.yaml``: ``path`` itself, or the newest ``version_N`` below it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    root = Path(path).expanduser()
+    if (root / "config.yaml").is_file():
+        return root
+    versions = {int(m.group(1)): p for p in root.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))}
+    for number in sorted(versions, reverse=True):
+        if (versions[number] / "config.yaml").is_file():
+            return versions[number]
+    raise FileNotFoundError(
+        f"{root} is not a run folder: it has no config.yaml, nor a version_N folder with one; give the folder that "
+        "'lightning-distill fit' wrote, for example runs/quickstart/version_0."
+    )
+
+
+def find_checkpoint(run: Path, checkpoint: str | None = None) -> Path:
+    """The checkpoint to read: the given one, else the run's last.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(checkpoint).expanduser() if checkpoint else run / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        found = sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))
+        raise FileNotFoundError(
+            f"{path} does not exist; the run has {', '.join(found) or 'no checkpoints'}"
+            + ("; name one with --checkpoint." if found else " (was it stopped before its first one?).")
+        )
+    return path
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration of a run as plain data."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    if not isinstance(config, dict) or "model" not in config:
+        raise ValueError(f"{run / 'config.yaml'} has no model section, so it is not the configuration of a run.")
+    return config
+
+
+def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationModule:
+    """The module of a run with the weights of its checkpoint, in eval mode on the CPU.
+
+    Args:
+        path: run folder.
+        checkpoint: checkpoint file; None is the last.
+
+    Raises:
+        FileNotFoundError: no run folder or no checkpoint.
+        ValueError: a file that cannot be read, or that belongs to another configuration.
+    """
+    from jsonargparse import ArgumentParser
+
+    from lightning_distill.cli import import_everything
+
+    run = find_run(path)
+    file = find_checkpoint(run, checkpoint)
+    config = read_config(run)
+    content = checkpoints.read_checkpoint(file)
+    import_everything()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=DistillationModule)
+    module: DistillationModule = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
+    module.configure_model()
+    checkpoints.check_header(module, content.get("lightning_distill"))
+    module.load_state_dict(content["state_dict"])
+    return module.eval()  # type: ignore[return-value]

@@ -236,8 +236,10 @@ class VariancePreserving(NoiseProcess):
         angles = self._angles.to(t.device)
         position = t.double() * n
         left = position.floor().clamp(0, n - 1).long()
-        slope = angles[left + 1] - angles[left]
-        return angles[left] + (position - left) * slope, slope * n
+        # take, not indexing: a 0-dim index would wait for the device
+        start = angles.take(left)
+        slope = angles.take(left + 1) - start
+        return start + (position - left) * slope, slope * n
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         phi, _ = self._interpolate(t)

@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["CommandParser", "is_user_error", "one_line"]
+__all__ = ["CommandError", "CommandParser", "is_user_error", "one_line"]
 
 _NOISE = re.compile(
     r"(Does not validate against|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|Unable to load)"
 )
+
+
+class CommandError(ValueError):
+    """A command line that cannot be read."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -29,7 +33,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        raise ValueError(f"{message}; {self.prog} --help explains.")
+        raise CommandError(f"{message} (see {self.prog} --help).")
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -45,6 +49,8 @@ def one_line(error: BaseException) -> str:
     text = str(error).strip()
     if not text:
         return type(error).__name__
+    if isinstance(error, CommandError):
+        return text
     if "Parser key " in text or "Does not validate against" in text:
         leaves = _leaves(text)
         if leaves:
@@ -53,7 +59,11 @@ def one_line(error: BaseException) -> str:
     if "\n" in text and "InterpolationKeyError" in type(error).__name__:
         key = re.search(r"full_key: (\S+)", text)
         return sentence + (f" (in {_without_command(key[1])})" if key else "")
-    return sentence if _is_ours(error) else f"{sentence} ({type(error).__name__}; --debug shows where)"
+    return (
+        sentence
+        if _is_ours(error) or sentence.startswith("the weights do not fit")
+        else f"{sentence} ({type(error).__name__}; --debug shows where)"
+    )
 
 
 def _sentence(text: str) -> str:
@@ -65,9 +75,9 @@ def _sentence(text: str) -> str:
     if match := re.match(r"the following arguments are required: (.*)", text):
         missing = ", ".join(_without_command(key) for key in match[1].split(", "))
         return f"{missing} must be given, in a YAML file (-c CONFIG.yaml) or as --{missing.split(', ')[0]}=..."
-    if text.startswith(("Problems parsing config", "Problem parsing")):
-        return " ".join(text.split())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines[0].startswith("Error(s) in loading state_dict for"):
+        return f"the weights do not fit the configuration of the network: {lines[1]}"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
@@ -78,7 +88,8 @@ def _unknown_option(where: str, option: str) -> str:
 def _trainer_options() -> list[str]:
     from lightning.pytorch import Trainer
 
-    return [f"trainer.{name}" for name in inspect.signature(Trainer).parameters] + ["model", "data", "ckpt_path", "config"]
+    names = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
+    return [*names, "model", "data", "ckpt_path", "config"]
 
 
 # --------------------------------------------------------------------------------------------- the parser's tree
@@ -138,7 +149,8 @@ def _explain(leaf: _Leaf) -> str:
     message = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", leaf.message)
     message = re.sub(r"Expected an? ([^.]+)\. Got value: (.*)", r"expected \1, got \2", message)
     # sentences of our own say where they belong; the parser's need the key
-    return message if message.endswith(".") and " " in message and not message.startswith("expected") else prefix + message
+    own = message.endswith(".") and " " in message and not message.startswith("expected")
+    return message if own else prefix + message
 
 
 def _meant(given: str, known: Iterable[str], show_all: bool = False) -> str:
@@ -159,7 +171,7 @@ def _arguments(class_path: str) -> list[str]:
     for parent in cls.__mro__:
         if "__init__" in vars(parent) and parent is not object:
             parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
-            names += [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+            names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)][1:]
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lightning_distill.commands.run_folder import load_run
+from lightning_distill.commands.errors import CommandParser
+from lightning_distill.commands.run_folder import load_run, weights_name
 from lightning_distill.export import export_denoiser
 from lightning_distill.generation import default_cond
 from lightning_distill.methods.base import DistillationModule
@@ -66,15 +66,15 @@ def export_module(
 
 def main(words: Sequence[str]) -> None:
     """Export the student of a run."""
-    parser = argparse.ArgumentParser(prog="lightning-distill export", description="Student to diffusers pipeline.")
+    parser = CommandParser(prog="lightning-distill export", description="Student to diffusers pipeline.")
     parser.add_argument("run_dir", help="run folder, for example runs/quickstart")
     parser.add_argument("out_dir", help="folder to create")
-    parser.add_argument("--weights", help="student, or the name of an average (default: the first average)")
+    parser.add_argument("--weights", help="ema (the default), student, or the name of an average")
     parser.add_argument("--checkpoint", help="checkpoint file (default: the run's last)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it exists")
     args = parser.parse_args(list(words))
     if Path(args.out_dir).expanduser().exists() and not args.overwrite:
         raise FileExistsError(f"{args.out_dir} exists; give another folder, or --overwrite to replace it.")
     module = load_run(args.run_dir, args.checkpoint)
-    folder, difference = export_module(module, args.out_dir, args.weights, args.overwrite)
+    folder, difference = export_module(module, args.out_dir, weights_name(module, args.weights), args.overwrite)
     print(f"{folder}\nstock pipeline in a fresh process: largest difference to sample() {difference:.1e}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_distill.commands.errors import CommandParser
 from lightning_distill.methods.base import DistillationModule
 
 __all__ = ["MethodRow", "main", "method_classes", "method_rows"]
@@ -25,7 +25,7 @@ class MethodRow:
     summary: str
 
 
-def method_classes(base: type = DistillationModule) -> Iterator[type[DistillationModule]]:
+def method_classes(base: type[DistillationModule] = DistillationModule) -> Iterator[type[DistillationModule]]:
     """Concrete methods: subclasses, here and in plugins, that define or inherit a student loss."""
     for cls in base.__subclasses__():
         if hasattr(cls, "student_loss"):
@@ -41,17 +41,17 @@ def method_rows() -> list[MethodRow]:
     configs = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
     rows = []
     for cls in method_classes():
-        roles = sorted({r for roles in cls.phases.values() for r in roles}, key=["student", "fake_score", "discriminator"].index)
-        used = next((f"configs/{p.parent.name}/{p.name}" for p in configs if f"class_path: {cls.__name__}\n" in p.read_text()), "")
-        rows.append(
-            MethodRow(cls.__name__, cls.paper, ", ".join(roles), cls.learns_from, used, (inspect.getdoc(cls) or "").split("\n")[0])
-        )
+        roles = ", ".join(dict.fromkeys(role for roles in cls.phases.values() for role in roles))
+        line = f"class_path: {cls.__name__}\n"
+        used = next((f"configs/{p.parent.name}/{p.name}" for p in configs if line in p.read_text()), "")
+        summary = (inspect.getdoc(cls) or "").split("\n")[0]
+        rows.append(MethodRow(cls.__name__, cls.paper, roles, cls.learns_from, used, summary))
     return sorted(rows, key=lambda row: row.name)
 
 
 def main(words: Sequence[str]) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="lightning-distill methods", description="What can be trained.")
+    parser = CommandParser(prog="lightning-distill methods", description="What can be trained.")
     parser.parse_args(list(words))
     from rich.console import Console
     from rich.table import Table
@@ -59,4 +59,6 @@ def main(words: Sequence[str]) -> None:
     table = Table("method", "paper", "trained roles", "data", "configuration", "what it is")
     for row in method_rows():
         table.add_row(row.name, row.paper and f"arXiv:{row.paper}", row.roles, row.data, row.config, row.summary)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 160)  # a table that is cut off is worse than one that wraps
+    console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from lightning_distill.cli import trainer_cli
+from lightning_distill.commands.errors import CommandParser
 from lightning_distill.commands.export import export_module
 from lightning_distill.commands.run_folder import find_run
 from lightning_distill.configs import config_path
@@ -60,7 +60,7 @@ def evaluate_student(module: DistillationModule, zoo_name: str, n: int, bf16: bo
 
 def main(words: Sequence[str]) -> None:
     """Train, evaluate, draw, export, report."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lightning-distill quickstart", description="Distil the shipped Fashion-MNIST teacher into one step."
     )
     parser.add_argument("--smoke", action="store_true", help="a few updates and samples: does every part run?")
@@ -88,7 +88,10 @@ def main(words: Sequence[str]) -> None:
     record = {
         "progress": result["progress"],
         "nfe": result["nfe"],
-        "fd_cnn": {**{f"teacher_{k}": teacher["fd_cnn"][k] for k in ("1", "2", "4", "50")}, "student_1": result["fd_cnn"]},
+        "fd_cnn": {
+            **{f"teacher_{k}": teacher["fd_cnn"][k] for k in ("1", "2", "4", "50")},
+            "student_1": result["fd_cnn"],
+        },
         "recall": result["recall"],
         "precision": result["precision"],
         "class_accuracy": result["class_accuracy"],
@@ -102,9 +105,10 @@ def main(words: Sequence[str]) -> None:
     }
     written = _record(record, run, args.smoke)
     print(
-        f"\npictures    {picture}\nfigures     {written}\npipeline    {folder}   (stock diffusers gives the same images: "
-        f"difference {difference:.0e})\ncurves      tensorboard --logdir {run}\nmore        lightning-distill sample {run} --n 100\n"
-        "next        configs/method/dmd2_fashion.yaml adds real data and a GAN; README.md shows how to use your own model"
+        f"\npictures    {picture}\nfigures     {written}\n"
+        f"pipeline    {folder}   (stock diffusers gives the same images: difference {difference:.0e})\n"
+        f"curves      tensorboard --logdir {run}\nmore        lightning-distill sample {run} --n 100\n"
+        "next        configs/method/dmd2_fashion.yaml adds real data and a GAN; README.md: your own model"
     )
 
 

@@ -11,11 +11,11 @@ import yaml
 from lightning_distill import checkpoints
 from lightning_distill.methods.base import DistillationModule
 
-__all__ = ["find_checkpoint", "find_run", "load_run", "read_config"]
+__all__ = ["find_checkpoint", "find_run", "load_run", "read_config", "weights_name"]
 
 
 def find_run(path: str | Path) -> Path:
-    """The folder with ``config.yaml``: ``path`` itself, or the newest ``version_N`` below it.
+    """The folder with ``config.yaml``: ``path`` itself, or the newest ``version_N`` below it that has checkpoints.
 
     Raises:
         FileNotFoundError: there is none.
@@ -24,9 +24,9 @@ def find_run(path: str | Path) -> Path:
     if (root / "config.yaml").is_file():
         return root
     versions = {int(m.group(1)): p for p in root.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))}
-    for number in sorted(versions, reverse=True):
-        if (versions[number] / "config.yaml").is_file():
-            return versions[number]
+    runs = [versions[n] for n in sorted(versions, reverse=True) if (versions[n] / "config.yaml").is_file()]
+    if runs:  # a run that failed early has no checkpoint
+        return next((run for run in runs if any((run / "checkpoints").glob("*.ckpt"))), runs[0])
     raise FileNotFoundError(
         f"{root} is not a run folder: it has no config.yaml, nor a version_N folder with one; give the folder that "
         "'lightning-distill fit' wrote, for example runs/quickstart/version_0."
@@ -39,7 +39,11 @@ def find_checkpoint(run: Path, checkpoint: str | None = None) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = Path(checkpoint).expanduser() if checkpoint else run / "checkpoints" / "last.ckpt"
+    if checkpoint:
+        path = Path(checkpoint).expanduser()
+    else:  # a run resumed within its own folder numbers its last checkpoints
+        last = sorted((run / "checkpoints").glob("last*.ckpt"), key=lambda file: file.stat().st_mtime)
+        path = last[-1] if last else run / "checkpoints" / "last.ckpt"
     if not path.exists():
         found = sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))
         raise FileNotFoundError(
@@ -51,7 +55,10 @@ def find_checkpoint(run: Path, checkpoint: str | None = None) -> Path:
 
 def read_config(run: Path) -> dict[str, Any]:
     """The configuration of a run as plain data."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{run / 'config.yaml'} is damaged ({getattr(error, 'problem', error)}).") from None
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{run / 'config.yaml'} has no model section, so it is not the configuration of a run.")
     return config
@@ -83,4 +90,18 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationMod
     module.configure_model()
     checkpoints.check_header(module, content.get("lightning_distill"))
     module.load_state_dict(content["state_dict"])
-    return module.eval()  # type: ignore[return-value]
+    return module.eval()
+
+
+def weights_name(module: DistillationModule, name: str | None) -> str | None:
+    """What ``--weights`` names for ``module.sampling_network``: ``ema`` is the first average.
+
+    Raises:
+        ValueError: the run has no such network.
+    """
+    if name == "ema":
+        if not module.student_ema:
+            raise ValueError("--weights ema: this run has no average (ema: []); use --weights student.")
+        name = None
+    module.sampling_network(name)
+    return name

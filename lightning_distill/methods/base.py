@@ -141,6 +141,9 @@ class DistillationModule(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.ema_profiles = [PowerEMA()] if ema is None else list(ema)
+        names = [profile.name for profile in self.ema_profiles]
+        if len(set(names)) < len(names):
+            raise ValueError(f"ema has the same profile twice: {names}; give profiles that differ.")
         self.max_skipped_steps = max_skipped_steps
         self.streams = RandomStreams(seed)
         self.check_data = check_data

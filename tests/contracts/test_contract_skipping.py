@@ -154,10 +154,7 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_cycle_that_does_not_log_never_waits_for_the_device(case, build, request):
-    if case.name == "two_step_vp":
-        reason = "VariancePreserving indexes its table with the one time that all samples share"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_a_cycle_that_does_not_log_never_waits_for_the_device(case, build):
     module = build(**({"regression_steps": 0} if case.name == "regression" else {}))
     mode = Synchronisations()
     original = module.training_step

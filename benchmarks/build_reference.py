@@ -70,9 +70,7 @@ RECIPES = {
 }
 
 
-def load(
-    name: str, root: str | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def load(name: str, root: str | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(images, labels) to train on, to test on, and to describe."""
     if name == "digits":
         return load_digits("train"), load_digits("test"), load_digits("all")
@@ -116,9 +114,7 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe) -> SmallClassifier:
             optimizer.step()
             schedule.step()
             seen += loss.item()
-        print(
-            f"epoch {epoch}: loss {seen / batches:.4f}, {time.process_time() - started:.1f} CPU s", flush=True
-        )
+        print(f"epoch {epoch}: loss {seen / batches:.4f}, {time.process_time() - started:.1f} CPU s", flush=True)
     # it is stored in half precision, so it is measured in half precision
     return classifier.to(memory_format=torch.contiguous_format).half().float().eval().requires_grad_(False)
 

@@ -41,7 +41,9 @@ def run(config: str, seed: int, problem: str, samples: int, environment: dict[st
         words += [f"--data.init_args.seed={seed}", f"--trainer.logger.init_args.save_dir={folder}"]
         words += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
         job = json.dumps([words, problem, samples, out])
-        done = subprocess.run([sys.executable, "-c", _RUN, job], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", _RUN, job], env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{config} seed {seed}: {done.stderr[-2000:]}")
         figures = json.loads(Path(out).read_text())

@@ -1,7 +1,7 @@
 """Fill the generated parts of README.md from benchmarks/results/latest/*.json and from the registered methods.
 
-    python benchmarks/make_tables.py            # rewrite
-    python benchmarks/make_tables.py --check    # exit 1 when README.md is out of date
+python benchmarks/make_tables.py            # rewrite
+python benchmarks/make_tables.py --check    # exit 1 when README.md is out of date
 """
 
 import argparse
@@ -39,8 +39,11 @@ def quickstart() -> str:
         f"{result['class_accuracy']:.3f} |"
     )
     seconds = result["seconds"]
-    lines += ["", f"Progress {result['progress']:.3f} after {seconds:.0f} s of distillation, {result['images_per_second']:.0f} "
-              f"images/s from the student ({result['meta']['cpu']}, {result['meta']['cores']} cores)."]
+    lines += [
+        "",
+        f"Progress {result['progress']:.3f} after {seconds:.0f} s of distillation, {result['images_per_second']:.0f} "
+        f"images/s from the student ({result['meta']['cpu']}, {result['meta']['cores']} cores).",
+    ]
     lines += comparison()
     return "\n".join(lines)
 
@@ -54,7 +57,10 @@ def comparison() -> list[str]:
     if not groups:
         return []
     lines = ["", "Mean over seeds (smallest to largest); 5,000 samples, one thread:", ""]
-    lines += ["| configuration | steps | seeds | progress | fd_cnn | recall | class accuracy | CPU s |", "|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| configuration | steps | seeds | progress | fd_cnn | recall | class accuracy | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for config, rows in groups.items():
 
         def cell(key: str, digits: int, rows: list[dict[str, Any]] = rows) -> str:
@@ -63,7 +69,9 @@ def comparison() -> list[str]:
 
         cells = [cell("progress", 3), cell("fd", 2), cell("recall", 2), cell("class_accuracy", 3)]
         seconds = sum(row["cpu_seconds"] for row in rows) / len(rows)
-        lines.append(f"| [`{config}`]({config}) | {rows[0]['nfe']} | {len(rows)} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(
+            f"| [`{config}`]({config}) | {rows[0]['nfe']} | {len(rows)} | {' | '.join(cells)} | {seconds:.0f} |"
+        )
     return lines
 
 

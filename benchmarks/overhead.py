@@ -90,7 +90,9 @@ def main() -> None:
             if batch_idx % args.cycles == 1:  # the first cycle of all warms up
                 self.started = time.process_time()
 
-        def on_train_batch_end(self, trainer: Trainer, module: DMD2, outputs: object, batch: Batch, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, module: DMD2, outputs: object, batch: Batch, batch_idx: int
+        ) -> None:
             if batch_idx == 0:
                 bare.cycle()
             elif batch_idx % args.cycles == 0:

@@ -83,7 +83,12 @@ def measure(name: str, samples: int, seed: int) -> dict[str, Any]:
         figures["precision"][str(steps)] = round(manifold.precision, 4)
         figures["recall"][str(steps)] = round(manifold.recall, 4)
         figures["class_accuracy"][str(steps)] = round(class_accuracy(logits, labels), 4)
-        print(steps, {k: v[str(steps)] for k, v in figures.items()}, f"{time.process_time() - start:.0f} CPU s", flush=True)
+        print(
+            steps,
+            {k: v[str(steps)] for k, v in figures.items()},
+            f"{time.process_time() - start:.0f} CPU s",
+            flush=True,
+        )
     floor = frechet_distance(
         FeatureStatistics.from_features(reference.features["held_out"]), reference.statistics["train"]
     )

@@ -78,9 +78,7 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        dirty = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results"
-        )
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -95,13 +93,9 @@ def _plain(value: Any, where: str) -> Any:
     if not isinstance(value, (str, bool, int, float, type(None))) and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(
-            f"{where} is {value}, which JSON cannot hold; record None and say why in a notes field."
-        )
+        raise ValueError(f"{where} is {value}, which JSON cannot hold; record None and say why in a notes field.")
     if isinstance(value, str) and re.match(r"(/|[A-Za-z]:\\|~/)\S", value):
-        raise ValueError(
-            f"{where}={value!r} is an absolute path; record a name or a path inside the repository."
-        )
+        raise ValueError(f"{where}={value!r} is an absolute path; record a name or a path inside the repository.")
     if not isinstance(value, (str, bool, int, float, type(None))):
         raise TypeError(f"{where} is a {type(value).__name__}; record numbers, strings, lists and mappings.")
     return value
@@ -127,9 +121,7 @@ def write_result(what: str, figures: dict[str, Any], *, results: Path = RESULTS,
     if not re.fullmatch(r"[A-Za-z0-9_]+", what):
         raise ValueError(f"what={what!r} names a file; use letters, digits and underscores only.")
     if "meta" in figures:
-        raise ValueError(
-            "the field 'meta' is written by write_result; pass further facts as keyword arguments."
-        )
+        raise ValueError("the field 'meta' is written by write_result; pass further facts as keyword arguments.")
     now, facts = datetime.now(timezone.utc), machine()
     default = f"{platform.machine()}_{facts['cores']}cores" if "gpu" not in facts else str(facts["gpu"])
     name = re.sub(r"[^A-Za-z0-9]+", "-", str(meta.pop("machine", default))).strip("-").lower()

@@ -1,6 +1,6 @@
 """Distil a 2-D flow-matching model into one step and draw the result; about a minute on a laptop.
 
-    python examples/two_dimensions.py            # writes two_dimensions.png
+python examples/two_dimensions.py            # writes two_dimensions.png
 """
 
 import lightning as L
@@ -34,7 +34,9 @@ def main() -> None:
     torch.set_num_threads(1)
 
     teaching = TeacherTraining(
-        NewDenoiser(lambda: ResidualMLP((2,), width=128, depth=3), FlowMatching(), "flow_prediction", sigma_data=4 / 12**0.5),
+        NewDenoiser(
+            lambda: ResidualMLP((2,), width=128, depth=3), FlowMatching(), "flow_prediction", sigma_data=4 / 12**0.5
+        ),
         label_dropout=0.0,
         student_optimizer=default_optimizer(2e-3, weight_decay=0.0),
         student_scheduler=lambda optimizer: WarmupDecay(optimizer, 50, 3000, "linear", decay_start=1500),
@@ -62,7 +64,12 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2))
     for axis, (title, points) in zip(axes, panels.items()):
         axis.scatter(*points.T, s=1, alpha=0.4)
-        axis.set(title=f"{title}\nSW2 {sliced_wasserstein(points, data):.3f}", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
+        axis.set(
+            title=f"{title}\nSW2 {sliced_wasserstein(points, data):.3f}",
+            xlim=(-2.6, 2.6),
+            ylim=(-2.6, 2.6),
+            aspect="equal",
+        )
     figure.tight_layout()
     figure.savefig("two_dimensions.png", dpi=80)
     print("wrote two_dimensions.png")

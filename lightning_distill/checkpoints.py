@@ -1,4 +1,4 @@
-"""What a training checkpoint holds: what optimizers own, their buffers, averages and declared targets; never the teacher.
+"""What a training checkpoint holds: what optimizers own, averages and declared targets; never the teacher.
 
 Frozen sources are recorded by a fingerprint of their weights, so that resuming with another teacher is refused.
 """
@@ -52,9 +52,9 @@ def strict_load(module: DistillationModule, state_dict: Mapping[str, Any]) -> No
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint does not fit this {type(module).__name__}: {len(missing)} tensors are missing"
-            f"{_examples(missing)}, {len(unexpected)} are unknown{_examples(unexpected)}. Resume with the configuration "
-            "of the run that wrote it (roles, ema, discriminator), or start a new run from its weights with "
-            "student=FromCheckpoint(path)."
+            f"{_examples(missing)}, {len(unexpected)} are unknown{_examples(unexpected)}. Resume with the "
+            "configuration of the run that wrote it (roles, ema, discriminator), or start a new run from its weights "
+            "with student=FromCheckpoint(path)."
         )
 
 
@@ -116,8 +116,8 @@ def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) ->
         )
     if entry["method"] != type(module).__name__:
         raise ValueError(
-            f"the checkpoint was written by {entry['method']}, but this run trains {type(module).__name__}; start a new "
-            "run from its weights with student=FromCheckpoint(path)."
+            f"the checkpoint was written by {entry['method']}, but this run trains {type(module).__name__}; start a "
+            "new run from its weights with student=FromCheckpoint(path)."
         )
     if module.teacher is not None and "teacher" in entry:
         verify_fingerprint("teacher", module.teacher_fingerprint(), entry["teacher"])
@@ -144,10 +144,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        what = (
-            f"the keys {sorted(map(str, content))[:5]}"
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
+        what = f"the keys {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} is no Lightning checkpoint: it has no state_dict but {what}.")
     return content

@@ -30,9 +30,7 @@ class EMAProfile(ABC):
 
     def memory(self, updates: int, samples_per_update: int) -> float:
         """Share of the initial weights left in the average after ``updates`` updates."""
-        return math.exp(
-            sum(math.log(max(self.beta(k, samples_per_update), 1e-300)) for k in range(1, updates + 1))
-        )
+        return math.exp(sum(math.log(max(self.beta(k, samples_per_update), 1e-300)) for k in range(1, updates + 1)))
 
 
 class ConstantEMA(EMAProfile):
@@ -80,7 +78,8 @@ class PowerEMA(EMAProfile):
     Its width is a fixed share of the training so far, so it needs no tuning to the length of a run.
 
     Args:
-        sigma_rel: relative width of the averaging profile, 0 < sigma_rel < 0.28; 0.05 gives gamma 16.97, 0.10 gives 6.94.
+        sigma_rel: relative width of the averaging profile, 0 < sigma_rel < 0.28; 0.05 gives gamma 16.97, 0.10 gives
+            6.94.
     """
 
     def __init__(self, sigma_rel: float = 0.10) -> None:
@@ -107,9 +106,9 @@ def check_horizon(profiles: Iterable[EMAProfile], max_steps: int) -> None:
     for profile in profiles:
         if isinstance(profile, ConstantEMA) and 0 < max_steps < 10.0 / (1.0 - profile.decay):
             warnings.warn(
-                f"ConstantEMA(decay={profile.decay:g}) averages over {1 / (1 - profile.decay):.0f} updates, but the run has "
-                f"{max_steps}: {100 * profile.memory(max_steps, 1):.0f} % of the average will still be the teacher's "
-                "weights. Use PowerEMA(0.1), or a smaller decay.",
+                f"ConstantEMA(decay={profile.decay:g}) averages over {1 / (1 - profile.decay):.0f} updates, but the "
+                f"run has {max_steps}: {100 * profile.memory(max_steps, 1):.0f} % of the average will still be the "
+                "teacher's weights. Use PowerEMA(0.1), or a smaller decay.",
                 stacklevel=2,
             )
 

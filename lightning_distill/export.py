@@ -258,9 +258,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not (target.exists() or target.is_symlink()):
         return
     if not overwrite:
-        raise FileExistsError(
-            f"{target} exists already; give another folder, or overwrite=True to replace an export."
-        )
+        raise FileExistsError(f"{target} exists already; give another folder, or overwrite=True to replace an export.")
     if target.is_symlink() or not (target / _CONFIG).is_file():
         raise FileExistsError(
             f"{target} is not the folder of an earlier export (with {_CONFIG}), so it is not replaced."

@@ -74,9 +74,7 @@ def generate(
     chunks = []
     for start in range(0, len(noise), size):
         part = noise[start : start + size].to(device)
-        part_cond = {
-            k: v[start : start + size].to(device) if isinstance(v, Tensor) else v for k, v in cond.items()
-        }
+        part_cond = {k: v[start : start + size].to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
 
         def denoise(x: Tensor, t: Tensor, part_cond: dict[str, Any] = part_cond) -> Prediction:
             t = t.to(device).expand(len(x)) if t.ndim == 0 else t

@@ -84,9 +84,7 @@ class Guidance:
         """
         return self.scale
 
-    def __call__(
-        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], u: Tensor
-    ) -> Prediction:
+    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], u: Tensor) -> Prediction:
         """Guided prediction; see ``guided``."""
         return guided(denoiser, x_t, t, cond, self.scales(t, u))
 

@@ -115,12 +115,12 @@ class Prediction:
 
     @property
     def v_prediction(self) -> Tensor:
-        """alpha eps - sigma x0; not the velocity."""
+        """Alpha eps - sigma x0; not the velocity."""
         return self.as_type("v_prediction")
 
     @property
     def flow_prediction(self) -> Tensor:
-        """eps - x0: the velocity of flow matching, whatever the process is."""
+        """Eps - x0: the velocity of flow matching, whatever the process is."""
         return self.as_type("flow_prediction")
 
     @property

@@ -221,12 +221,8 @@ class VariancePreserving(NoiseProcess):
 
     def _set_alphas_cumprod(self, alphas_cumprod: Tensor) -> None:
         squared = alphas_cumprod.detach().cpu().double()
-        if not bool(
-            ((squared[1:] < squared[:-1]).all() & (squared >= 0).all() & (squared <= 1).all()).item()
-        ):
-            raise ValueError(
-                "alphas_cumprod must fall strictly from <= 1 to >= 0; check the scheduler's betas."
-            )
+        if not bool(((squared[1:] < squared[:-1]).all() & (squared >= 0).all() & (squared <= 1).all()).item()):
+            raise ValueError("alphas_cumprod must fall strictly from <= 1 to >= 0; check the scheduler's betas.")
         angles = torch.atan2((1.0 - squared).sqrt(), squared.sqrt())
         self._angles = torch.cat([torch.zeros(1, dtype=torch.float64), angles])
 

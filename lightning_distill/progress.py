@@ -156,11 +156,7 @@ class StudentProgressBar(ProgressBar):
         """Updates and samples per second over the window of recent drawings."""
         (then, updates_then, samples_then), (now, updates, samples) = self._marks[0], self._marks[-1]
         seconds = now - then
-        return (
-            ((updates - updates_then) / seconds, (samples - samples_then) / seconds)
-            if seconds > 0
-            else (0.0, 0.0)
-        )
+        return ((updates - updates_then) / seconds, (samples - samples_then) / seconds) if seconds > 0 else (0.0, 0.0)
 
     def _batch_samples(self, batch: Any) -> int:
         if self.samples_per_update is not None:

@@ -128,9 +128,7 @@ class Draws:
 
     def of_slice(self) -> Draws:
         """Draws that belong to the slice rather than to the phase: equal for every phase that uses it."""
-        return Draws(
-            self.streams, self.update, self.first, f"slice{self.slice_index}", self.slice_index, self.device
-        )
+        return Draws(self.streams, self.update, self.first, f"slice{self.slice_index}", self.slice_index, self.device)
 
     def integer(self, name: str, high: int) -> int:
         """One integer in [0, high), the same for all samples and ranks."""

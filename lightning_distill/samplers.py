@@ -91,9 +91,7 @@ def simulate(
     if kind not in ("renoise", "ode"):
         raise ValueError(f"kind={kind!r} is unknown; simulate 'renoise' or 'ode'.")
     if not 0 <= stop < len(times):
-        raise ValueError(
-            f"stop={stop} is outside the {len(times)} steps of {list(times)}; use 0..{len(times) - 1}."
-        )
+        raise ValueError(f"stop={stop} is outside the {len(times)} steps of {list(times)}; use 0..{len(times) - 1}.")
     noise = noise or _gaussian
     for i in range(stop):
         prediction = denoise(x, _time(times[i], x))

@@ -81,18 +81,14 @@ def stock_parts(
     validate_times(times, process)
     name = type(network).__name__
     if sampler not in ("renoise", "ode"):
-        raise ValueError(
-            f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'."
-        )
+        raise ValueError(f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.")
     if not isinstance(network, (UNet2DModel, DiTTransformer2DModel)):
         raise ValueError(
             f"{name} has no stock diffusers pipeline; pipelines are written for UNet2DModel and "
             f"DiTTransformer2DModel. {_OTHERWISE}"
         )
     if any("lora_" in key for key, _ in network.named_parameters()):
-        raise ValueError(
-            f"this {name} still carries adapters; pass the role to export_denoiser, which merges them."
-        )
+        raise ValueError(f"this {name} still carries adapters; pass the role to export_denoiser, which merges them.")
     settings: Any = network.config
     is_dit = isinstance(network, DiTTransformer2DModel)
     if is_dit and vae is None:
@@ -109,17 +105,14 @@ def stock_parts(
         )
     if not isinstance(settings.sample_size, int):
         raise ValueError(
-            f"the stock pipelines of {name} sample squares, but sample_size is "
-            f"{settings.sample_size}; {_OTHERWISE}"
+            f"the stock pipelines of {name} sample squares, but sample_size is {settings.sample_size}; {_OTHERWISE}"
         )
     conditional = is_dit or settings.num_class_embeds is not None
     fresh_noise = sampler == "renoise" and len(times) > 1
     start = start_scale(process, times[0]) if given_start is None else given_start
     call: dict[str, Any] = {"num_inference_steps": len(times)}
     if isinstance(process, VariancePreserving):
-        scheduler = _vp_scheduler(
-            process, prediction_type, times, fresh_noise, start, scales_start=not is_dit
-        )
+        scheduler = _vp_scheduler(process, prediction_type, times, fresh_noise, start, scales_start=not is_dit)
         pipeline: type = diffusers.ConsistencyModelPipeline
     elif isinstance(process, FlowMatching):
         if prediction_type != "flow_prediction":

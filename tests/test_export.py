@@ -36,9 +36,7 @@ class SigmaStart(VariancePreserving):
 
 def unet(num_classes: int = 0, channels: int = 1, seed: int = 0) -> UNet2DModel:
     torch.manual_seed(seed)
-    network = small_unet(
-        16, channels, num_classes, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8
-    )
+    network = small_unet(16, channels, num_classes, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
     return network.eval()
 
 
@@ -93,9 +91,7 @@ def _cases() -> dict[str, Case]:
     cm, lcm = "ConsistencyModelPipeline", "LCMScheduler"
     flow, flow_map = FlowMatching(3.0), "FlowMapEulerDiscreteScheduler"
     cases = {
-        f"{schedule}-{n}": Case(
-            zero_snr(schedule), "v_prediction", n, "renoise", unet(10), cm, lcm, labels=True
-        )
+        f"{schedule}-{n}": Case(zero_snr(schedule), "v_prediction", n, "renoise", unet(10), cm, lcm, labels=True)
         for schedule in ("squaredcos_cap_v2", "scaled_linear")
         for n in (1, 2, 4)
     }
@@ -107,15 +103,11 @@ def _cases() -> dict[str, Case]:
         "given-betas-2": Case(given, "v_prediction", 2, "renoise", unet(), cm, lcm),
         "ddim-4": Case(zero_snr(), "v_prediction", 4, "ode", unet(10), cm, "DDIMScheduler", labels=True),
         "ddim-epsilon-2": Case(VariancePreserving(), "epsilon", 2, "ode", unet(), cm, "DDIMScheduler"),
-        "euler-4": Case(
-            SigmaStart(), "v_prediction", 4, "ode", unet(10), cm, "EulerDiscreteScheduler", labels=True
-        ),
+        "euler-4": Case(SigmaStart(), "v_prediction", 4, "ode", unet(10), cm, "EulerDiscreteScheduler", labels=True),
         "euler-3": Case(SigmaStart(), "epsilon", 3, "ode", unet(), cm, "EulerDiscreteScheduler"),
         "euler-1": Case(SigmaStart(), "epsilon", 1, "renoise", unet(), cm, "EulerDiscreteScheduler"),
         "dit-lcm-4": Case(zero_snr(), "v_prediction", 4, "renoise", dit(), "DiTPipeline", lcm, True, vae),
-        "dit-ddim-2": Case(
-            zero_snr(), "v_prediction", 2, "ode", dit(), "DiTPipeline", "DDIMScheduler", True, vae
-        ),
+        "dit-ddim-2": Case(zero_snr(), "v_prediction", 2, "ode", dit(), "DiTPipeline", "DDIMScheduler", True, vae),
         "dit-flow-4": Case(flow, "flow_prediction", 4, "ode", dit(), "DiTPipeline", flow_map, True, vae),
     }
     ddpm, euler, fresh = "DDPMPipeline", "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
@@ -163,9 +155,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Images of every case, from one fresh process that knows nothing of this package."""
     root, jobs = tmp_path_factory.mktemp("exports"), {}
     for name, case in CASES.items():
-        export_pipeline(
-            case.network, case.process, case.kind, case.times, case.sampler, root / name, vae=case.vae
-        )
+        export_pipeline(case.network, case.process, case.kind, case.times, case.sampler, root / name, vae=case.vae)
         call: dict[str, Any] = {"num_inference_steps": case.steps}
         if case.labels:
             call["class_labels"] = case.cond()["class_labels"].tolist()
@@ -251,9 +241,7 @@ def test_existing_folders_are_not_overwritten(tmp_path):
 
     def run(seed: int, **options: Any) -> Path:
         network = unet(seed=seed)
-        return export_pipeline(
-            network, process, "v_prediction", [1.0], "renoise", tmp_path / "out", **options
-        )
+        return export_pipeline(network, process, "v_prediction", [1.0], "renoise", tmp_path / "out", **options)
 
     def weight() -> Tensor:
         return UNet2DModel.from_pretrained(tmp_path / "out" / "unet").conv_in.weight
@@ -383,9 +371,7 @@ def test_denoiser_with_an_adapter_and_another_process(tmp_path):
 def test_export_weights(tmp_path):
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     network[1].weight = nn.Parameter(network[0].weight.data.T.contiguous())
-    folder = export_weights(
-        network, EDM(), "sample", [80.0, 1.0], "renoise", tmp_path / "out", card={"method": "SiD"}
-    )
+    folder = export_weights(network, EDM(), "sample", [80.0, 1.0], "renoise", tmp_path / "out", card={"method": "SiD"})
     for key, value in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(value, network.state_dict()[key], rtol=0, atol=0)
     config = json.loads((folder / "distill_config.json").read_text())

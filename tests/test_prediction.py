@@ -21,9 +21,7 @@ by_kind = pytest.mark.parametrize("kind", PREDICTION_TYPES)
 
 def mixture():
     means = torch.tensor([[1.0, -0.5], [-1.2, 0.4], [0.2, 1.5]], dtype=F64)
-    root = torch.tensor(
-        [[[0.5, 0.0], [0.2, 0.3]], [[0.4, 0.0], [-0.3, 0.6]], [[0.3, 0], [0, 0.3]]], dtype=F64
-    )
+    root = torch.tensor([[[0.5, 0.0], [0.2, 0.3]], [[0.4, 0.0], [-0.3, 0.6]], [[0.3, 0], [0, 0.3]]], dtype=F64)
     return GaussianMixture(means, covariances=root @ root.mT, weights=[0.2, 0.5, 0.3])
 
 

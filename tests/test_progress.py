@@ -92,9 +92,7 @@ def test_without_a_terminal_one_line_per_tenth(clock):
 def test_number_of_lines(clock, steps):
     console, out = text_console(False)
     bar = Tick(clock, console=console)
-    trainer = type(
-        "T", (), {"global_step": 0, "world_size": 1, "callback_metrics": {}, "progress_bar_metrics": {}}
-    )()
+    trainer = type("T", (), {"global_step": 0, "world_size": 1, "callback_metrics": {}, "progress_bar_metrics": {}})()
     trainer.estimated_stepping_batches = steps
     bar.on_train_start(trainer, None)
     for step in range(1, steps + 1):
@@ -145,9 +143,7 @@ def test_losses_are_read_only_when_drawn(clock, monkeypatch):
 def test_unknown_length_prints_every_minute(clock):
     console, out = text_console(False)
     bar = Tick(clock, console=console)
-    trainer = type(
-        "T", (), {"global_step": 0, "world_size": 2, "callback_metrics": {}, "progress_bar_metrics": {}}
-    )()
+    trainer = type("T", (), {"global_step": 0, "world_size": 2, "callback_metrics": {}, "progress_bar_metrics": {}})()
     trainer.estimated_stepping_batches = float("inf")
     bar.on_train_start(trainer, None)
     for step in range(1, 241):

@@ -25,9 +25,7 @@ def results() -> ModuleType:
 
 def test_record(results, tmp_path):
     figures = {"rows": [{"method": "a", "fd": np.float64(1.5), "n": torch.tensor(3)}], "nfe": 4}
-    dated = results.write_result(
-        "compare_digits", figures, results=tmp_path, seeds=[0, 1], machine="My box", note="x"
-    )
+    dated = results.write_result("compare_digits", figures, results=tmp_path, seeds=[0, 1], machine="My box", note="x")
     record = json.loads(dated.read_text())
     assert record == json.loads((tmp_path / "latest" / "compare_digits.json").read_text())
     assert record["rows"] == [{"method": "a", "fd": 1.5, "n": 3}]

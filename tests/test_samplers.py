@@ -239,9 +239,7 @@ def test_flow_map_of_an_average_velocity_is_meanflows_step():
 
     x = torch.randn(4, 2, dtype=F64)
     times = [1.0, 0.6]
-    out = flow_map(
-        lambda x, t, r: Prediction(u(x, t, r), x, t, process, "flow_prediction"), x, times, process
-    )
+    out = flow_map(lambda x, t, r: Prediction(u(x, t, r), x, t, process, "flow_prediction"), x, times, process)
     y = x + (0.6 - 1.0) * (x * 0.4 + 1.0)
     expected = y + (0.0 - 0.6) * (y * 0.6 + 0.6)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
@@ -358,7 +356,5 @@ def test_flow_samplers_are_the_flow_matching_scheduler(stochastic):
     torch.manual_seed(5)
     sampler = renoise if stochastic else ode
     with torch.no_grad():
-        out = sampler(
-            Denoiser(network, process, "flow_prediction"), x, few_step_times(process, 4, shift=3.0), process
-        )
+        out = sampler(Denoiser(network, process, "flow_prediction"), x, few_step_times(process, 4, shift=3.0), process)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)

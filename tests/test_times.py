@@ -107,9 +107,7 @@ def test_karras_levels_are_those_of_sid():
     sigma = Karras().quantile(torch.tensor([0.5, 0.8]), EDM())
     assert sigma[0].item() == pytest.approx(2.515, abs=1e-3)
     assert sigma[1].item() == pytest.approx(24.4, abs=0.05)
-    assert Karras(high=0.8).quantile(torch.tensor(1.0), EDM()).item() == pytest.approx(
-        sigma[1].item(), rel=1e-6
-    )
+    assert Karras(high=0.8).quantile(torch.tensor(1.0), EDM()).item() == pytest.approx(sigma[1].item(), rel=1e-6)
     flow = Karras().quantile(torch.tensor([0.5]), FlowMatching())
     assert (flow / (1 - flow)).item() == pytest.approx(2.515, abs=1e-3)
 
@@ -136,9 +134,7 @@ def test_uniform_index_hits_every_index_equally():
     ],
 )
 def test_beta_matches_its_closed_forms(a, b, inverse):
-    torch.testing.assert_close(
-        Beta(a, b).quantile(U, FlowMatching()), inverse(U), rtol=0, atol=2e-4 if a < 1 else 1e-6
-    )
+    torch.testing.assert_close(Beta(a, b).quantile(U, FlowMatching()), inverse(U), rtol=0, atol=2e-4 if a < 1 else 1e-6)
 
 
 @pytest.mark.parametrize(

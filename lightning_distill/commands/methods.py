@@ -56,9 +56,11 @@ def main(words: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "paper", "trained roles", "data", "configuration", "what it is")
+    table = Table()
+    for name in ("method", "paper", "configuration", "trained roles", "data", "what it is"):
+        table.add_column(name, no_wrap=name in ("method", "paper", "configuration"))
     for row in method_rows():
-        table.add_row(row.name, row.paper and f"arXiv:{row.paper}", row.roles, row.data, row.config, row.summary)
+        table.add_row(row.name, row.paper and f"arXiv:{row.paper}", row.config, row.roles, row.data, row.summary)
     console = Console()
     console.width = max(console.width, 160)  # a table that is cut off is worse than one that wraps
     console.print(table)

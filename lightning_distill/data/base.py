@@ -52,9 +52,7 @@ def check_scaling(
     """
     values = x0.detach().double().flatten(2) if x0.ndim > 2 else x0.detach().double()[..., None]
     if bad := int((~values.flatten(1).isfinite().all(dim=1)).sum()):
-        raise ValueError(
-            f"{where}: {bad} of {len(x0)} samples contain NaN or inf; remove them or repair the file."
-        )
+        raise ValueError(f"{where}: {bad} of {len(x0)} samples contain NaN or inf; remove them or repair the file.")
     centre = values.mean(dim=(0, 2))
     squares = (values - centre[:, None]).square().mean(dim=(1, 2))
     variance = squares.mean().item()
@@ -108,9 +106,7 @@ class DistillationDataModule(LightningDataModule):
     sigma_data: float
     mean: float | None = None
 
-    def __init__(
-        self, batch_size: int = 64, seed: int = 0, num_workers: int = 0, pin_memory: bool = False
-    ) -> None:
+    def __init__(self, batch_size: int = 64, seed: int = 0, num_workers: int = 0, pin_memory: bool = False) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1 sample per rank.")
@@ -154,9 +150,7 @@ class DistillationDataModule(LightningDataModule):
         if x0 is None:
             return None
         if tuple(x0.shape[1:]) != tuple(self.shape):
-            raise ValueError(
-                f"{name} declares samples of shape {tuple(self.shape)}, but has {tuple(x0.shape[1:])}."
-            )
+            raise ValueError(f"{name} declares samples of shape {tuple(self.shape)}, but has {tuple(x0.shape[1:])}.")
         return check_scaling(x0, self.sigma_data, self.mean, where=name)
 
     def train_dataloader(self) -> ResumableLoader:

@@ -36,17 +36,11 @@ def read_idx(path: str | Path, ndim: int | None = None) -> Tensor:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is truncated or corrupted ({error}); copy or download it again.") from None
     if len(raw) < 4 or raw[:3] != bytes([0, 0, _UNSIGNED_BYTE]) or len(raw) < 4 + 4 * raw[3]:
-        raise ValueError(
-            f"{path} does not begin like an IDX file of unsigned bytes; copy or download it again."
-        )
+        raise ValueError(f"{path} does not begin like an IDX file of unsigned bytes; copy or download it again.")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     if ndim is not None and len(shape) != ndim:
-        raise ValueError(
-            f"{path} holds an array of {len(shape)} dimensions, expected {ndim}; check the file's name."
-        )
+        raise ValueError(f"{path} holds an array of {len(shape)} dimensions, expected {ndim}; check the file's name.")
     body = len(raw) - 4 - 4 * len(shape)
     if body != int(np.prod(shape, dtype=np.int64)):
-        raise ValueError(
-            f"{path} has {body} bytes of data where its header {shape} says otherwise; copy it again."
-        )
+        raise ValueError(f"{path} has {body} bytes of data where its header {shape} says otherwise; copy it again.")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=len(raw) - body).reshape(shape).copy())

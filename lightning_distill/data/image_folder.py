@@ -28,9 +28,7 @@ def find_images(root: str | Path) -> tuple[list[Path], list[int] | None, list[st
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"the image folder {root} does not exist; give ImageFolder(root=...) a folder."
-        )
+        raise FileNotFoundError(f"the image folder {root} does not exist; give ImageFolder(root=...) a folder.")
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not paths:
         raise FileNotFoundError(
@@ -86,14 +84,10 @@ class ImageFolder(DistillationDataModule):
         ValueError: ``channels`` is neither 1 nor 3.
     """
 
-    def __init__(
-        self, root: str, size: int = 64, channels: int = 3, sigma_data: float = 0.5, **kwargs: Any
-    ) -> None:
+    def __init__(self, root: str, size: int = 64, channels: int = 3, sigma_data: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if channels not in (1, 3):
-            raise ValueError(
-                f"ImageFolder(channels={channels}): pictures have 3 channels (colour) or 1 (grey)."
-            )
+            raise ValueError(f"ImageFolder(channels={channels}): pictures have 3 channels (colour) or 1 (grey).")
         self.root = root
         self.paths, self.labels, self.class_names = find_images(root)
         self.shape = (channels, size, size)

@@ -117,9 +117,7 @@ class ResumableLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist among {world_size} processes.")
         if len(source) < 1:  # type: ignore[arg-type]
-            raise ValueError(
-                f"{type(source).__name__} has no samples; check where the data should come from."
-            )
+            raise ValueError(f"{type(source).__name__} has no samples; check where the data should come from.")
         self.source = source
         self.batch_size = batch_size
         self.slices = slices
@@ -149,9 +147,7 @@ class ResumableLoader:
         n, wanted = len(self.source), len(self) * self.global_batch  # type: ignore[arg-type]
         repeats = -(-wanted // n)
         if self.shuffle:
-            parts = [
-                torch.randperm(n, generator=epoch_generator(self.seed, epoch, k)) for k in range(repeats)
-            ]
+            parts = [torch.randperm(n, generator=epoch_generator(self.seed, epoch, k)) for k in range(repeats)]
         else:
             parts = [torch.arange(n)] * repeats
         return torch.cat(parts)[:wanted]
@@ -230,9 +226,7 @@ class ResumableLoader:
         now = self.state_dict()
         if changed := [k for k in ("seed", "global_batch", "samples") if state[k] != now[k]]:
             what = ", ".join(f"{k} {state[k]} -> {now[k]}" for k in changed)
-            warnings.warn(
-                f"resuming with other data settings ({what}): the order of samples differs.", stacklevel=2
-            )
+            warnings.warn(f"resuming with other data settings ({what}): the order of samples differs.", stacklevel=2)
             self.batch = min(len(self), state["batch"] * state["global_batch"] // self.global_batch)
         self._restored = True
 

@@ -31,9 +31,7 @@ def load_pairs(path: str | Path) -> Batch:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"the pairs file {path} does not exist; give Pairs(path=...) a safetensors file."
-        )
+        raise FileNotFoundError(f"the pairs file {path} does not exist; give Pairs(path=...) a safetensors file.")
     try:
         tensors = load_file(str(path))
     except SafetensorError as error:
@@ -45,9 +43,7 @@ def load_pairs(path: str | Path) -> Batch:
         )
     noise, x0, labels = tensors["noise"], tensors["x0"], tensors.get("class_labels")
     if noise.shape != x0.shape or x0.ndim < 2:
-        raise ValueError(
-            f"{path}: noise {tuple(noise.shape)} and x0 {tuple(x0.shape)} must have one shape, (N, ...)."
-        )
+        raise ValueError(f"{path}: noise {tuple(noise.shape)} and x0 {tuple(x0.shape)} must have one shape, (N, ...).")
     if labels is not None and (labels.shape != x0.shape[:1] or labels.is_floating_point()):
         raise ValueError(
             f"{path}: class_labels must be {len(x0)} integers, one per pair, got {labels.dtype} of shape "
@@ -55,9 +51,7 @@ def load_pairs(path: str | Path) -> Batch:
         )
     for key, value in (("noise", noise), ("x0", x0)):
         if bad := int((~value.flatten(1).isfinite().all(dim=1)).sum()):
-            raise ValueError(
-                f"{path}: {bad} of {len(value)} samples of {key} contain NaN or inf; sample them again."
-            )
+            raise ValueError(f"{path}: {bad} of {len(value)} samples of {key} contain NaN or inf; sample them again.")
     return Batch(cond={} if labels is None else {"class_labels": labels.long()}, x0=x0, noise=noise)
 
 
@@ -75,9 +69,7 @@ class Pairs(DistillationDataModule):
         ValueError: the file does not hold pairs, or a label is not below ``num_classes``.
     """
 
-    def __init__(
-        self, path: str, sigma_data: float = 0.5, num_classes: int | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, path: str, sigma_data: float = 0.5, num_classes: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.path = path
         self.sigma_data = sigma_data

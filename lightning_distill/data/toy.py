@@ -69,9 +69,7 @@ class _Points:
 
     def gather(self, indices: Tensor, epoch: int) -> Batch:
         if epoch != self._epoch:
-            self._x0, self._labels = sample_toy(
-                self.name, self.n, epoch_generator(self.seed, epoch, stream=2)
-            )
+            self._x0, self._labels = sample_toy(self.name, self.n, epoch_generator(self.seed, epoch, stream=2))
             self._epoch = epoch
         cond = {"class_labels": self._labels.index_select(0, indices)} if self.labelled else {}
         return Batch(cond=cond, x0=self._x0.index_select(0, indices))

@@ -93,9 +93,7 @@ def approximate_r1(logits: Tensor, perturbed: Tensor, noise_std: float = 1.0) ->
         ValueError: differing shapes or a non-positive ``noise_std``.
     """
     if not noise_std > 0:
-        raise ValueError(
-            f"approximate_r1(noise_std={noise_std}): the noise added to real samples must be positive."
-        )
+        raise ValueError(f"approximate_r1(noise_std={noise_std}): the noise added to real samples must be positive.")
     if logits.shape != perturbed.shape:
         raise ValueError(
             f"approximate_r1 compares logits of the same samples, but got shapes {tuple(logits.shape)} and "
@@ -127,13 +125,10 @@ def _wide(logits: Tensor) -> Tensor:
 def _difference(fake: Tensor, real: Tensor | None, kind: str) -> Tensor:
     """D(fake) - D(real), pairwise."""
     if kind != "relativistic":
-        raise ValueError(
-            f"adversarial loss {kind!r} is unknown; choose one of {', '.join(ADVERSARIAL_KINDS)}."
-        )
+        raise ValueError(f"adversarial loss {kind!r} is unknown; choose one of {', '.join(ADVERSARIAL_KINDS)}.")
     if real is None or real.shape != fake.shape:
         shape = None if real is None else tuple(real.shape)
         raise ValueError(
-            f"the relativistic loss pairs real and fake logits of equal shape, but got {shape} and "
-            f"{tuple(fake.shape)}."
+            f"the relativistic loss pairs real and fake logits of equal shape, but got {shape} and {tuple(fake.shape)}."
         )
     return fake - _wide(real)

@@ -69,8 +69,8 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
         kl      alpha^2 / sigma^2        exact gradient of KL(p_student,t || p_teacher,t)
         vsd     alpha sigma              w(t) = sigma^2 on the noise difference (VSD, arXiv:2305.16213)
         dmd     1 / mean |x - y_T|       DMD2 and public re-implementations of DMD
-        dmd_v1  alpha / mean |x - y_T|   DMD's paper, w_t = sigma^2 / alpha on the score difference (arXiv:2311.18828, Eq. 8)
-        one     1                        Diff-Instruct (arXiv:2305.18455)
+        dmd_v1  alpha / mean |x - y_T|   DMD's paper, w_t = sigma^2 / alpha on the score difference (arXiv:2311.18828,
+        Eq. 8) one     1                        Diff-Instruct (arXiv:2305.18455)
 
     Args:
         kind: one of the names above.

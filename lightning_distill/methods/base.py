@@ -196,7 +196,8 @@ class DistillationModule(LightningModule):
         """The teacher, or a clear error."""
         if self.teacher is None:
             raise ValueError(
-                f"{type(self).__name__} needs a teacher: give ZooDenoiser('fashion'), PretrainedDenoiser(path) or a Denoiser."
+                f"{type(self).__name__} needs a teacher: give ZooDenoiser('fashion'), PretrainedDenoiser(path) or a "
+                "Denoiser."
             )
         return self.teacher
 
@@ -352,8 +353,8 @@ class DistillationModule(LightningModule):
             raise ValueError(
                 f"the loader yields {batch.size} samples, but a cycle of {type(self).__name__} cuts its batch into "
                 f"{parts} slices of {self.accumulate_grad_batches} micro-batches; give a multiple of "
-                f"{parts * self.accumulate_grad_batches} samples per batch (this package's data modules multiply by the "
-                "slices themselves)."
+                f"{parts * self.accumulate_grad_batches} samples per batch (this package's data modules multiply by "
+                "the slices themselves)."
             )
         size = batch.size // parts
         return [batch.rows(i * size, (i + 1) * size) for i in range(parts)]
@@ -436,9 +437,9 @@ class DistillationModule(LightningModule):
             self.log(f"train/{phase}/skipped_steps", skipped, batch_size=1)
             if streak >= self.max_skipped_steps:
                 raise RuntimeError(
-                    f"the last {int(streak)} {phase} updates had a loss or gradient that is not finite and were skipped; "
-                    "training stops, and the last checkpoint is intact. Lower the learning rate, check the data, or use "
-                    "precision=bf16-mixed instead of 16-mixed."
+                    f"the last {int(streak)} {phase} updates had a loss or gradient that is not finite and were "
+                    "skipped; training stops, and the last checkpoint is intact. Lower the learning rate, check the "
+                    "data, or use precision=bf16-mixed instead of 16-mixed."
                 )
 
     # ------------------------------------------------------------------------------------------------ checkpoints

@@ -42,8 +42,8 @@ class DMD2(FakeScoreMethod):
         **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``.
 
     Notes:
-        The fake score of a multi-step student is not told which step made a sample, as in the paper; it then matches the
-        mixture of all steps' outputs.
+        The fake score of a multi-step student is not told which step made a sample, as in the paper; it then matches
+        the mixture of all steps' outputs.
         The real images of the GAN term are noised with the same times as the fakes and independent noise.
     """
 

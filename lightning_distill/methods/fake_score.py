@@ -21,9 +21,10 @@ __all__ = ["FakeScoreMethod"]
 class FakeScoreMethod(DistillationModule):
     """Base of the distribution-matching family: roles, the two time-scale cycle and the critic's denoising loss.
 
-    A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update uses the samples
-    of the student phase, detached, as DMD2 does (one student forward less); with ``updates_per_sample`` u, u critic updates
-    in a row share samples and draw only new times and noise, which stays on-policy because the student does not move.
+    A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update uses the
+    samples of the student phase, detached, as DMD2 does (one student forward less); with ``updates_per_sample`` u, u
+    critic updates in a row share samples and draw only new times and noise, which stays on-policy because the student
+    does not move.
 
     Args:
         teacher: the pretrained model.

@@ -20,8 +20,8 @@ class TeacherTraining(DistillationModule):
         E_{x0, eps, t} || target - network(alpha_t x0 + sigma_t eps, t, c) ||^2
 
     One class serves flow matching (arXiv:2210.02747), EDM (arXiv:2206.00364) and VP diffusion (arXiv:2006.11239,
-    arXiv:2202.00512): the spec's noise process and prediction type decide the target. Class labels are dropped at random
-    so that the network can be guided (arXiv:2207.12598).
+    arXiv:2202.00512): the spec's noise process and prediction type decide the target. Class labels are dropped at
+    random so that the network can be guided (arXiv:2207.12598).
 
     Args:
         network: the network to train.

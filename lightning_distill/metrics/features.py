@@ -60,9 +60,7 @@ class SmallClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) != len(strides):
-            raise ValueError(
-                f"SmallClassifier needs one stride per width, got {len(strides)} and {len(widths)}."
-            )
+            raise ValueError(f"SmallClassifier needs one stride per width, got {len(strides)} and {len(widths)}.")
         self.config: dict[str, Any] = {
             "in_channels": in_channels,
             "image_size": image_size,
@@ -151,8 +149,6 @@ def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 500) 
     Returns:
         (N, d), float32, on the CPU.
     """
-    device = (
-        next((p.device for p in extractor.parameters()), None) if isinstance(extractor, nn.Module) else None
-    )
+    device = next((p.device for p in extractor.parameters()), None) if isinstance(extractor, nn.Module) else None
     parts = [extractor(part.to(device=device, dtype=torch.float32)) for part in images.split(batch_size)]
     return torch.cat([part.float().cpu() for part in parts])

@@ -43,15 +43,12 @@ class FeatureStatistics:
         """
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
-                f"features of shape {tuple(features.shape)}: expected (samples, dimensions), 2 samples or "
-                "more."
+                f"features of shape {tuple(features.shape)}: expected (samples, dimensions), 2 samples or more."
             )
         features = features.detach().double()
         if not bool(features.isfinite().all()):
             bad = int((~features.isfinite().all(dim=1)).sum())
-            raise ValueError(
-                f"{bad} of {len(features)} feature vectors contain NaN or inf; check the samples."
-            )
+            raise ValueError(f"{bad} of {len(features)} feature vectors contain NaN or inf; check the samples.")
         mean = features.mean(dim=0)
         centred = features - mean
         return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
@@ -110,8 +107,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"statistics of {len(a.mean)} and {len(b.mean)} features cannot be compared; use one extractor "
-            "for both."
+            f"statistics of {len(a.mean)} and {len(b.mean)} features cannot be compared; use one extractor for both."
         )
     mean_a, cov_a, mean_b, cov_b = (v.double().cpu() for v in (a.mean, a.cov, b.mean, b.cov))
     values, vectors = torch.linalg.eigh(cov_a)

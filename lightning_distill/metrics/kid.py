@@ -24,7 +24,5 @@ def kernel_distance(generated: Tensor, real: Tensor) -> float:
 
     n = min(len(generated), len(real))
     if n < 2 or generated.shape[1:] != real.shape[1:]:
-        raise ValueError(
-            f"cannot compare features of shapes {tuple(generated.shape)} and {tuple(real.shape)}."
-        )
+        raise ValueError(f"cannot compare features of shapes {tuple(generated.shape)} and {tuple(real.shape)}.")
     return poly_mmd(real[:n].double(), generated[:n].double()).item()

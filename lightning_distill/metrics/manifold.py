@@ -22,9 +22,7 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall(
-    generated: Tensor, real: Tensor, neighbours: int = 3, batch_size: int = 2_000
-) -> PrecisionRecall:
+def precision_recall(generated: Tensor, real: Tensor, neighbours: int = 3, batch_size: int = 2_000) -> PrecisionRecall:
     """Precision and recall; a manifold is the union of the balls that reach each sample's k-th neighbour.
 
     Both depend on the numbers of samples: compare figures only at equal sizes.

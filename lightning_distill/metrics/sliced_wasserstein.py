@@ -47,7 +47,5 @@ def _directions(dim: int, projections: int, seed: int) -> Tensor:
     if dim == 2:
         angles = (torch.arange(projections, dtype=torch.float64) + 0.5) * (torch.pi / projections)
         return torch.stack([angles.cos(), angles.sin()])
-    directions = torch.randn(
-        dim, projections, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    directions = torch.randn(dim, projections, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return directions / directions.norm(dim=0, keepdim=True)

@@ -24,9 +24,10 @@ class Adversary:
 
     Args:
         taps: blocks whose outputs the heads read, for example ``["mid_block"]``; ``input`` is the noisy sample itself.
-        features: network that computes them: ``fake_score`` (DMD2, trained along with the heads) or ``teacher`` (frozen).
-        times: distribution of the noise levels; None means the critic's, and fake features then come out of the critic's
-            own forward for free.
+        features: network that computes them: ``fake_score`` (DMD2, trained along with the heads) or ``teacher``
+            (frozen).
+        times: distribution of the noise levels; None means the critic's, and fake features then come out of the
+            critic's own forward for free.
         kind: ``logistic``, ``hinge`` or ``relativistic``.
         width: channels inside the heads, None for those of the feature.
         seed: of the heads' initial weights.
@@ -55,9 +56,7 @@ class Adversary:
     def build(self, network: Denoiser, shape: Sequence[int]) -> DiscriminatorHeads:
         """Heads for the features of ``network`` at samples of ``shape``."""
         cond = {k: v.to(network.device) for k, v in default_cond(network, 1).items()}
-        return DiscriminatorHeads(
-            tap_shapes(network, shape, self.taps, cond), width=self.width, seed=self.seed
-        )
+        return DiscriminatorHeads(tap_shapes(network, shape, self.taps, cond), width=self.width, seed=self.seed)
 
     def tapped(self, network: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of ``x_t``; blocks behind the last tap are not run."""

@@ -72,9 +72,7 @@ class GaussianMixture(nn.Module):
                 )
             eigenvalues, eigenvectors = torch.linalg.eigh(covariances)
         if not bool((eigenvalues > 0).all()):
-            raise ValueError(
-                "GaussianMixture: standard deviations and covariances must be positive (definite)."
-            )
+            raise ValueError("GaussianMixture: standard deviations and covariances must be positive (definite).")
         weights = torch.ones(k) if weights is None else torch.as_tensor(weights)
         if weights.shape != (k,) or not bool((weights > 0).all()):
             raise ValueError(f"GaussianMixture: weights must be {k} positive numbers, one per component.")
@@ -89,16 +87,12 @@ class GaussianMixture(nn.Module):
         if labels is not None:
             component_labels = torch.as_tensor(labels, dtype=torch.int64)
             self.num_classes = int(component_labels.max()) + 1
-            if component_labels.shape != (k,) or component_labels.unique().tolist() != [
-                *range(self.num_classes)
-            ]:
+            if component_labels.shape != (k,) or component_labels.unique().tolist() != [*range(self.num_classes)]:
                 raise ValueError(f"GaussianMixture: labels must give the {k} components classes 0..C-1.")
             of_class = torch.arange(self.num_classes)[:, None] == component_labels
             allowed = torch.cat([of_class, allowed])
         # row c holds the weights within class c; the last row is the whole mixture
-        log_weights = (
-            weights.double().log().expand(len(allowed), k).masked_fill(~allowed, -math.inf).log_softmax(-1)
-        )
+        log_weights = weights.double().log().expand(len(allowed), k).masked_fill(~allowed, -math.inf).log_softmax(-1)
         self.register_buffer("means", means)
         self.register_buffer("eigenvalues", eigenvalues)
         self.register_buffer("eigenvectors", eigenvectors)
@@ -144,9 +138,7 @@ class GaussianMixture(nn.Module):
         eps = self._rotate(sigma / variance * z)
         return self._like((weight * x0).sum(1), x_t), self._like((weight * eps).sum(1), x_t)
 
-    def posterior_mean(
-        self, x_t: Tensor, t: Tensor, process: NoiseProcess, labels: Tensor | None = None
-    ) -> Tensor:
+    def posterior_mean(self, x_t: Tensor, t: Tensor, process: NoiseProcess, labels: Tensor | None = None) -> Tensor:
         """The perfect denoiser E[x0 | x_t]; arguments as ``posterior``."""
         return self.posterior(x_t, t, process, labels)[0]
 
@@ -235,9 +227,7 @@ class GaussianMixture(nn.Module):
         return value.reshape(x_t.shape).to(x_t.dtype)
 
 
-def gaussian_flow_map(
-    mean: Tensor, cov: Tensor, x: Tensor, t: Tensor, r: Tensor, process: NoiseProcess
-) -> Tensor:
+def gaussian_flow_map(mean: Tensor, cov: Tensor, x: Tensor, t: Tensor, r: Tensor, process: NoiseProcess) -> Tensor:
     """Exact probability-flow map of one Gaussian N(mean, cov), cov = U diag(l) U^T, from time t to time r.
 
         X_{t->r}(x) = alpha_r m + U diag(sqrt(S_r / S_t)) U^T (x - alpha_t m),     S = alpha^2 l + sigma^2
@@ -322,9 +312,7 @@ def analytic_denoiser(mixture: GaussianMixture, process: NoiseProcess) -> Denois
     return Denoiser(AnalyticNetwork(mixture, process), process, "sample")
 
 
-def ring(
-    num_modes: int = 8, radius: float = 2.0, std: float = 0.25, labelled: bool = False
-) -> GaussianMixture:
+def ring(num_modes: int = 8, radius: float = 2.0, std: float = 0.25, labelled: bool = False) -> GaussianMixture:
     """Equal 2-D Gaussians on a circle.
 
     Args:

@@ -16,7 +16,7 @@ from lightning_distill.processes import NoiseProcess, change_process, expand
 __all__ = ["Denoiser"]
 
 
-class _AllTapsSeen(Exception):  # noqa: N818  (control flow, not an error)
+class _AllTapsSeen(Exception):
     """Raised by the hook on the last tapped block so that the blocks behind it are not run."""
 
 
@@ -35,8 +35,8 @@ class Denoiser(nn.Module):
         prediction_type: what the network outputs: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
         network_process: native process of the network, None when it is ``process``.
         sigma_data: standard deviation of the data, per element; checked against the first batches of a run.
-        data_scale: with ``network_process``, the network works on data divided by this; None is ``sigma_data``, 1 a network
-            trained on the data as they are.
+        data_scale: with ``network_process``, the network works on data divided by this; None is ``sigma_data``, 1 a
+            network trained on the data as they are.
         null_class: label that means "no class"; None when the network was trained without one.
         family: calling convention, None to look it up.
 
@@ -65,9 +65,9 @@ class Denoiser(nn.Module):
         t_max = torch.tensor(inner.t_max, dtype=torch.float64)
         if prediction_type == "epsilon" and inner.alpha(t_max) == 0:
             raise ValueError(
-                f"prediction_type='epsilon' says nothing about the clean sample at t={inner.t_max:g} of {inner!r}, where "
-                "alpha is 0; use a network trained with v_prediction, sample or flow_prediction, or a process without "
-                "zero terminal SNR."
+                f"prediction_type='epsilon' says nothing about the clean sample at t={inner.t_max:g} of {inner!r}, "
+                "where alpha is 0; use a network trained with v_prediction, sample or flow_prediction, or a process "
+                "without zero terminal SNR."
             )
         self.network = network
         self.process = process
@@ -124,9 +124,7 @@ class Denoiser(nn.Module):
             except _AllTapsSeen:
                 return features
         if missing := [name for name in taps if name not in features]:
-            raise ValueError(
-                f"the tapped blocks {missing} were not run by {type(self.network).__name__}.forward."
-            )
+            raise ValueError(f"the tapped blocks {missing} were not run by {type(self.network).__name__}.forward.")
         if features_only:
             return features
         raw = self._raw(self.family.output(out), x_in, x_t.dtype)

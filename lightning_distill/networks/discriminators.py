@@ -47,9 +47,7 @@ class DiscriminatorHeads(nn.Module):
     ) -> None:
         super().__init__()
         if not shapes:
-            raise ValueError(
-                "a discriminator needs at least one tap; name blocks such as taps=['mid_block']."
-            )
+            raise ValueError("a discriminator needs at least one tap; name blocks such as taps=['mid_block'].")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         with seeded(seed):
             self.heads = nn.ModuleDict(
@@ -76,9 +74,7 @@ class DiscriminatorHeads(nn.Module):
         logits = []
         for name, shape in self.shapes.items():
             if name not in features:
-                raise ValueError(
-                    f"the discriminator reads {name!r}, but the features are {sorted(features)}."
-                )
+                raise ValueError(f"the discriminator reads {name!r}, but the features are {sorted(features)}.")
             feature, head = features[name], self.heads[_key(name)]
             # the number of tokens may vary, the size of a map may not: its last convolution spans the map
             expected = shape[-1:] if len(shape) == 2 else shape

@@ -63,17 +63,13 @@ class Family:
     integer_time: bool = False
     sign: float = 1.0
     channel_split: bool = False
-    output: Callable[[Any], Tensor] = lambda out: (
-        out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-    )
+    output: Callable[[Any], Tensor] = lambda out: out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
     cond_keys: tuple[str, ...] = ()
     null: Mapping[str, int | float | Callable[[nn.Module], int | None]] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     eval_only: bool = False
-    sample_shape: Callable[[nn.Module], tuple[int, ...] | None] = lambda network: getattr(
-        network, "shape", None
-    )
+    sample_shape: Callable[[nn.Module], tuple[int, ...] | None] = lambda network: getattr(network, "shape", None)
 
     def network_time(self, time: Tensor) -> Tensor:
         """Apply scale, flip and rounding to a time that ``time`` names."""

@@ -97,9 +97,7 @@ def check_diffusers_weights(folder: Path) -> str | None:
     stem = "diffusion_pytorch_model"
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
-        pickles = sorted(
-            p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.ckpt"))
-        )
+        pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.ckpt")))
         if pickles:
             raise ValueError(
                 f"{folder / pickles[0]} is a pickle, which can run code when it is read; convert the weights "

@@ -133,9 +133,7 @@ class AdapterCheckpoint:
         if bank is None:
             return checkpoint(module, *args, use_reentrant=False, **kwargs)
         again = bank.reenter()
-        return checkpoint(
-            module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs
-        )
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
 
 
 def adapter_bank(network: nn.Module) -> AdapterBank | None:
@@ -160,9 +158,7 @@ class AdapterDenoiser(Denoiser):
     def __init__(self, source: Denoiser, name: str) -> None:
         bank = adapter_bank(source.network)
         if bank is None or name not in bank.configs:
-            raise ValueError(
-                f"{type(source.network).__name__} has no adapter {name!r}; add it with add_adapter."
-            )
+            raise ValueError(f"{type(source.network).__name__} has no adapter {name!r}; add it with add_adapter.")
         nn.Module.__init__(self)
         self.__dict__["network"] = source.network  # past nn.Module's registration
         self.process = source.process
@@ -266,9 +262,7 @@ def add_adapter(
     bank = adapter_bank(network) or AdapterBank()
     name = _free_name(bank) if name is None else name.replace(".", "_")
     if name in bank.configs:
-        raise ValueError(
-            f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}."
-        )
+        raise ValueError(f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}.")
     paths = _target_paths(network, target_modules or source.family.lora_targets, exact_names)
     config = LoraConfig(
         r=rank,
@@ -296,9 +290,7 @@ def add_adapter_copy(source: AdapterDenoiser, name: str, *, trainable: bool = Fa
     """
     bank, name = source.bank, name.replace(".", "_")
     if name in bank.configs:
-        raise ValueError(
-            f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}."
-        )
+        raise ValueError(f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}.")
     _inject(source.network, bank, name, copy.deepcopy(source.config), trainable, seed=0)
     view = AdapterDenoiser(source, name)
     view.load_state_dict(source.state_dict())
@@ -342,9 +334,7 @@ def _target_paths(network: nn.Module, endings: Sequence[str], exact: bool) -> li
     return paths
 
 
-def _inject(
-    network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig, trainable: bool, seed: int
-) -> None:
+def _inject(network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig, trainable: bool, seed: int) -> None:
     flags = {id(p): p.requires_grad for layer in bank.layers.values() for p in layer.parameters()}
     checkpointing = getattr(network, "is_gradient_checkpointing", False)
     # peft reads a list as endings, a pattern as full names
@@ -413,9 +403,7 @@ def merged_network(denoiser: Denoiser) -> nn.Module:
     Returns:
         a network of the original class, equal in output up to rounding, ready for ``save_pretrained``.
     """
-    return _plain_copy(
-        denoiser.network, denoiser.adapter_name if isinstance(denoiser, AdapterDenoiser) else None
-    )
+    return _plain_copy(denoiser.network, denoiser.adapter_name if isinstance(denoiser, AdapterDenoiser) else None)
 
 
 def _plain_copy(network: nn.Module, name: str | None) -> nn.Module:
@@ -480,9 +468,7 @@ def role_state(denoiser: nn.Module) -> dict[str, Tensor]:
     return dict(denoiser.state_dict())
 
 
-def load_role_state(
-    denoiser: nn.Module, state: Mapping[str, Tensor], origin: str = "the given state"
-) -> None:
+def load_role_state(denoiser: nn.Module, state: Mapping[str, Tensor], origin: str = "the given state") -> None:
     """Load what ``role_state`` returned, strictly.
 
     Args:

@@ -214,9 +214,7 @@ class FromCheckpoint(Role):
         adapter = self._adapter(source, state, name, origin)
         return _master(_like(source, merged_network(adapter))) if self.merge else adapter
 
-    def _adapter(
-        self, source: Denoiser, state: dict[str, Tensor], name: str | None, origin: str
-    ) -> AdapterDenoiser:
+    def _adapter(self, source: Denoiser, state: dict[str, Tensor], name: str | None, origin: str) -> AdapterDenoiser:
         downs = [key for key in state if key.endswith(".lora_A.weight")]
         paths = [key.removeprefix("adapter.").removesuffix(".lora_A.weight") for key in downs]
         if not downs or "lora_alpha" not in state:
@@ -243,8 +241,7 @@ class FromCheckpoint(Role):
         if len(matches) != 1:
             problem = "holds no" if not matches else "holds several"
             raise ValueError(
-                f"{path} {problem} role {self.role!r}; set role to one of "
-                f"{sorted(roles) or '(it holds no networks)'}."
+                f"{path} {problem} role {self.role!r}; set role to one of {sorted(roles) or '(it holds no networks)'}."
             )
         prefix = f"{matches[0]}."
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, matches[0]

@@ -80,9 +80,7 @@ class ResidualMLP(nn.Module):
         self.num_classes = num_classes
         elements = math.prod(self.shape)
         self.time_proj = _TimeFeatures(time_features)
-        self.time_embedding = nn.Sequential(
-            nn.Linear(time_features, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.time_embedding = nn.Sequential(nn.Linear(time_features, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.input = nn.Linear(elements, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
@@ -106,9 +104,7 @@ class ResidualMLP(nn.Module):
             ValueError: samples of another shape, or labels for a network without classes.
         """
         if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(
-                f"this ResidualMLP takes samples of shape {self.shape}, got a batch {tuple(x.shape)}."
-            )
+            raise ValueError(f"this ResidualMLP takes samples of shape {self.shape}, got a batch {tuple(x.shape)}.")
         embedding = self.time_embedding(self.time_proj(t.to(x.dtype)))
         if self.class_embedding is not None:
             if class_labels is None:

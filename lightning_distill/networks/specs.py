@@ -174,8 +174,7 @@ class AnalyticTeacher(DenoiserSpec):
         }
         if self.problem not in makers:
             raise ValueError(
-                f"AnalyticTeacher(problem={self.problem!r}) is unknown; choose one of "
-                f"{', '.join(sorted(makers))}."
+                f"AnalyticTeacher(problem={self.problem!r}) is unknown; choose one of {', '.join(sorted(makers))}."
             )
         return makers[self.problem]
 
@@ -202,8 +201,8 @@ class PretrainedDenoiser(DenoiserSpec):
         null_class: label that means "no class"; None for the card's.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps float32.
         allow_download: fetch ``path`` from the Hugging Face hub when it is no local folder.
-        method_process: noise process that the method works in when it is not the network's own; the exact change of process
-            makes a flow-matching teacher of any other, for example.
+        method_process: noise process that the method works in when it is not the network's own; the exact change of
+            process makes a flow-matching teacher of any other, for example.
     """
 
     def __init__(
@@ -250,8 +249,8 @@ class PretrainedDenoiser(DenoiserSpec):
         if self.method_process is not None and not same_path(self.method_process, process):
             if inner is not None:
                 raise ValueError(
-                    f"{self.path} already reaches its network through a change of process; leave out method_process and "
-                    "set process in its card."
+                    f"{self.path} already reaches its network through a change of process; leave out method_process "
+                    "and set process in its card."
                 )
             process, inner, scale = self.method_process, process, 1.0
         return Denoiser(
@@ -292,9 +291,7 @@ class PretrainedDenoiser(DenoiserSpec):
             ) from error
 
     def _read(self, root: Path) -> "_Source":
-        return _Source(
-            root, self.subfolder, self.process, self.prediction_type, self.sigma_data, self.null_class
-        )
+        return _Source(root, self.subfolder, self.process, self.prediction_type, self.sigma_data, self.null_class)
 
 
 class ZooDenoiser(DenoiserSpec):
@@ -403,9 +400,7 @@ class _Source:
         return network.to(dtype).eval()
 
 
-def _agreed(
-    what: str, folder: Path, sources: list[tuple[str, Any]], equal: Callable[[Any, Any], bool]
-) -> Any:
+def _agreed(what: str, folder: Path, sources: list[tuple[str, Any]], equal: Callable[[Any, Any], bool]) -> Any:
     """The first value given; an error when two sources contradict each other or none says anything."""
     given = [(origin, value) for origin, value in sources if value is not None]
     if not given:

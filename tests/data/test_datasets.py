@@ -137,9 +137,7 @@ def test_digits_have_a_fixed_split_and_their_declared_scale():
 # ---------------------------------------------------------------------------------------------------- fashion
 @pytest.mark.parametrize("folder", ["", "FashionMNIST/raw"])
 @pytest.mark.parametrize("by_variable", [False, True])
-def test_fashion_reads_plain_and_gzipped_files_from_every_layout(
-    fashion_files, monkeypatch, folder, by_variable
-):
+def test_fashion_reads_plain_and_gzipped_files_from_every_layout(fashion_files, monkeypatch, folder, by_variable):
     root, images = fashion_files
     target = root / folder
     target.mkdir(parents=True, exist_ok=True)
@@ -167,17 +165,13 @@ def test_fashion_without_files_names_the_argument_and_the_variable(tmp_path, mon
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     with pytest.raises(FileNotFoundError, match=rf"root=\.\.\.\).*{DATA_VARIABLE}"):
         FashionMNIST().setup("fit")
-    with pytest.raises(
-        FileNotFoundError, match=rf"train-images-idx3-ubyte.*root=.*{DATA_VARIABLE}.*download=True"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte.*root=.*{DATA_VARIABLE}.*download=True"):
         FashionMNIST(root=str(tmp_path)).setup("fit")
 
 
 def test_fashion_downloads_only_on_request(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "torchvision.datasets.FashionMNIST", lambda root, download: calls.append((root, download))
-    )
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", lambda root, download: calls.append((root, download)))
     FashionMNIST(root=str(tmp_path)).prepare_data()
     assert calls == []
     FashionMNIST(root=str(tmp_path), download=True).prepare_data()
@@ -221,9 +215,7 @@ def test_idx_says_in_one_sentence_what_is_wrong_with_a_file(tmp_path, name, cont
 
 
 def test_idx_bit_flip_in_a_gzip_file_is_seen(tmp_path):
-    content = bytearray(
-        gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (9, 28, 28), dtype=np.uint8)))
-    )
+    content = bytearray(gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (9, 28, 28), dtype=np.uint8))))
     content[len(content) // 2] ^= 0xFF
     (tmp_path / "a.gz").write_bytes(content)
     with pytest.raises(ValueError, match="truncated or corrupted"):
@@ -404,9 +396,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
-def test_configurations_build_and_take_arguments_of_the_base_class(
-    file, tmp_path, fashion_files, monkeypatch
-):
+def test_configurations_build_and_take_arguments_of_the_base_class(file, tmp_path, fashion_files, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, str(fashion_files[0]))
     monkeypatch.chdir(tmp_path)
     save_file(pairs(), "pairs.safetensors")

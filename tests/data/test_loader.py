@@ -71,10 +71,7 @@ def test_ranks_together_see_what_one_process_sees(n, world_size, local, slices):
         for index, batch in enumerate(expected):
             # every slice of the single process is the concatenation of that slice over the ranks
             joined = [
-                value
-                for s in range(slices)
-                for rank in ranks
-                for value in rank[index][s * local : (s + 1) * local]
+                value for s in range(slices) for rank in ranks for value in rank[index][s * local : (s + 1) * local]
             ]
             assert joined == batch
 
@@ -218,9 +215,7 @@ def test_an_interrupted_run_continues_with_the_very_next_batch(tmp_path, stop, m
     saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=stop, save_top_k=-1, filename="{step}")
     trainer(tmp_path, max_steps=stop, callbacks=saving).fit(first, Numbers(**data))
     checkpoint = tmp_path / f"step={stop}.ckpt"
-    trainer(tmp_path, max_steps=14, enable_checkpointing=False).fit(
-        second, Numbers(**data), ckpt_path=checkpoint
-    )
+    trainer(tmp_path, max_steps=14, enable_checkpointing=False).fit(second, Numbers(**data), ckpt_path=checkpoint)
     assert len(whole.seen) == 14
     assert first.seen + second.seen == whole.seen
     assert torch.equal(second.weight, whole.weight)

@@ -44,9 +44,7 @@ def test_the_digits_reference_is_reproduced_from_the_pictures():
     assert torch.allclose(whole.mean, reference.statistics["train"].mean, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "n", "half", "floor"), [("digits", 1797, 899, 2.0), ("fashion", 60_000, 5_000, 0.5)]
-)
+@pytest.mark.parametrize(("name", "n", "half", "floor"), [("digits", 1797, 899, 2.0), ("fashion", 60_000, 5_000, 0.5)])
 def test_references_hold_two_disjoint_halves_and_their_floor(name, n, half, floor):
     reference = load_reference(name)
     assert reference.statistics["train"].n == n
@@ -70,9 +68,7 @@ def test_references_hold_two_disjoint_halves_and_their_floor(name, n, half, floo
 def test_the_fashion_classifier_is_as_good_as_noted_and_small():
     folder = zoo_path("fashion")
     assert json.loads((folder / "classifier.json").read_text())["test_accuracy"] >= 0.92
-    assert (
-        sum(f.stat().st_size for f in folder.iterdir() if f.stem in ("classifier", "reference")) <= 2_000_000
-    )
+    assert sum(f.stat().st_size for f in folder.iterdir() if f.stem in ("classifier", "reference")) <= 2_000_000
     classifier = load_classifier("fashion")
     reference = load_reference("fashion")
     for half in HALVES:
@@ -125,9 +121,7 @@ def test_zoo_paths_and_their_errors(tmp_path):
     for load in (zoo_path, load_classifier, load_reference, zoo_card):
         with pytest.raises(ValueError, match=r"no entry 'fashoin'; it has .*digits.*fashion"):
             load("fashoin")
-    with pytest.raises(
-        FileNotFoundError, match=r"classifier\.safetensors does not exist; .*build_reference\.py"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"classifier\.safetensors does not exist; .*build_reference\.py"):
         load_classifier(tmp_path)
     (tmp_path / "card.json").write_text('{"seed": 3}')
     assert zoo_file(tmp_path, "card.json", "a test").name == "card.json"

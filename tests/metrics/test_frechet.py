@@ -42,9 +42,7 @@ def test_general_gaussians_agree_with_the_matrix_square_root(d):
 
 def test_singular_covariances_need_no_ridge():
     flat = np.diag([1.0, 0.0, 4.0])
-    assert frechet_distance(
-        statistics(np.zeros(3), flat), statistics(np.zeros(3), np.eye(3))
-    ) == pytest.approx(2.0)
+    assert frechet_distance(statistics(np.zeros(3), flat), statistics(np.zeros(3), np.eye(3))) == pytest.approx(2.0)
     few = FeatureStatistics.from_features(torch.randn(4, 32))
     assert frechet_distance(few, few) == pytest.approx(0.0, abs=1e-5)
 

@@ -36,9 +36,7 @@ def test_precision_and_recall_are_those_of_torch_fidelity(batch_size):
         generated, real, prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=False, verbose=False
     )
     found = precision_recall(generated, real, batch_size=batch_size)
-    assert (found.precision, found.recall) == pytest.approx(
-        (expected["precision"], expected["recall"]), abs=1e-6
-    )
+    assert (found.precision, found.recall) == pytest.approx((expected["precision"], expected["recall"]), abs=1e-6)
     assert 0.2 < found.precision < found.recall < 1.0
 
 

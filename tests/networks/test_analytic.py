@@ -19,9 +19,7 @@ F64 = torch.float64
 PROCESSES = [FlowMatching(), VariancePreserving(zero_terminal_snr=True), EDM(), TrigFlow()]
 by_process = pytest.mark.parametrize("process", PROCESSES, ids=["flow", "vp-ztsnr", "edm", "trig"])
 MEANS = torch.tensor([[1.0, -0.5], [-1.2, 0.4], [0.2, 1.5]], dtype=F64)
-ROOTS = torch.tensor(
-    [[[0.5, 0.0], [0.2, 0.3]], [[0.4, 0.0], [-0.3, 0.6]], [[0.3, 0.0], [0.0, 0.2]]], dtype=F64
-)
+ROOTS = torch.tensor([[[0.5, 0.0], [0.2, 0.3]], [[0.4, 0.0], [-0.3, 0.6]], [[0.3, 0.0], [0.0, 0.2]]], dtype=F64)
 COVARIANCES = ROOTS @ ROOTS.mT
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=F64)
 
@@ -31,9 +29,7 @@ def test_log_density_is_that_of_torch_distributions(process):
     mixture = GaussianMixture(MEANS, covariances=COVARIANCES, weights=WEIGHTS)
     t = torch.tensor(0.3 * process.t_max, dtype=F64)
     alpha, sigma = process.alpha(t), process.sigma(t)
-    components = MultivariateNormal(
-        alpha * MEANS, alpha**2 * COVARIANCES + sigma**2 * torch.eye(2, dtype=F64)
-    )
+    components = MultivariateNormal(alpha * MEANS, alpha**2 * COVARIANCES + sigma**2 * torch.eye(2, dtype=F64))
     x = torch.randn(20, 2, dtype=F64)
     expected = MixtureSameFamily(Categorical(WEIGHTS), components).log_prob(x)
     torch.testing.assert_close(mixture.log_prob(x, t, process), expected, rtol=1e-10, atol=1e-10)
@@ -46,9 +42,7 @@ def test_isotropic_log_density_with_few_and_many_dimensions():
     components = Independent(Normal(0.6 * means, (0.36 * std**2 + 0.16).sqrt()[:, None].expand(3, 5)), 1)
     x = torch.randn(20, 5, dtype=F64)
     expected = MixtureSameFamily(Categorical(WEIGHTS), components).log_prob(x)
-    torch.testing.assert_close(
-        mixture.log_prob(x, torch.tensor(0.4), FlowMatching()), expected, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(mixture.log_prob(x, torch.tensor(0.4), FlowMatching()), expected, rtol=1e-6, atol=1e-6)
 
 
 @by_process
@@ -134,9 +128,7 @@ def test_gaussian_flow_map_composes_and_transports_the_law(process):
     t, s, r = (torch.tensor(f * process.t_max, dtype=F64) for f in (1.0, 0.6, 0.0))
     direct = gaussian_flow_map(mean, cov, x, t, r, process)
     halfway = gaussian_flow_map(mean, cov, x, t, s, process)
-    torch.testing.assert_close(
-        gaussian_flow_map(mean, cov, halfway, s, r, process), direct, rtol=0, atol=1e-9
-    )
+    torch.testing.assert_close(gaussian_flow_map(mean, cov, halfway, s, r, process), direct, rtol=0, atol=1e-9)
     torch.testing.assert_close(gaussian_flow_map(mean, cov, x, t, t, process), x, rtol=0, atol=1e-9)
     # an affine map whose linear part turns the covariance at t into the one at r
     zero = torch.zeros(1, 2, dtype=F64)

@@ -18,9 +18,7 @@ def mlp(**kwargs):
 
 
 def unet(num_classes=0):
-    return small_unet(
-        8, num_classes=num_classes, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8
-    )
+    return small_unet(8, num_classes=num_classes, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
 
 
 def dit(**kwargs):
@@ -86,9 +84,7 @@ def test_dits_never_drop_labels_at_random():
     assert not any(module.training for module in network.modules())
     x, labels = torch.randn(64, 1, 8, 8), torch.zeros(64, dtype=torch.int64)
     first = denoiser(x, torch.tensor(0.5), {"class_labels": labels}).raw
-    torch.testing.assert_close(
-        denoiser(x, torch.tensor(0.5), {"class_labels": labels}).raw, first, rtol=0, atol=0
-    )
+    torch.testing.assert_close(denoiser(x, torch.tensor(0.5), {"class_labels": labels}).raw, first, rtol=0, atol=0)
     null = denoiser(x, torch.tensor(0.5), denoiser.null_cond({"class_labels": labels})).raw
     assert not torch.allclose(null, first)
     # an ordinary network does follow train mode
@@ -224,9 +220,7 @@ def test_null_conditions_of_each_network():
     assert denoiser.null_cond(cond)["class_labels"].tolist() == [5, 5]
     # no labels at all mean the same as the null label
     x, t = torch.randn(2, 2), torch.rand(2)
-    torch.testing.assert_close(
-        denoiser(x, t).raw, denoiser(x, t, denoiser.null_cond(cond)).raw, rtol=0, atol=0
-    )
+    torch.testing.assert_close(denoiser(x, t).raw, denoiser(x, t, denoiser.null_cond(cond)).raw, rtol=0, atol=0)
     assert not torch.equal(denoiser(x, t).raw, denoiser(x, t, cond).raw)
 
 
@@ -239,9 +233,7 @@ def test_missing_null_values_are_explained():
         Denoiser(mlp(), FlowMatching(), "flow_prediction", null_class=3).null_cond({"text": torch.zeros(1)})
 
 
-@pytest.mark.parametrize(
-    "network", [mlp(num_classes=2), unet(num_classes=2), dit()], ids=["mlp", "unet", "dit"]
-)
+@pytest.mark.parametrize("network", [mlp(num_classes=2), unet(num_classes=2), dit()], ids=["mlp", "unet", "dit"])
 def test_unknown_conditions_are_refused(network):
     denoiser = Denoiser(network, VariancePreserving(), "v_prediction")
     x = torch.randn(1, *denoiser.sample_shape)

@@ -92,9 +92,7 @@ def test_tap_shapes_and_features(unet):
     ran = []
     handle = unet.network.up_blocks[0].register_forward_hook(lambda *_: ran.append(1))
     x = torch.randn(2, 1, 16, 16, requires_grad=True)
-    features = tapped_features(
-        unet, x, torch.tensor([0.2, 0.7]), {"class_labels": torch.tensor([0, 1])}, taps
-    )
+    features = tapped_features(unet, x, torch.tensor([0.2, 0.7]), {"class_labels": torch.tensor([0, 1])}, taps)
     assert features["input"] is x
     logits = DiscriminatorHeads(shapes)(features)
     assert logits.shape == (2, 3)

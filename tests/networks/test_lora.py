@@ -254,9 +254,7 @@ def test_a_view_owns_its_adapter_and_nothing_else():
     names = [n for n, _ in student.named_parameters()]
     assert names
     assert all(n.startswith("adapter.") and (".lora_A." in n or ".lora_B." in n) for n in names)
-    assert (
-        sum(p.requires_grad for p in module.parameters()) == len(names) == len(trainable_parameters(student))
-    )
+    assert sum(p.requires_grad for p in module.parameters()) == len(names) == len(trainable_parameters(student))
     kept = [k for k in module.state_dict() if k.startswith("student.")]
     assert sorted(kept) == sorted(f"student.{k}" for k in role_state(student))
     assert all(not k.startswith("student.network") for k in kept)

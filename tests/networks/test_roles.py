@@ -174,9 +174,7 @@ def test_averages_are_frozen_float32_and_independent(role):
 
 def test_networks_without_parameters_cannot_be_copied():
     teacher = as_denoiser(AnalyticTeacher("ring", FlowMatching()))
-    with pytest.raises(
-        ValueError, match=r"AnalyticNetwork has no parameters.*give the fake_score .*Explicit\(spec\)"
-    ):
+    with pytest.raises(ValueError, match=r"AnalyticNetwork has no parameters.*give the fake_score .*Explicit\(spec\)"):
         Copy().build(teacher, "fake_score")
     with pytest.raises(ValueError, match="match no layer of AnalyticNetwork"):
         Lora().build(teacher)
@@ -204,20 +202,14 @@ def test_explicit_networks_of_another_process(process):
 
 @pytest.mark.parametrize("changes", [{"in_channels": 2, "out_channels": 2}, {"sample_size": 16}], ids=str)
 def test_explicit_networks_of_another_shape(changes):
-    with pytest.raises(
-        ValueError, match=r"makes samples of shape \(.*\) and the teacher .* of shape \(1, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"makes samples of shape \(.*\) and the teacher .* of shape \(1, 8, 8\)"):
         Explicit(new(**changes)).build(teacher_of(), "student")
 
 
 # ---------------------------------------------------------------------------------------- warm starts
 def save(path, **roles):
-    state = {
-        f"{role}.{k}": v.clone() for role, network in roles.items() for k, v in role_state(network).items()
-    }
-    torch.save(
-        {"state_dict": {**state, "skipped_steps": torch.zeros(2)}, "epoch": 1, "lightning_distill": {}}, path
-    )
+    state = {f"{role}.{k}": v.clone() for role, network in roles.items() for k, v in role_state(network).items()}
+    torch.save({"state_dict": {**state, "skipped_steps": torch.zeros(2)}, "epoch": 1, "lightning_distill": {}}, path)
 
 
 def test_warm_start_from_full_weights(tmp_path):
@@ -238,21 +230,15 @@ def test_warm_start_from_full_weights(tmp_path):
     ):
         FromCheckpoint(str(path), "critic").build(teacher_of())
     save(path, student=student, student_ema=nn.ModuleDict({"a": average, "b": average}))
-    with pytest.raises(
-        ValueError, match=r"holds several role 'student_ema'; set role to one of .*'student_ema.a'"
-    ):
+    with pytest.raises(ValueError, match=r"holds several role 'student_ema'; set role to one of .*'student_ema.a'"):
         FromCheckpoint(str(path)).build(teacher_of())
-    with pytest.raises(
-        ValueError, match=r"role 'student' of .*last.ckpt does not fit UNet2DModel: .* has shape"
-    ):
+    with pytest.raises(ValueError, match=r"role 'student' of .*last.ckpt does not fit UNet2DModel: .* has shape"):
         FromCheckpoint(str(path), "student").build(teacher_of(block_out_channels=(4, 4)))
 
 
 def test_warm_start_from_adapters(tmp_path):
     first = teacher_of()
-    student = perturb(
-        Lora(rank=3, alpha=6, target_modules=["conv1", "mid_block.resnets.0.conv2"]).build(first, "s")
-    )
+    student = perturb(Lora(rank=3, alpha=6, target_modules=["conv1", "mid_block.resnets.0.conv2"]).build(first, "s"))
     path = tmp_path / "lora.ckpt"
     ema = nn.ModuleDict({"p": averaged_copy(student, "p")})
     save(path, student=student, student_ema=ema)
@@ -326,9 +312,7 @@ def test_warm_start_from_an_exported_folder(tmp_path):
         assert torch.equal(run(built), run(exported))
         assert len(trainable_parameters(built)) == len(list(built.parameters()))
     DDPMPipeline(exported.network, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"describes VariancePreserving.*and the teacher works with FlowMatching"
-    ):
+    with pytest.raises(ValueError, match=r"describes VariancePreserving.*and the teacher works with FlowMatching"):
         FromCheckpoint(str(tmp_path)).build(teacher_of())
     other = Denoiser(unet(), VariancePreserving("linear", 1e-4, 0.02), "v_prediction")
     with pytest.raises(
@@ -344,9 +328,7 @@ def test_warm_start_from_an_exported_folder(tmp_path):
         norm_num_groups=1,
     )
     with pytest.raises(ValueError, match=r"holds a UNet2DModel .*Explicit\(PretrainedDenoiser\(path\)\)"):
-        FromCheckpoint(str(tmp_path)).build(
-            Denoiser(dit, VariancePreserving("linear", 1e-4, 0.02), "epsilon")
-        )
+        FromCheckpoint(str(tmp_path)).build(Denoiser(dit, VariancePreserving("linear", 1e-4, 0.02), "epsilon"))
     with pytest.raises(FileNotFoundError, match="holds no model"):
         FromCheckpoint(str(tmp_path / "scheduler")).check()
 

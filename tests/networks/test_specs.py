@@ -101,33 +101,24 @@ def test_flow_matching_scheduler_and_card(tmp_path):
     assert denoiser.prediction_type == "flow_prediction"
     assert (denoiser.sigma_data, denoiser.null_class) == (0.35, 7)
     assert torch.equal(*outputs(denoiser, net))
-    given = as_denoiser(
-        PretrainedDenoiser(str(tmp_path), sigma_data=0.5, null_class=3, process=FlowMatching(5))
-    )
+    given = as_denoiser(PretrainedDenoiser(str(tmp_path), sigma_data=0.5, null_class=3, process=FlowMatching(5)))
     assert (given.sigma_data, given.null_class, given.process.shift) == (0.5, 3, 5)  # a shift moves no path
     # the network's own folder finds scheduler and card of its pipeline
     inner = as_denoiser(PretrainedDenoiser(str(tmp_path / "unet")))
     assert (inner.prediction_type, inner.null_class) == ("flow_prediction", 7)
-    assert (
-        as_denoiser(PretrainedDenoiser(str(tmp_path), "unet", dtype="bfloat16"))._dtype(None)
-        == torch.bfloat16
-    )
+    assert as_denoiser(PretrainedDenoiser(str(tmp_path), "unet", dtype="bfloat16"))._dtype(None) == torch.bfloat16
 
 
 def test_contradictions_name_both_sides(tmp_path):
     pipeline(tmp_path, DDPMScheduler(), {"prediction_type": "epsilon"})
-    with pytest.raises(
-        ValueError, match=r"'sample' by argument prediction_type but 'epsilon' by .*card.json"
-    ):
+    with pytest.raises(ValueError, match=r"'sample' by argument prediction_type but 'epsilon' by .*card.json"):
         PretrainedDenoiser(str(tmp_path), prediction_type="sample").check()
     with pytest.raises(
         ValueError, match=r"FlowMatching\(shift=1.0\) by argument process but VariancePreserving.*config"
     ):
         PretrainedDenoiser(str(tmp_path), process=FlowMatching()).check()
     (tmp_path / "card.json").write_text(json.dumps({"prediction_type": "v_prediction"}))
-    with pytest.raises(
-        ValueError, match=r"'v_prediction' by .*card.json but 'epsilon' by .*scheduler_config.json"
-    ):
+    with pytest.raises(ValueError, match=r"'v_prediction' by .*card.json but 'epsilon' by .*scheduler_config.json"):
         PretrainedDenoiser(str(tmp_path)).check()
 
 
@@ -142,18 +133,14 @@ def test_model_folder_without_scheduler(tmp_path):
         norm_num_groups=1,
     )
     net.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"neither a scheduler nor a card.json says the process of .*give process="
-    ):
+    with pytest.raises(ValueError, match=r"neither a scheduler nor a card.json says the process of .*give process="):
         PretrainedDenoiser(str(tmp_path)).check()
     spec = PretrainedDenoiser(str(tmp_path), process=FlowMatching(), prediction_type="flow_prediction")
     spec.check()
     denoiser = spec.build()
     assert type(denoiser.network) is DiTTransformer2DModel
     assert denoiser.sigma_data == 1.0
-    (tmp_path / "card.json").write_text(
-        json.dumps({"process": {"class_path": "lightning_distill.processes.TrigFlow"}})
-    )
+    (tmp_path / "card.json").write_text(json.dumps({"process": {"class_path": "lightning_distill.processes.TrigFlow"}}))
     spec = PretrainedDenoiser(str(tmp_path), prediction_type="v_prediction")
     assert isinstance(spec.build().process, TrigFlow)
 
@@ -204,9 +191,7 @@ def test_bad_cards_are_found_by_check(tmp_path, changes, message):
 
 def test_cards_that_do_not_fit_their_weights(tmp_path):
     card_folder(tmp_path, network={"class_path": f"{__name__}.Net", "init_args": {"width": 5}})
-    with pytest.raises(
-        ValueError, match=r"net.safetensors does not fit .*Net as described in .*size mismatch"
-    ):
+    with pytest.raises(ValueError, match=r"net.safetensors does not fit .*Net as described in .*size mismatch"):
         PretrainedDenoiser(str(tmp_path)).build()
     card_folder(tmp_path, network={"class_path": f"{__name__}.Net", "init_args": {"depth": 5}})
     with pytest.raises(ValueError, match=r"cannot construct .*Net: .*'depth'"):
@@ -252,15 +237,11 @@ def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no model: expected config.json"):
         PretrainedDenoiser(str(tmp_path)).check()
     pipeline(tmp_path, DDPMScheduler())
-    with pytest.raises(
-        FileNotFoundError, match=r"transformer/config.json does not exist; .* one of \['unet'\]"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"transformer/config.json does not exist; .* one of \['unet'\]"):
         PretrainedDenoiser(str(tmp_path), subfolder="transformer").check()
     config = tmp_path / "unet" / "config.json"
     config.write_text(config.read_text().replace("UNet2DModel", "NetOfTomorrow"))
-    with pytest.raises(
-        ValueError, match=r"names the model class 'NetOfTomorrow', which diffusers .* does not have"
-    ):
+    with pytest.raises(ValueError, match=r"names the model class 'NetOfTomorrow', which diffusers .* does not have"):
         PretrainedDenoiser(str(tmp_path)).check()
     config.write_text("{")
     with pytest.raises(ValueError, match="cannot be read as JSON"):

@@ -1,0 +1,390 @@
+"""The command line: what a run leaves behind, how it goes on, and the commands that read it."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+
+from lightning_distill import __version__
+from lightning_distill.cli import main, trainer_cli
+from lightning_distill.commands.methods import method_rows
+from lightning_distill.commands.run_folder import find_run, load_run
+from lightning_distill.methods import DMD2, DistillationModule
+from lightning_distill.networks.small import small_unet
+
+RING4 = "lightning_distill.networks.specs.AnalyticTeacher"
+
+
+def spec(class_path, /, **arguments):
+    return {"class_path": class_path, "init_args": arguments}
+
+
+def ring4():
+    """A run on ring4 with tiny networks, silent."""
+    network = spec(
+        "Explicit",
+        spec=spec(
+            "NewDenoiser",
+            network=spec("ResidualMLP", shape=[2], width=8, depth=1),
+            process="FlowMatching",
+            prediction_type="flow_prediction",
+            sigma_data=1.12,
+        ),
+    )
+    return {
+        "trainer": {"accelerator": "cpu", "max_steps": 7, "enable_progress_bar": False, "enable_model_summary": False},
+        "model": spec(
+            "DMD2",
+            teacher=spec("AnalyticTeacher", problem="ring4", process="FlowMatching"),
+            student=network,
+            fake_score=network,
+            fake_score_steps=1,
+            shape=[2],
+        ),
+        "data": spec("Toy2D", name="ring4", batch_size=8, samples_per_epoch=80),
+    }
+
+
+def pictures(folder, steps=2):
+    """A run with a UNet of 8x8 pictures and three classes, distilled without data."""
+    network = small_unet(8, 1, 3, (8, 8), norm_num_groups=4, attention_head_dim=8)
+    network.save_pretrained(folder / "teacher")
+    teacher = spec(
+        "PretrainedDenoiser",
+        path=str(folder / "teacher"),
+        process=spec("VariancePreserving", beta_schedule="squaredcos_cap_v2", zero_terminal_snr=True),
+        prediction_type="v_prediction",
+        null_class=3,
+        sigma_data=0.5,
+    )
+    config = ring4()
+    config["model"] = spec("DMD2", teacher=teacher, fake_score_steps=1, num_steps=steps, student_optimizer=sgd())
+    config["data"] = spec("Prior", num_classes=3, batch_size=2)
+    return config
+
+
+def sgd():
+    return spec("torch.optim.SGD", lr=0.05)
+
+
+def fit(config, folder, *words, name="toy"):
+    """Run ``fit`` as the command line does; returns LightningCLI."""
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return trainer_cli(["fit", "-c", str(file), f"--trainer.logger.init_args.save_dir={folder / 'runs'}", *words])
+
+
+def states(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------ before a run
+def test_help_is_quick_and_names_every_command(capsys):
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_distill", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert all(word in done.stdout for word in ("fit", "validate", "quickstart", "sample", "export", "methods"))
+    assert not any(heavy in done.stderr for heavy in ("torch._C", "lightning.pytorch", "jsonargparse"))
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_help_of_fit_and_of_a_method(capsys):
+    assert main(["fit", "--help"]) == 0
+    assert "--model.help" in capsys.readouterr().out
+    assert main(["fit", "--model.help=DMD2"]) == 0
+    shown = capsys.readouterr().out
+    assert "--model.init_args.fake_score_steps" in shown
+    assert "--model.init_args.max_skipped_steps" in shown
+
+
+def test_debug_shows_where(monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        main(["sample", "nowhere", "--debug"])
+    monkeypatch.setenv("LIGHTNING_DISTILL_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["sample", "nowhere"])
+
+
+def test_methods_lists_all_and_their_configurations(capsys):
+    rows = {row.name: row for row in method_rows()}
+    assert {"DMD2", "TeacherTraining"} <= set(rows)
+    assert rows["DMD2"].paper == "2405.14867"
+    assert rows["DMD2"].roles.startswith("student, fake_score")
+    assert "DistillationModule" not in rows
+    assert "FakeScoreMethod" not in rows
+    for row in rows.values():
+        if row.config:
+            assert (Path(__file__).parents[1] / row.config).is_file()
+        assert row.summary.endswith(".")
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert rows["DMD2"].config in shown
+    assert "arXiv:2405.14867" in shown
+
+
+def test_a_broken_plugin_is_named_and_the_others_work(monkeypatch, tmp_path):
+    (tmp_path / "good_plugin.py").write_text(
+        "from lightning_distill.methods import DMD2\nclass Plugged(DMD2):\n    '''From elsewhere.'''\n"
+    )
+    (tmp_path / "broken_plugin.py").write_text("raise OSError('no licence')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entries = [
+        importlib.metadata.EntryPoint(name, f"{name}_plugin", "lightning_distill.methods")
+        for name in ("broken", "good")
+    ]
+    monkeypatch.setattr("lightning_distill.cli.entry_points", lambda group: entries)
+    with pytest.warns(UserWarning, match=r"plugin 'broken' \(broken_plugin\).*no licence"):
+        names = [row.name for row in method_rows()]
+    assert "Plugged" in names
+    config = ring4()
+    config["model"]["class_path"] = "Plugged"
+    with pytest.warns(UserWarning, match="broken"):
+        assert type(fit(config, tmp_path, "--trainer.fast_dev_run=true").model).__name__ == "Plugged"
+
+
+# ------------------------------------------------------------------------------------------------ a run
+def test_a_run_leaves_configuration_checkpoints_and_curves(tmp_path):
+    cli = fit(ring4(), tmp_path)
+    run = tmp_path / "runs" / "toy" / "version_0"
+    assert Path(cli.trainer.log_dir) == run
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.ckpt", "step7.ckpt"}
+    assert list(run.glob("events.out.tfevents*"))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["seed_everything"] == 0
+    assert saved["model"]["init_args"]["teacher"]["class_path"] == RING4
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 7
+    assert not any(key.startswith("teacher.") for key in checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize("max_steps", [5, 10, 13])
+def test_the_last_checkpoint_is_the_end_of_the_run(tmp_path, max_steps):
+    # batches of 8 in epochs of 80: 10 is the end of an epoch, 5 and 13 lie within one; every 1, 2 and 3 updates
+    cli = fit(ring4(), tmp_path, f"--trainer.max_steps={max_steps}")
+    checkpoint = torch.load(find_run(cli.trainer.log_dir) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == max_steps
+    for key, value in states(cli.model).items():
+        assert torch.equal(value, checkpoint["state_dict"][key])
+
+
+def test_a_run_of_epochs_ends_with_a_checkpoint(tmp_path):
+    cli = fit(ring4(), tmp_path, "--trainer.max_steps=-1", "--trainer.max_epochs=1")
+    assert {p.name for p in (find_run(cli.trainer.log_dir) / "checkpoints").iterdir()} == {"last.ckpt", "step10.ckpt"}
+
+
+def test_a_second_run_gets_its_own_folder_and_run_names_find_the_newest(tmp_path):
+    first = fit(ring4(), tmp_path, "--trainer.max_steps=1")
+    before = (Path(first.trainer.log_dir) / "checkpoints" / "last.ckpt").read_bytes()
+    second = fit(ring4(), tmp_path, "--trainer.max_steps=2")
+    assert Path(second.trainer.log_dir).name == "version_1"
+    assert (Path(first.trainer.log_dir) / "checkpoints" / "last.ckpt").read_bytes() == before
+    runs = tmp_path / "runs" / "toy"
+    assert find_run(runs) == runs / "version_1"
+    with pytest.raises(ValueError, match="multiple of 3"):
+        fit(ring4(), tmp_path, "--model.init_args.accumulate_grad_batches=3")
+    assert (runs / "version_2" / "config.yaml").is_file()
+    assert find_run(runs) == runs / "version_1", "a run without checkpoints hides an earlier one"
+
+
+@pytest.mark.parametrize("stop", [4, 10])
+def test_resuming_through_the_command_line_is_exact(tmp_path, stop):
+    # within the first epoch of 10 batches, and at its end
+    whole = fit(ring4(), tmp_path, "--trainer.max_steps=14")
+    part = fit(ring4(), tmp_path, f"--trainer.max_steps={stop}")
+    last = Path(part.trainer.log_dir) / "checkpoints" / "last.ckpt"
+    rest = fit(ring4(), tmp_path, "--trainer.max_steps=14", f"--ckpt_path={last}")
+    assert rest.trainer.global_step == 14
+    expected = states(whole.model)
+    for key, value in states(rest.model).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_resuming_within_the_same_folder(tmp_path):
+    part = fit(ring4(), tmp_path, "--trainer.max_steps=2")
+    folder = Path(part.trainer.log_dir)
+    time.sleep(0.02)  # the newest file decides
+    fit(
+        ring4(),
+        tmp_path,
+        "--trainer.max_steps=4",
+        "--trainer.logger.init_args.version=0",
+        f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
+    )
+    module = load_run(folder)
+    files = (folder / "checkpoints").glob("last*.ckpt")
+    steps = {torch.load(f, weights_only=True)["global_step"]: f for f in files}
+    newest = torch.load(steps[4], weights_only=True)["state_dict"]
+    assert all(torch.equal(v, newest[k]) for k, v in states(module).items())
+
+
+def test_callbacks_of_the_user_replace_ours(tmp_path):
+    own = [spec("lightning.pytorch.callbacks.ModelCheckpoint", filename="mine", every_n_train_steps=3)]
+    config = ring4()
+    config["trainer"]["callbacks"] = own
+    cli = fit(config, tmp_path)
+    assert [p.name for p in (Path(cli.trainer.log_dir) / "checkpoints").iterdir()] == ["mine.ckpt"]
+
+
+def test_without_logger_and_checkpoints_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ring4()
+    config["trainer"] |= {"logger": False, "enable_checkpointing": False}
+    Path("toy.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "-c", "toy.yaml"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.yaml"]
+
+
+def test_files_are_merged_and_refer_to_each_other(tmp_path):
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": spec("Toy2D", name="ring4", batch_size=4)}))
+    config = ring4()
+    del config["data"]
+    config["model"]["init_args"]["accumulate_grad_batches"] = "${data.init_args.batch_size}"
+    cli = fit(config, tmp_path, "-c", str(tmp_path / "data.yaml"), "--trainer.max_steps=1")
+    assert cli.model.accumulate_grad_batches == 4
+    assert Path(cli.trainer.log_dir).parent.name == "toy", "the run is named after the file with the model"
+
+
+def test_another_optimizer_keeps_its_own_defaults(tmp_path):
+    config = ring4()
+    config["model"]["init_args"] |= {"student_optimizer": sgd()}
+    cli = fit(config, tmp_path, "--trainer.fast_dev_run=true")
+    student, critic = (optimizer.optimizer for optimizer in cli.model.optimizers())
+    assert isinstance(student, torch.optim.SGD)
+    assert student.defaults["weight_decay"] == 0.0
+    assert isinstance(critic, torch.optim.AdamW)
+    assert critic.defaults["fused"]
+
+
+def test_any_lightning_datamodule_will_do(tmp_path):
+    (tmp_path / "own_data.py").write_text(
+        "import torch\n"
+        "from lightning.pytorch import LightningDataModule\n"
+        "class Own(LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        return torch.utils.data.DataLoader(torch.randn(16, 2), batch_size=8)\n"
+    )
+    config = ring4()
+    config["data"] = "own_data.Own"
+    sys.path.insert(0, str(tmp_path))
+    try:
+        cli = fit(config, tmp_path, "--trainer.max_steps=2")
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert cli.trainer.global_step == 2
+
+
+# ------------------------------------------------------------------------------------------------ sampling and export
+@pytest.fixture(scope="module")
+def picture_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    return Path(fit(pictures(folder), folder).trainer.log_dir)
+
+
+def test_a_run_is_loaded_as_it_was(tmp_path):
+    cli = fit(ring4(), tmp_path)
+    module = load_run(cli.trainer.log_dir)
+    assert type(module) is DMD2
+    assert not module.training
+    trained = states(cli.model)
+    loaded = states(module)
+    assert set(trained) == set(loaded)
+    assert all(torch.equal(v, trained[k]) for k, v in loaded.items())
+    noise = torch.randn(5, 2)
+    assert torch.equal(module.sample(5, noise=noise), cli.model.eval().sample(5, noise=noise))
+
+
+def test_loading_a_run_leaves_the_global_generator_alone(picture_run):
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    load_run(picture_run)
+    assert torch.equal(torch.randn(4), expected)
+
+
+def test_sample(picture_run, tmp_path, capsys):
+    words = ["sample", str(picture_run), "--n", "7", "--classes", "2", "0", "--seed", "5", "--out", str(tmp_path)]
+    assert main(words) == 0
+    assert str(tmp_path / "samples.png") in capsys.readouterr().out
+    files = np.load(tmp_path / "samples.npz")
+    assert files["x0"].shape == (7, 1, 8, 8)
+    assert files["class_labels"].tolist() == [2, 0, 2, 0, 2, 0, 2]
+    assert files["seed"] == 5
+    assert files["images"].dtype == np.uint8
+    module = load_run(picture_run)
+    cond = {"class_labels": torch.tensor([2, 0, 2, 0, 2, 0, 2])}
+    x0 = module.sample(7, cond, generator=torch.Generator().manual_seed(5))
+    np.testing.assert_allclose(files["x0"], x0.numpy(), atol=1e-6)
+    shade = (x0.clamp(-1, 1).numpy() + 1) / 2 * 255
+    assert np.abs(files["images"] - shade).max() <= 0.5001
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+    first = files["x0"]
+    for extra in (["--weights", "student"], ["--steps", "1"], ["--seed", "6"]):
+        assert main([*words, *extra]) == 0
+        assert not np.array_equal(np.load(tmp_path / "samples.npz")["x0"], first), extra
+    assert main([*words, "--weights", "ema"]) == 0
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["x0"], first)
+
+
+def test_sample_of_points(tmp_path):
+    run = fit(ring4(), tmp_path).trainer.log_dir
+    assert main(["sample", str(run), "--n", "50"]) == 0
+    files = np.load(Path(run) / "samples.npz")
+    assert files["x0"].shape == (50, 2)
+    assert "images" not in files
+    assert (Path(run) / "samples.png").is_file()
+
+
+def test_export_gives_the_images_of_sample_in_stock_diffusers(picture_run, tmp_path, capsys):
+    out = tmp_path / "pipeline"
+    assert main(["export", str(picture_run), str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert str(out) in shown
+    difference = float(shown.split("largest difference to sample()")[1].split()[0])
+    assert difference <= 1e-5
+
+    main(["sample", str(picture_run), "--n", "6", "--seed", "4", "--out", str(tmp_path)])
+    ours = np.load(tmp_path / "samples.npz")
+    pipe = DiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        batch_size=6,
+        class_labels=ours["class_labels"].tolist(),
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(4),
+        output_type="np",
+    ).images
+    expected = (ours["x0"] / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
+    assert np.abs(theirs - expected).max() <= 1e-5
+
+    weights = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert main(["export", str(picture_run), str(out), "--weights", "student", "--overwrite"]) == 0
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() != weights
+
+
+def test_modules_of_other_classes_are_not_touched_by_main():
+    assert DistillationModule.__subclasses__()
+    with pytest.raises(KeyError):  # a bug is not dressed up as a sentence
+        import lightning_distill.commands.methods as command
+
+        original = command.method_rows
+        command.method_rows = lambda: {}["bug"]
+        try:
+            main(["methods"])
+        finally:
+            command.method_rows = original

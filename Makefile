@@ -12,12 +12,12 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   distil the shipped teacher, show images and a table (about three minutes)"
+	@echo "make quickstart   distil the shipped teacher, show images and a table (about four minutes)"
 	@echo "make test         the tests of every change"
 	@echo "make check        lint, formatting, types"
 	@echo "make matrix       all tests, the slow ones included"
-	@echo "make bench        measure throughput and memory"
-	@echo "make docs         write the generated pages"
+	@echo "make bench        measure, and fill the tables of README.md"
+	@echo "make docs         fill the tables of README.md from the results"
 
 install: $(STAMP)
 
@@ -49,9 +49,12 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/make_tables.py --check
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/compare.py digits --configs method/dmd2_digits.yaml
+	$(BIN)/python benchmarks/make_tables.py
 
 docs: $(STAMP)
-	$(BIN)/python docs/build.py
+	$(BIN)/python benchmarks/make_tables.py

@@ -29,9 +29,6 @@ from lightning_distill.processes import FlowMatching, VariancePreserving
 from lightning_distill.times import few_step_times
 from lightning_distill.zoo import zoo_path
 
-#: zoo entries that share the classifier and the reference of another
-EXTRACTOR = {"fashion_flow": "fashion"}
-
 
 def write_weights(denoiser: Denoiser, folder: Path, card: dict[str, Any]) -> None:
     """Weights (and for diffusers networks a loadable pipeline) in bfloat16."""
@@ -63,8 +60,7 @@ def write_weights(denoiser: Denoiser, folder: Path, card: dict[str, Any]) -> Non
 def measure(name: str, samples: int, seed: int) -> dict[str, Any]:
     """Distances, recall and class accuracy of a zoo teacher at several numbers of steps."""
     teacher = ZooDenoiser(name).build()
-    source = EXTRACTOR.get(name, name)
-    reference, classifier = load_reference(source), load_classifier(source)
+    reference, classifier = load_reference(name), load_classifier(name)
     assert teacher.sample_shape is not None
     noise, cond = index_noise(samples, teacher.sample_shape, seed), default_cond(teacher, samples)
     figures: dict[str, Any] = {"fd_cnn": {}, "precision": {}, "recall": {}, "class_accuracy": {}}
@@ -110,7 +106,7 @@ def measure(name: str, samples: int, seed: int) -> dict[str, Any]:
 
 def package(denoiser: Denoiser, name: str, training: dict[str, Any], samples: int = 5000, seed: int = 1234) -> dict:
     """Write the zoo entry ``name`` and its card; returns the card."""
-    folder = Path(zoo_path(EXTRACTOR.get(name, name))).parent / name
+    folder = zoo_path(name)
     card: dict[str, Any] = {
         "name": name,
         "sigma_data": denoiser.sigma_data,
@@ -139,11 +135,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    from lightning_distill.commands.run_folder import load_run
+    from lightning_distill.commands.run_folder import find_checkpoint, find_run, load_run, read_config
 
-    module = load_run(args.run_dir)
-    config = json.loads(json.dumps(module.training_summary()))
-    print(package(module.sampling_network(), args.name, config, args.samples)["figures"])
+    run = find_run(args.run_dir)
+    config = read_config(run)
+    training = {
+        "config": {key: config[key] for key in ("model", "data")},
+        "updates": checkpoints.read_checkpoint(find_checkpoint(run))["global_step"],
+        "seed": config.get("seed_everything"),
+    }
+    network = load_run(run).sampling_network()
+    if not hasattr(network.network, "save_pretrained"):
+        spec = config["model"]["init_args"]["network"]["init_args"]
+        training |= {key: spec[key] for key in ("network", "process", "prediction_type")}
+    print(package(network, args.name, training, args.samples)["figures"])
 
 
 if __name__ == "__main__":

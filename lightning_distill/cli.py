@@ -86,7 +86,7 @@ def import_everything() -> None:
         importlib.import_module(f"lightning_distill.methods.{module.name}")
     for name in ("data", "ema", "guidance", "processes", "schedules", "times"):
         importlib.import_module(f"lightning_distill.{name}")
-    for name in ("adversary", "roles", "small", "specs"):
+    for name in ("adversary", "roles", "run_denoiser", "small", "specs"):
         importlib.import_module(f"lightning_distill.networks.{name}")
     for entry in entry_points(group="lightning_distill.methods"):
         try:

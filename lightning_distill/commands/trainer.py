@@ -131,7 +131,7 @@ def run_trainer(words: Sequence[str]) -> TrainerCLI:
     with contextlib.suppress(TypeError, ValueError):  # older jsonargparse: interpolation works within one file only
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()
-    options = {"parser_mode": "omegaconf+", "exit_on_error": False}
+    options = {"parser_mode": "omegaconf+", "exit_on_error": False, "prog": "lightning-distill"}
     logger = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
         "init_args": {"save_dir": "runs", "name": _run_name(words)},
@@ -208,5 +208,9 @@ def _quiet() -> None:
         "Starting from v1.9.0, `tensorboardX`",
         ".*does not have many workers",
         "LightningCLI's args parameter is intended",
+        "Precision .* is not supported by the model summary",
+        "The number of training batches .* is smaller than the logging interval",  # we log by student updates
+        "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+        "Checkpoint directory .* exists and is not empty",  # resumed there; anything else is refused
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -29,7 +29,7 @@ from lightning_distill.networks.specs import (
     same_path,
     seeded,
 )
-from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
+from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving, change_process
 
 UNET = {
     "sample_size": 8,
@@ -368,3 +368,20 @@ teacher:
     pipeline(tmp_path, FlowMatchEulerDiscreteScheduler())
     args = ["--teacher=PretrainedDenoiser", f"--teacher.path={tmp_path}", "--teacher.sigma_data=0.4"]
     assert as_denoiser(parser.instantiate_classes(parser.parse_args(args)).teacher).sigma_data == 0.4
+
+
+def test_method_process_is_an_exact_change_of_process():
+    """The shipped VP teacher as a flow-matching one: same x0 and noise, velocity eps - x0."""
+    teacher = ZooDenoiser("fashion").build()
+    twin = ZooDenoiser("fashion", method_process=FlowMatching()).build()
+    t = torch.tensor([0.05, 0.5, 1.0], dtype=torch.float64)
+    labels = {"class_labels": torch.tensor([0, 3, 10])}
+    x0, eps = 0.6 * torch.randn(3, 1, 32, 32), torch.randn(3, 1, 32, 32)
+    t_vp, _ = change_process(t, twin.process, teacher.process)
+    with torch.no_grad():
+        expected = teacher(teacher.process.add_noise(x0, eps, t_vp), t_vp, labels)
+        got = twin(twin.process.add_noise(x0, eps, t), t, labels)
+    torch.testing.assert_close(got.x0, expected.x0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.velocity, expected.eps - expected.x0, rtol=1e-4, atol=2e-5)
+    assert twin.sigma_data == teacher.sigma_data
+    assert twin.data_scale == 1.0

@@ -1,0 +1,33 @@
+"""The network of an earlier run as a teacher."""
+
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import DenoiserSpec
+
+__all__ = ["RunDenoiser"]
+
+
+class RunDenoiser(DenoiserSpec):
+    """The network that an earlier run samples from.
+
+    A teacher trained with ``TeacherTraining``, or a student to be distilled further.
+
+    Args:
+        path: run folder, or the folder of its versions (the newest is taken).
+        weights: ``student``, or the name of an average; None is the first average.
+        checkpoint: checkpoint file, None for the run's last.
+    """
+
+    def __init__(self, path: str, weights: str | None = None, checkpoint: str | None = None) -> None:
+        self.path = path
+        self.weights = weights
+        self.checkpoint = checkpoint
+
+    def check(self) -> None:  # noqa: D102
+        from lightning_distill.commands.run_folder import find_checkpoint, find_run
+
+        find_checkpoint(find_run(self.path), self.checkpoint)
+
+    def build(self) -> Denoiser:  # noqa: D102
+        from lightning_distill.commands.run_folder import load_run
+
+        return load_run(self.path, self.checkpoint).sampling_network(self.weights)

@@ -1,0 +1,146 @@
+"""Every shipped configuration runs through the real command line, offline, and prints itself faithfully."""
+
+import importlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from lightning_distill.cli import main, trainer_cli
+from lightning_distill.configs import config_path
+from lightning_distill.networks.specs import ZooDenoiser, same_path
+
+ROOT = config_path("quickstart.yaml").parent
+FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.yaml"))
+#: folders whose files are complete runs; the others are added to one
+COMPLETE = [f for f in FILES if f.split("/")[0] in ("quickstart.yaml", "method", "teacher", "recipe")]
+TINY = ["--trainer.fast_dev_run=true", "--data.init_args.batch_size=4"]
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path, monkeypatch):
+    """Tiny stand-ins for the data that configurations name, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    # about the mean and the spread of Fashion-MNIST
+    images = np.where(generator.random((64, 28, 28)) < 0.3645, 200, 0).astype(np.uint8)
+    labels = (np.arange(64) % 10).astype(np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        header = struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape)
+        Path(f"train-{name}-ubyte").write_bytes(header + array.tobytes())
+    monkeypatch.setenv("LIGHTNING_DISTILL_DATA", str(tmp_path))
+    Path("images").mkdir()
+    for index in range(16):
+        picture = generator.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(f"images/{index}.png")
+    save_file({"noise": torch.randn(16, 1, 8, 8), "x0": 0.5 * torch.randn(16, 1, 8, 8)}, "pairs.safetensors")
+
+
+def load(name):
+    return yaml.safe_load(config_path(name).read_text())
+
+
+def added_to(name):
+    """Command line of a partial configuration, together with the run it is added to."""
+    kind = name.split("/")[0]
+    if kind == "strategy":
+        return ["-c", str(config_path("method/dmd2_ring4.yaml")), "-c", str(config_path(name)), "--trainer.devices=1"]
+    assert kind == "data", f"configs/{kind} is a new folder: say here how its files are run"
+    data = load(name)["data"]
+    module, _, cls = data["class_path"].rpartition(".")
+    source = getattr(importlib.import_module(module), cls)(**data["init_args"])
+    shape, classes = getattr(source, "shape", (1, 32, 32)), source.num_classes or 0
+    network = {"class_path": "ResidualMLP", "init_args": {"shape": list(shape), "width": 8, "depth": 1}}
+    network["init_args"]["num_classes"] = classes
+    new = {
+        "network": network,
+        "process": "FlowMatching",
+        "prediction_type": "flow_prediction",
+        "sigma_data": getattr(source, "sigma_data", 1.0),
+    }
+    spec = {"class_path": "NewDenoiser", "init_args": new}
+    model = {"class_path": "TeacherTraining", "init_args": {"network": spec}}
+    if cls == "Prior":  # without data there is nothing to train a teacher on
+        role = {"class_path": "Explicit", "init_args": {"spec": spec}}
+        model = {"class_path": "DMD2", "init_args": {"teacher": spec, "student": role, "fake_score": role}}
+    workers = ["--data.init_args.num_workers=0"] if "num_workers" in data["init_args"] else []
+    Path("model.yaml").write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu"}, "model": model}))
+    return ["-c", str(config_path(name)), "-c", "model.yaml", *workers]
+
+
+def words(name):
+    return ["-c", str(config_path(name))] if name in COMPLETE else added_to(name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_runs(name):
+    cli = trainer_cli(["fit", *words(name), *TINY, "--trainer.accelerator=cpu"])
+    assert cli.trainer.global_step == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prints_itself(name, capsys):
+    assert main(["fit", *words(name), "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["model"]["class_path"].startswith("lightning_distill.methods.")
+    Path("printed.yaml").write_text(printed)
+    assert main(["fit", "-c", "printed.yaml", "--print_config"]) == 0
+    again = yaml.safe_load(capsys.readouterr().out)
+    again["trainer"]["logger"]["init_args"]["name"] = yaml.safe_load(printed)["trainer"]["logger"]["init_args"]["name"]
+    assert again == yaml.safe_load(printed)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_is_complete_and_explained(name):
+    text = config_path(name).read_text()
+    assert text.startswith("# "), "the first line says what it is for"
+    config = load(name)
+    assert config["seed_everything"] == 0
+    assert config["trainer"]["max_steps"] > 0
+
+
+def schedules(value):
+    """All learning-rate schedules within a configuration."""
+    if isinstance(value, dict):
+        if str(value.get("class_path", "")).endswith("WarmupDecay"):
+            yield value["init_args"]
+        for inner in value.values():
+            yield from schedules(inner)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_schedules_end_with_the_run(name):
+    config = load(name)
+    for schedule in schedules(config["model"]):
+        if schedule.get("decay", "none") != "none":
+            assert schedule["total_steps"] == config["trainer"]["max_steps"]
+            assert schedule.get("decay_start", 0) < schedule["total_steps"]
+
+
+def test_unknown_configurations_are_named():
+    with pytest.raises(FileNotFoundError, match=r"method/nothing.yaml does not exist; that folder has .*dmd2"):
+        config_path("method/nothing.yaml")
+
+
+def test_the_folder_of_the_repository_is_the_shipped_one():
+    top = Path(__file__).parents[2] / "configs"
+    assert top.resolve() == ROOT.resolve()
+
+
+def test_the_teacher_network_is_the_shipped_one():
+    cli = trainer_cli(["fit", *words("teacher/fashion_vp.yaml"), *TINY, "--trainer.accelerator=cpu"])
+    trained = cli.model.student
+    shipped = ZooDenoiser("fashion").build()
+    assert type(trained.network) is type(shipped.network)
+    settings = [json.loads(d.network.to_json_string()) for d in (trained, shipped)]
+    ours, theirs = ({k: v for k, v in config.items() if not k.startswith("_")} for config in settings)
+    assert ours == theirs
+    assert same_path(trained.process, shipped.process)
+    assert trained.prediction_type == shipped.prediction_type
+    assert (trained.sigma_data, trained.null_class) == (shipped.sigma_data, shipped.null_class)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,15 @@ def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _met
 
 def strict_load(module: DistillationModule, state_dict: Mapping[str, Any]) -> None:
     """Raise unless ``state_dict`` holds exactly what a checkpoint of this configuration holds."""
-    keys = checkpoint_keys(module) & set(nn.Module.state_dict(module))
+    own = nn.Module.state_dict(module)
+    keys = checkpoint_keys(module) & set(own)
     missing, unexpected = sorted(keys - set(state_dict)), sorted(set(state_dict) - keys)
+    if other := [k for k in sorted(keys & set(state_dict)) if own[k].shape != state_dict[k].shape]:
+        raise ValueError(
+            f"the checkpoint does not fit this {type(module).__name__}: {other[0]} has shape "
+            f"{tuple(state_dict[other[0]].shape)} there and {tuple(own[other[0]].shape)} here; resume with the "
+            "networks of the run that wrote it."
+        )
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint does not fit this {type(module).__name__}: {len(missing)} tensors are missing"
@@ -134,6 +142,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or something else than a Lightning checkpoint.
     """
+    if not Path(path).is_dir() and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint (not a torch archive, or truncated); give a .ckpt file that a run "
+            "of lightning_distill wrote."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, OSError) as error:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_distill.generation import default_cond, generate, index_noise
+from lightning_distill.generation import default_cond, index_noise
+from lightning_distill.guidance import guided
 from lightning_distill.metrics.class_accuracy import class_accuracy
 from lightning_distill.metrics.features import SmallClassifier, extract
 from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
@@ -16,10 +17,14 @@ from lightning_distill.metrics.manifold import precision_recall
 from lightning_distill.metrics.nearest import nearest_reference_ratio
 from lightning_distill.metrics.reference import Half, Reference
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.prediction import Prediction
+from lightning_distill.randomness import RandomStreams
+from lightning_distill.samplers import SAMPLERS
 
 __all__ = ["evaluate_samples", "sample_many"]
 
 
+@torch.no_grad()
 def sample_many(
     denoiser: Denoiser,
     n: int,
@@ -31,7 +36,7 @@ def sample_many(
     batch_size: int = 500,
     bf16: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Many samples with noise that depends on the sample's index only.
+    """Many samples whose starting and fresh noise depend on the sample's index only, not on how they are batched.
 
     Args:
         denoiser: student or teacher whose network knows its sample shape.
@@ -47,26 +52,31 @@ def sample_many(
         samples (n, ...) clamped to [-1, 1] when they are images, on the CPU, and their labels (None without classes).
 
     Raises:
-        ValueError: the network does not know its sample shape.
+        ValueError: the network does not know its sample shape, or the sampler is unknown.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(sorted(SAMPLERS))}.")
     shape = denoiser.sample_shape
     if shape is None:
         raise ValueError(f"{type(denoiser.network).__name__} does not know the shape of its samples.")
     cond = default_cond(denoiser, n)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.autocast(denoiser.device.type, torch.bfloat16, enabled=bf16):
-        x0 = generate(
-            denoiser,
-            index_noise(n, shape, seed),
-            cond,
-            times,
-            sampler,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            batch_size=batch_size,
-        )
-    x0 = x0.float().cpu()
-    return (x0.clamp(-1, 1) if x0.ndim == 4 else x0), cond.get("class_labels")
+    streams, device, process = RandomStreams(seed), denoiser.device, denoiser.process
+    parts = []
+    for first in range(0, n, batch_size):
+        labels = {k: v[first : first + batch_size].to(device) for k, v in cond.items()}
+        start = index_noise(min(batch_size, n - first), shape, seed, first).to(device)
+
+        def denoise(x: Tensor, t: Tensor, labels: dict[str, Tensor] = labels) -> Prediction:
+            return guided(denoiser, x, t.expand(len(x)), labels, guidance_scale)
+
+        def fresh(step: int, x: Tensor, first: int = first) -> Tensor:
+            return streams.normal(f"sample/fresh{step}", 0, first, x.shape).to(x)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x0 = SAMPLERS[sampler](denoise, process.prior(start, times[0]), times, process, noise=fresh)
+        parts.append(x0.float().cpu())
+    samples = torch.cat(parts)
+    return (samples.clamp(-1, 1) if samples.ndim == 4 else samples), cond.get("class_labels")
 
 
 def evaluate_samples(

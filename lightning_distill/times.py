@@ -25,6 +25,7 @@ __all__ = [
     "TimeDistribution",
     "Uniform",
     "UniformIndex",
+    "bounded",
     "check_coverage",
     "clamp_times",
     "density_ratio",
@@ -261,6 +262,19 @@ class Beta(TimeDistribution):
         fraction = (u - cdf[left]) / (cdf[right] - cdf[left]).clamp_min(torch.finfo(torch.float64).tiny)
         theta = (left + fraction) * (math.pi / 2 / self._cells)
         return clamp_times(process.t_max * theta.sin().square(), process)
+
+
+def bounded(process: NoiseProcess, low: float, high: float) -> TimeDistribution:
+    """The default distribution between two shares of the range: uniform, on EDM's Karras scale for EDM (DMD2's choice).
+
+    Args:
+        process: process of the times.
+        low: lower share, in [0, 1).
+        high: upper share, in (low, 1].
+    """
+    if isinstance(process, EDM):
+        return Karras(process.sigma_min, process.sigma_max, low=low, high=high)
+    return Uniform(low, high)
 
 
 def _worst_bin(

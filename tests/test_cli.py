@@ -1,6 +1,7 @@
 """The command line: what a run leaves behind, how it goes on, and the commands that read it."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -383,3 +384,21 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("lightning_distill.commands.methods.method_rows", lambda: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         main(["methods"])
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs_in_all_its_parts(tmp_path, capsys):
+    latest = Path(__file__).parents[1] / "benchmarks" / "results" / "latest" / "quickstart.json"
+    before = latest.read_bytes() if latest.exists() else None
+    assert main(["quickstart", "--smoke", "--out", str(tmp_path)]) == 0
+    run = find_run(tmp_path / "quickstart")
+    figures = json.loads((run / "quickstart.json").read_text())
+    assert {"progress", "nfe", "fd_cnn", "recall", "class_accuracy", "images_per_second", "seconds"} <= set(figures)
+    assert set(figures["fd_cnn"]) == {"teacher_1", "teacher_2", "teacher_4", "teacher_50", "student_1"}
+    assert figures["nfe"] == 1
+    assert figures["student_updates"] == 3
+    assert (run / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "pipeline" / "model_index.json").is_file()
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("progress", "tensorboard --logdir", "lightning-distill sample"))
+    assert (latest.read_bytes() if latest.exists() else None) == before, "a smoke run is no measurement"

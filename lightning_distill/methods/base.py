@@ -10,7 +10,6 @@ optimizer steps through Lightning's wrapper, so ``trainer.global_step`` and ``ma
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,48 +23,21 @@ from lightning_distill import checkpoints
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.data.base import check_scaling
 from lightning_distill.ema import EMAProfile, PowerEMA, check_horizon, update_average
-from lightning_distill.generation import default_cond, draw_noise, generate
+from lightning_distill.methods.rollout import Rollout, backward_simulation
+from lightning_distill.methods.sampling import StudentSampling
+from lightning_distill.methods.terms import Terms, mean_terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import base_state_dict
 from lightning_distill.networks.roles import Copy, Role, averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 from lightning_distill.optim import default_optimizer, guard_step
-from lightning_distill.prediction import Prediction
-from lightning_distill.processes import NoiseProcess
 from lightning_distill.randomness import Draws, RandomStreams
-from lightning_distill.samplers import simulate
-from lightning_distill.times import TimeDistribution, few_step_times, validate_times
+from lightning_distill.times import TimeDistribution, validate_times
 
 __all__ = ["DistillationModule", "Rollout", "Terms"]
 
 
-@dataclass
-class Terms:
-    """What a loss returns.
-
-    Attributes:
-        losses: scalars by term name; summed with the module's ``loss_weights`` and logged one by one.
-        diagnostics: scalars that are only logged.
-    """
-
-    losses: dict[str, Tensor]
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Rollout:
-    """A student sample and the step that made it.
-
-    Attributes:
-        x0: student's clean-sample prediction, (B, ...), float32.
-        step: index of the step in the student's time list, the same for the whole batch.
-    """
-
-    x0: Tensor
-    step: int
-
-
-class DistillationModule(LightningModule):
+class DistillationModule(StudentSampling, LightningModule):
     """Base of all methods.
 
     Args:
@@ -131,6 +103,7 @@ class DistillationModule(LightningModule):
             teacher.check()
         self._teacher_source = teacher
         self._student_role = student or Copy()
+        self._student_role.check()
         self._num_steps = num_steps
         self._given_times = None if student_times is None else [float(t) for t in student_times]
         self.sampler: Literal["renoise", "ode"] = sampler
@@ -228,27 +201,6 @@ class DistillationModule(LightningModule):
         self.student_ema.eval()
         return self
 
-    @property
-    def process(self) -> NoiseProcess:
-        """Noise process of the student."""
-        return self.student.process
-
-    @property
-    def student_times(self) -> list[float]:
-        """The student's descending time list, without the final 0."""
-        return self._given_times or few_step_times(self.process, self._num_steps)
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample without the batch dimension."""
-        shape = self._given_shape or self.student.sample_shape
-        if shape is None:
-            raise ValueError(
-                f"{type(self.student.network).__name__} does not know the shape of its samples; give shape=[channels, "
-                "height, width] to the method."
-            )
-        return shape
-
     # ------------------------------------------------------------------------------------------------ parts of losses
     def times(self, name: str, distribution: TimeDistribution, n: int) -> Tensor:
         """Native times of this phase drawn from a distribution, (n,), float64."""
@@ -280,23 +232,17 @@ class DistillationModule(LightningModule):
         key = (self.draws.slice_index, self.draws.first)
         if not grad and key in self._rollouts:
             return self._rollouts[key]
-        draws, times = self.draws.of_slice(), self.student_times
-        step = draws.integer("stop", len(times))
-        start = self.process.prior(draws.normal("start", (batch.size, *self.sample_shape)), times[0])
-
-        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            return self.student(x_t, t.to(x_t.device), batch.cond)
-
-        def fresh(index: int, x: Tensor) -> Tensor:
-            return draws.normal(f"fresh{index}", x.shape)
-
-        with torch.no_grad():
-            x = simulate(denoise, start, times, self.process, step, self.sampler, noise=fresh)
-        t = torch.full((batch.size,), times[step], dtype=torch.float64, device=x.device)
-        with torch.set_grad_enabled(grad):
-            x0 = self.student(x, t, batch.cond).x0
-        self._rollouts[key] = Rollout(x0.detach(), step)
-        return Rollout(x0, step)
+        made = backward_simulation(
+            self.student,
+            batch.cond,
+            (batch.size, *self.sample_shape),
+            self.student_times,
+            self.sampler,
+            self.draws.of_slice(),
+            grad,
+        )
+        self._rollouts[key] = Rollout(made.x0.detach(), made.step)
+        return made
 
     # ------------------------------------------------------------------------------------------------ the cycle
     @property
@@ -386,7 +332,7 @@ class DistillationModule(LightningModule):
                 inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
                 self.trainer.strategy.optimizer_step(inner, closure=lambda: None, model=self)
         optimizer.zero_grad(set_to_none=True)
-        mean = _mean(logged)
+        mean = mean_terms(logged)
         mean.diagnostics.update(total=total, grad_norm=self._grad_norm)
         return mean
 
@@ -458,62 +404,3 @@ class DistillationModule(LightningModule):
         """Refuse a checkpoint of another method or teacher; restore the global generators."""
         self.configure_model()
         checkpoints.check_header(self, checkpoint.get("lightning_distill"))
-
-    # ------------------------------------------------------------------------------------------------ sampling
-    def sampling_network(self, weights: str | None = None) -> Denoiser:
-        """The network that samples: the first average by default, ``"student"``, or an average by name."""
-        if weights is None:
-            weights = next(iter(self.student_ema), "student")
-        if weights == "student":
-            return self.student
-        if weights not in self.student_ema:
-            raise ValueError(f"weights={weights!r} is unknown; choose student or one of {list(self.student_ema)}.")
-        average = self.student_ema[weights]
-        assert isinstance(average, Denoiser)
-        return average
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        cond: Mapping[str, Any] | None = None,
-        *,
-        num_steps: int | None = None,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        weights: str | None = None,
-        batch_size: int | None = None,
-    ) -> Tensor:
-        """Samples of the student.
-
-        Args:
-            n: number of samples.
-            cond: conditions, tensors of n rows; None cycles through the classes (or nothing when there are none).
-            num_steps: steps on the trailing grid; None is the student's own time list.
-            generator: source of the starting noise and of the fresh noise, in that order, as in diffusers.
-            noise: starting noise (n, *shape) instead of the generator's.
-            weights: which network; see ``sampling_network``.
-            batch_size: samples per network call.
-
-        Returns:
-            x0, (n, *shape), float32.
-        """
-        network = self.sampling_network(weights)
-        times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
-        start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
-        conditions = default_cond(network, n) if cond is None else cond
-        return generate(network, start, conditions, times, self.sampler, generator=generator, batch_size=batch_size)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Samples for the conditions of a batch."""
-        batch = as_batch(batch)
-        return self.sample(batch.size, batch.cond)
-
-
-def _mean(terms: list[Terms]) -> Terms:
-    """Micro-batch average, detached."""
-
-    def average(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {k: torch.stack([p[k].detach() for p in parts]).mean() for k in parts[0]}
-
-    return Terms(average([t.losses for t in terms]), average([t.diagnostics for t in terms]))

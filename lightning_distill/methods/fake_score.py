@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance
@@ -13,7 +12,7 @@ from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.times import TimeDistribution, Uniform, check_coverage
+from lightning_distill.times import TimeDistribution, bounded, check_coverage
 
 __all__ = ["FakeScoreMethod"]
 
@@ -32,8 +31,10 @@ class FakeScoreMethod(DistillationModule):
         guidance: classifier-free guidance inside the teacher's prediction; the fake score is never guided.
         fake_score_steps: critic updates per student update.
         updates_per_sample: critic updates that share one batch of student samples.
-        matching_times: distribution of the times at which scores are compared.
-        critic_times: distribution of the critic's training times; must cover ``matching_times``.
+        matching_times: distribution of the times at which scores are compared; None is uniform on [.02, .98] of
+            t_max, on the Karras scale for EDM.
+        critic_times: distribution of the critic's training times; must cover ``matching_times``; None is the
+            same over the whole range.
         critic_space: space of the critic's squared error (see ``denoising_loss``); None is the network's own type, or
             ``edm`` for a network with a process of its own.
         fake_score_optimizer: optimizer of the critic (and of discriminator heads); None for fused AdamW.
@@ -64,20 +65,25 @@ class FakeScoreMethod(DistillationModule):
                 f"fake_score_steps={fake_score_steps} and updates_per_sample={updates_per_sample} must be 1 or more."
             )
         self._fake_score_role = fake_score or Copy()
+        self._fake_score_role.check()
         self.guidance = guidance or Guidance(1.0)
         self.fake_score_steps = fake_score_steps
         self.updates_per_sample = updates_per_sample
-        self.matching_times = matching_times or Uniform(0.02, 0.98)
-        self.critic_times = critic_times or Uniform(0.0, 1.0)
+        self._given_matching_times = matching_times
+        self._given_critic_times = critic_times
         self.critic_space = critic_space
         self.optimizer_factories["fake_score"] = fake_score_optimizer
         self.scheduler_factories["fake_score"] = fake_score_scheduler
         self.fake_score: Denoiser
+        self.matching_times: TimeDistribution
+        self.critic_times: TimeDistribution
 
     def build_roles(self) -> None:
         """Student and fake score, both from the teacher."""
         super().build_roles()
         self.fake_score = self._fake_score_role.build(self.require_teacher(), "fake_score")
+        self.matching_times = self._given_matching_times or bounded(self.process, 0.02, 0.98)
+        self.critic_times = self._given_critic_times or bounded(self.process, 0.0, 1.0)
 
     def check_configuration(self) -> None:
         """Guidance must be possible, and the critic must be trained where scores are compared."""
@@ -114,7 +120,3 @@ class FakeScoreMethod(DistillationModule):
     def fake_score_loss(self, batch: Batch) -> Terms:
         """Denoising on student samples."""
         return self.critic_denoising(batch)[0]
-
-    def role_modules(self) -> dict[str, nn.Module]:
-        """Networks by role, for inspection."""
-        return {"student": self.student, "fake_score": self.fake_score, "teacher": self.require_teacher()}

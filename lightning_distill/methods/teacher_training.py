@@ -9,7 +9,8 @@ from lightning_distill.losses.score_matching import denoising_loss
 from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
-from lightning_distill.times import TimeDistribution, Uniform
+from lightning_distill.processes import EDM
+from lightning_distill.times import LogNormal, TimeDistribution, Uniform
 
 __all__ = ["TeacherTraining"]
 
@@ -27,7 +28,7 @@ class TeacherTraining(DistillationModule):
         network: the network to train.
         label_dropout: share of samples whose class becomes the null class; nothing is dropped for networks without
             one (give ``null_class`` where the class does not know it).
-        training_times: distribution of t.
+        training_times: distribution of t; None is uniform, for EDM ``LogNormal(-1.2, 1.2)``.
         loss_space: space of the squared error (see ``denoising_loss``); None is the network's own prediction type, or
             ``edm`` for a network with a process of its own.
         num_steps: solver steps of ``sample()``.
@@ -57,12 +58,15 @@ class TeacherTraining(DistillationModule):
             network.check()
         self._network_source = network
         self.label_dropout = label_dropout
-        self.training_times = training_times or Uniform(0.0, 1.0)
+        self._given_training_times = training_times
+        self.training_times: TimeDistribution
         self.loss_space = loss_space
 
     def build_roles(self) -> None:
         """The network itself is the student role."""
         self.student = as_denoiser(self._network_source).requires_grad_(True).train()
+        default = LogNormal() if isinstance(self.process, EDM) else Uniform(0.0, 1.0)
+        self.training_times = self._given_training_times or default
 
     def student_loss(self, batch: Batch) -> Terms:
         """Denoising error on a batch of data."""

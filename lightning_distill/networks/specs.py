@@ -128,6 +128,11 @@ class NewDenoiser(DenoiserSpec):
 
     def check(self) -> None:  # noqa: D102
         _check_prediction_type(self.prediction_type)
+        if isinstance(self.network, nn.Module):  # jsonargparse calls a function named in YAML at once
+            raise ValueError(
+                "NewDenoiser(network=...) got a finished module; in YAML name a class (for example "
+                "diffusers.UNet2DModel), in Python give a function that makes the module, not a function's result."
+            )
 
     def build(self) -> Denoiser:  # noqa: D102
         with seeded(self.seed):

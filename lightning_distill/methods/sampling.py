@@ -1,0 +1,96 @@
+"""Sampling of the student, as a part of ``DistillationModule``."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.batch import as_batch
+from lightning_distill.generation import default_cond, draw_noise, generate
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.processes import NoiseProcess
+from lightning_distill.times import few_step_times
+
+__all__ = ["StudentSampling"]
+
+
+class StudentSampling:
+    """What a module with a student, its averages and its time list can do with them."""
+
+    student: Denoiser
+    student_ema: nn.ModuleDict
+    sampler: Literal["renoise", "ode"]
+    _given_times: list[float] | None
+    _given_shape: tuple[int, ...] | None
+    _num_steps: int
+
+    @property
+    def process(self) -> NoiseProcess:
+        """Noise process of the student."""
+        return self.student.process
+
+    @property
+    def student_times(self) -> list[float]:
+        """The student's descending time list, without the final 0."""
+        return self._given_times or few_step_times(self.process, self._num_steps)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample without the batch dimension."""
+        shape = self._given_shape or self.student.sample_shape
+        if shape is None:
+            raise ValueError(
+                f"{type(self.student.network).__name__} does not know the shape of its samples; give shape=[channels, "
+                "height, width] to the method."
+            )
+        return shape
+
+    def sampling_network(self, weights: str | None = None) -> Denoiser:
+        """The network that samples: the first average by default, ``"student"``, or an average by name."""
+        if weights is None:
+            weights = next(iter(self.student_ema), "student")
+        if weights == "student":
+            return self.student
+        if weights not in self.student_ema:
+            raise ValueError(f"weights={weights!r} is unknown; choose student or one of {list(self.student_ema)}.")
+        average = self.student_ema[weights]
+        assert isinstance(average, Denoiser)
+        return average
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        cond: Mapping[str, Any] | None = None,
+        *,
+        num_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        weights: str | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Samples of the student.
+
+        Args:
+            n: number of samples.
+            cond: conditions, tensors of n rows; None cycles through the classes (or nothing when there are none).
+            num_steps: steps on the trailing grid; None is the student's own time list.
+            generator: source of the starting noise and of the fresh noise, in that order, as in diffusers.
+            noise: starting noise (n, *shape) instead of the generator's.
+            weights: which network; see ``sampling_network``.
+            batch_size: samples per network call.
+
+        Returns:
+            x0, (n, *shape), float32.
+        """
+        network = self.sampling_network(weights)
+        times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
+        start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
+        conditions = default_cond(network, n) if cond is None else cond
+        return generate(network, start, conditions, times, self.sampler, generator=generator, batch_size=batch_size)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Samples for the conditions of a batch."""
+        batch = as_batch(batch)
+        return self.sample(batch.size, batch.cond)

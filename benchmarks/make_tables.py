@@ -42,7 +42,7 @@ def quickstart() -> str:
     lines += [
         "",
         f"Progress {result['progress']:.3f} after {seconds:.0f} s of distillation, {result['images_per_second']:.0f} "
-        f"images/s from the student ({result['meta']['cpu']}, {result['meta']['cores']} cores).",
+        f"images/s from the student ({result['meta']['machine']['cpu']}, {result['meta']['machine']['cores']} cores).",
     ]
     lines += comparison()
     return "\n".join(lines)

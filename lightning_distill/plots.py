@@ -43,7 +43,8 @@ def save_comparison(panels: Mapping[str, Tensor], path: str | Path, columns: int
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
-    figure = Figure(figsize=(4.0 * len(panels), 4.4), layout="constrained")
+    rows = -(-len(next(iter(panels.values()))) // columns)
+    figure = Figure(figsize=(4.0 * len(panels), 4.0 * rows / columns + 0.4), layout="constrained")
     for axis, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axis.imshow(make_grid(images.clamp(-1, 1) * 0.5 + 0.5, nrow=columns).permute(1, 2, 0), interpolation="nearest")
         axis.set_title(title)

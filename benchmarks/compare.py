@@ -21,13 +21,12 @@ _RUN = """
 import json, sys, time, torch
 torch.set_num_threads(1)
 from lightning_distill.cli import trainer_cli
-from lightning_distill.commands.quickstart import evaluate_student
+from lightning_distill.commands.quickstart import evaluate_student, figures_of
 words, zoo, samples, out = json.loads(sys.argv[1])
 start = time.process_time()
 cli = trainer_cli(words)
 seconds = time.process_time() - start
-figures = evaluate_student(cli.model.eval(), zoo, samples, bf16=zoo == "fashion")
-figures.pop("teacher")
+figures = figures_of(evaluate_student(cli.model.eval(), samples, bf16=zoo == "fashion")[0])
 figures |= {"cpu_seconds": seconds, "student_updates": cli.trainer.global_step, "method": type(cli.model).__name__}
 open(out, "w").write(json.dumps(figures))
 """

@@ -24,7 +24,8 @@ def quickstart() -> str:
     result = _load("quickstart")
     if result is None:
         return "(run `make quickstart` to fill this table)"
-    fd, card = result["fd_cnn"], json.loads((ROOT / "lightning_distill/zoo/fashion/card.json").read_text())["figures"]
+    card = json.loads((ROOT / "lightning_distill/zoo/fashion/card.json").read_text())["figures"]["by_steps"]
+    fd = result["fd_cnn"]
     lines = [
         "![teacher with 50 steps, student with 1, teacher with 1, from the same noise](docs/images/quickstart.png)",
         "",
@@ -32,7 +33,8 @@ def quickstart() -> str:
         "|---|---|---|---|---|",
     ]
     for steps in ("50", "4", "2", "1"):
-        row = [f"{card[k][steps]:.{d}f}" for k, d in (("fd_cnn", 2), ("recall", 2), ("class_accuracy", 3))]
+        columns = (("fd_cnn", 2), ("recall_cnn", 2), ("class_accuracy", 3))
+        row = [f"{card[steps][key]:.{digits}f}" for key, digits in columns]
         lines.append(f"| teacher | {steps} | {' | '.join(row)} |")
     lines.append(
         f"| **student (DMD2, data-free)** | **1** | **{fd['student_1']:.2f}** | {result['recall']:.2f} | "

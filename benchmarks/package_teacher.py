@@ -9,7 +9,6 @@ FD(50) <= 10 times the distance of as many real images.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_distill import checkpoints
-from lightning_distill.generation import default_cond, generate, index_noise
-from lightning_distill.metrics.class_accuracy import class_accuracy
-from lightning_distill.metrics.features import extract, load_classifier
-from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
-from lightning_distill.metrics.manifold import precision_recall
+from lightning_distill.evaluation.evaluator import Evaluator
+from lightning_distill.evaluation.runner import EvaluationRunner
+from lightning_distill.metrics.extractors import ZooClassifier
 from lightning_distill.metrics.reference import load_reference
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import ZooDenoiser
@@ -58,50 +55,39 @@ def write_weights(denoiser: Denoiser, folder: Path, card: dict[str, Any]) -> Non
 
 
 def measure(name: str, samples: int, seed: int) -> dict[str, Any]:
-    """Distances, recall and class accuracy of a zoo teacher at several numbers of steps."""
+    """Figures of a zoo teacher at several numbers of Euler steps, in both extractors of its data set, in float32."""
     teacher = ZooDenoiser(name).build()
-    reference, classifier = load_reference(name), load_classifier(name)
+    extractors = [ZooClassifier(name), ZooClassifier(f"{name}/judge", "judge")]
+    references = {e.name: load_reference(e.data) for e in extractors}
+    evaluator = Evaluator(extractors, references, half="held_out")
+    runner = EvaluationRunner(evaluator, samples, seed)
     assert teacher.sample_shape is not None
-    noise, cond = index_noise(samples, teacher.sample_shape, seed), default_cond(teacher, samples)
-    figures: dict[str, Any] = {"fd_cnn": {}, "precision": {}, "recall": {}, "class_accuracy": {}}
+    by_steps: dict[str, dict[str, float]] = {}
     for steps in (1, 2, 4, 8, 50):
-        start = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=noise.ndim == 4 and noise.shape[-1] >= 32):
-            images = generate(teacher, noise, cond, few_step_times(teacher.process, steps), "ode", batch_size=500)
-        features = extract(classifier, images.clamp(-1, 1))
-        real = reference.features["held_out"]
-        manifold = precision_recall(features[: len(real)], real[: len(features)])
-        labels = cond["class_labels"]
-        logits = classifier.classify(features)
-        figures["fd_cnn"][str(steps)] = round(
-            frechet_distance(FeatureStatistics.from_features(features), reference.statistics["train"]), 4
-        )
-        figures["precision"][str(steps)] = round(manifold.precision, 4)
-        figures["recall"][str(steps)] = round(manifold.recall, 4)
-        figures["class_accuracy"][str(steps)] = round(class_accuracy(logits, labels), 4)
-        print(
-            steps,
-            {k: v[str(steps)] for k, v in figures.items()},
-            f"{time.process_time() - start:.0f} CPU s",
-            flush=True,
-        )
-    floor = frechet_distance(
-        FeatureStatistics.from_features(reference.features["held_out"]), reference.statistics["train"]
-    )
-    fd = figures["fd_cnn"]
-    figures |= {
-        "samples": samples,
-        "noise_seed": seed,
-        "guidance_scale": 1.0,
-        "solver": "euler (DDIM), uniform grid",
-        "fd_real_floor": round(floor, 4),
-        "gate": {
+        times = few_step_times(teacher.process, steps)
+        row, seconds = runner.measure(teacher, times, "ode", teacher.sample_shape)
+        row.pop("samples_per_second")
+        by_steps[str(steps)] = {key: round(value, 4) for key, value in row.items()}
+        print(steps, by_steps[str(steps)], f"{seconds:.0f} s", flush=True)
+    gates = {}
+    for extractor in extractors:
+        fd = {k: v[extractor.frechet_name] for k, v in by_steps.items()}
+        floor = references[extractor.name].info["fd_floors"]["held_out_vs_train"]
+        gates[extractor.name] = {
+            "fd_real_floor": floor,
             "fd50_over_fd8": round(fd["50"] / fd["8"], 3),
             "fd50_over_floor": round(fd["50"] / floor, 2),
             "passed": bool(fd["50"] <= 1.05 * fd["8"] and fd["50"] <= 10 * floor),
-        },
+        }
+    return {
+        "by_steps": by_steps,
+        "samples": samples,
+        "noise_seed": seed,
+        "half": "held_out",
+        "guidance_scale": 1.0,
+        "solver": "euler (DDIM), uniform grid",
+        "gate": gates,
     }
-    return figures
 
 
 def package(denoiser: Denoiser, name: str, training: dict[str, Any], samples: int = 5000, seed: int = 1234) -> dict:
@@ -129,11 +115,16 @@ def package(denoiser: Denoiser, name: str, training: dict[str, Any], samples: in
 def main() -> None:
     """Package the first average of a TeacherTraining run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir")
+    parser.add_argument("run_dir", help="run of TeacherTraining, or - to measure the shipped weights again")
     parser.add_argument("name")
     parser.add_argument("--samples", type=int, default=5000)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.run_dir == "-":
+        file = zoo_path(args.name) / "card.json"
+        card = {**json.loads(file.read_text()), "figures": measure(args.name, args.samples, 1234)}
+        file.write_text(json.dumps(card, indent=2) + "\n")
+        return
 
     from lightning_distill.commands.run_folder import find_checkpoint, find_run, load_run, read_config
 

@@ -12,76 +12,18 @@ tables and plots), both beside this file. From a shell, figures come as JSON fro
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
-import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lightning_distill.environment import commit, machine, versions
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "lightning", "diffusers", "numpy", "lightning-distill")
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory and accelerator of this machine, without names that identify it."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        cores = os.cpu_count() or 1
-    facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": cores,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    if "torch" in sys.modules:  # a caller without torch is not made to load it
-        import torch
-
-        facts["torch_threads"] = torch.get_num_threads()
-        if torch.cuda.is_available():
-            facts["gpu"] = torch.cuda.get_device_name()
-            facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    return facts
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return names[1].strip() if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on; missing ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """Commit of this checkout, with ``-dirty`` when tracked files differ; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
-        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -22,12 +22,14 @@ __all__ = ["DEBUG_VARIABLE", "import_everything", "main", "trainer_cli"]
 
 DEBUG_VARIABLE = "LIGHTNING_DISTILL_DEBUG"
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-OWN_COMMANDS = ("quickstart", "sample", "export", "methods")
+OWN_COMMANDS = ("quickstart", "sample", "evaluate", "report", "export", "methods")
 _USAGE = """usage: lightning-distill COMMAND ...
 
   fit | validate | test | predict   train or evaluate from a YAML file (lightning-distill fit --help)
   quickstart                        distil the shipped Fashion-MNIST teacher and show the result
   sample RUN_DIR                    pictures from a run
+  evaluate RUN_DIR                  measure a run's student against its teacher and the data
+  report RUN_DIR [RUN_DIR ...]      one page with curves, pictures and figures of one or several runs
   export RUN_DIR OUT_DIR            write a folder that stock diffusers loads
   methods                           what can be trained
 
@@ -84,7 +86,7 @@ def import_everything() -> None:
 
     for module in pkgutil.iter_modules(methods.__path__):
         importlib.import_module(f"lightning_distill.methods.{module.name}")
-    for name in ("data", "ema", "guidance", "processes", "schedules", "times"):
+    for name in ("callbacks", "data", "ema", "guidance", "processes", "schedules", "times"):
         importlib.import_module(f"lightning_distill.{name}")
     for name in ("adversary", "roles", "run_denoiser", "small", "specs"):
         importlib.import_module(f"lightning_distill.networks.{name}")

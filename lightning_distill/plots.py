@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["save_comparison", "save_grid"]
+__all__ = ["save_comparison", "save_grid", "save_strips"]
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int = 10, scale: int = 2) -> None:
@@ -50,6 +50,18 @@ def save_comparison(panels: Mapping[str, Tensor], path: str | Path, columns: int
         axis.set_title(title)
         axis.axis("off")
     figure.savefig(path, dpi=110)
+
+
+def save_strips(strips: Mapping[str, Tensor], path: str | Path, scale: int = 2) -> None:
+    """Sequences of images as rows, the named sequences of one sample below each other.
+
+    Args:
+        strips: (N, T, C, H, W) in [-1, 1] by name, all of one shape; row order is sample by sample.
+        path: PNG to write.
+        scale: integer enlargement of each pixel.
+    """
+    stacked = torch.stack(list(strips.values()), dim=1)
+    save_grid(stacked.flatten(0, 2), path, columns=stacked.shape[2], scale=scale)
 
 
 def _scatter(panels: Mapping[str, Tensor], path: str | Path) -> None:

@@ -88,15 +88,31 @@ class EvaluationLog:
         path = Path(folder) / FILENAME
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        content = {
+        part.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        os.replace(part, path)
+        return path
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ``metrics.json``."""
+        return {
             "format": FORMAT,
             "reference": self.reference,
             "teacher": [asdict(row) for row in self.teacher],
             "student": [asdict(row) for row in self.rows],
         }
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, path)
-        return path
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> EvaluationLog:
+        """The inverse of ``as_dict``.
+
+        Raises:
+            ValueError: the content is of another format.
+            KeyError, TypeError: it is damaged.
+        """
+        if content["format"] != FORMAT:
+            raise ValueError(f"metrics of format {content['format']} cannot be read, this version reads {FORMAT}.")
+        student, teacher = ([EvaluationRow(**row) for row in content[key]] for key in ("student", "teacher"))
+        return cls(student, teacher, content["reference"])
 
     @classmethod
     def load(cls, folder: str | Path) -> EvaluationLog:
@@ -113,10 +129,6 @@ class EvaluationLog:
                 f"run 'lightning-distill evaluate {folder}'."
             )
         try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"{path} has format {content['format']}, this version reads {FORMAT}.")
-            student, teacher = ([EvaluationRow(**row) for row in content[key]] for key in ("student", "teacher"))
-            return cls(student, teacher, content["reference"])
+            return cls.from_dict(json.loads(path.read_text()))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}).") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +16,50 @@ from lightning_distill.commands.errors import CommandParser
 from lightning_distill.commands.export import export_module
 from lightning_distill.commands.run_folder import find_run
 from lightning_distill.configs import config_path
-from lightning_distill.evaluation import evaluate_samples, sample_many
+from lightning_distill.evaluation.evaluator import Evaluator
+from lightning_distill.evaluation.runner import EvaluationRunner
+from lightning_distill.evaluation.sampling import sample_many
+from lightning_distill.evaluation.table import print_table
+from lightning_distill.evaluation.teacher import TeacherCache
 from lightning_distill.methods.base import DistillationModule
-from lightning_distill.metrics.features import load_classifier
-from lightning_distill.metrics.progress import progress
+from lightning_distill.metrics.extractors import ZooClassifier
 from lightning_distill.metrics.reference import load_reference
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.plots import save_comparison
+from lightning_distill.records import EvaluationLog, EvaluationRow
+from lightning_distill.report import write_report
 from lightning_distill.times import few_step_times
-from lightning_distill.zoo import zoo_card
 
-__all__ = ["evaluate_student", "main"]
+__all__ = ["evaluate_student", "figures_of", "main"]
 
 #: noise of the reported samples; the cards of the teachers use another
 EVALUATION_SEED = 20_000
 
 
-def evaluate_student(module: DistillationModule, zoo_name: str, n: int, bf16: bool = True) -> dict[str, Any]:
-    """Figures of a student of a shipped teacher, with the teacher's own from its card.
+def evaluate_student(
+    module: DistillationModule, n: int, bf16: bool = True
+) -> tuple[EvaluationRow, list[EvaluationRow]]:
+    """Figures of a student of a shipped teacher, and the teacher's own from its card.
 
     Args:
-        module: trained module.
-        zoo_name: the teacher's entry.
-        n: samples.
+        module: trained module, in evaluation mode.
+        n: samples; 5,000 for a figure that is reported.
         bf16: sample under bfloat16 autocast.
-
-    Returns:
-        ``fd_cnn``, ``precision``, ``recall``, ``class_accuracy``, ``progress``, ``nfe``, ``images_per_second``,
-        ``samples``, and the ``teacher`` figures of the card.
     """
-    card = zoo_card(zoo_name)["figures"]
-    reference, classifier = load_reference(zoo_name), load_classifier(zoo_name)
-    network, times = module.sampling_network(), module.student_times
-    sample_many(network, 64, times, module.sampler, EVALUATION_SEED, bf16=bf16)  # warm-up
-    start = time.perf_counter()
-    images, labels = sample_many(network, n, times, module.sampler, EVALUATION_SEED, bf16=bf16)
-    seconds = time.perf_counter() - start
-    figures = evaluate_samples(images, labels, reference, classifier)
-    best = min(card["fd_cnn"].values())
-    own = card["fd_cnn"].get(str(len(times)))
-    figures["progress"] = progress(own, figures["fd_cnn"], best) if own is not None else float("nan")
-    return {**figures, "nfe": len(times), "images_per_second": n / seconds, "samples": n, "teacher": card}
+    extractors = [ZooClassifier(module.require_teacher().zoo_name or "")]
+    evaluator = Evaluator(extractors, {e.name: load_reference(e.data) for e in extractors}, half="held_out")
+    runner = EvaluationRunner(evaluator, n, EVALUATION_SEED, bf16=bf16)
+    nfe = len(module.student_times)
+    teacher = runner.teacher_rows(module, [nfe, 50], TeacherCache())
+    row = runner.student_row(module, nfe, "ema" if module.student_ema else "student", teacher, stage="test")
+    return row, teacher
+
+
+def figures_of(row: EvaluationRow) -> dict[str, Any]:
+    """The figures that benchmarks record, by their fixed names."""
+    names = {"progress": "progress_cnn", "fd_cnn": "fd_cnn", "recall": "recall_cnn", "precision": "precision_cnn"}
+    names |= {"class_accuracy": "class_accuracy", "images_per_second": "samples_per_second"}
+    return {key: row.metrics[name] for key, name in names.items()} | {"nfe": row.nfe, "samples": row.num_samples}
 
 
 def main(words: Sequence[str]) -> None:
@@ -80,32 +84,29 @@ def main(words: Sequence[str]) -> None:
     run = find_run(cli.trainer.log_dir)
 
     print("evaluating ...", flush=True)
-    result = evaluate_student(module, "fashion", 200 if args.smoke else 5000)
-    teacher = result["teacher"]
+    row, teacher = evaluate_student(module, 200 if args.smoke else 5000)
     picture = _draw(module, run / "quickstart.png")
     folder, difference = export_module(module, run / "pipeline", overwrite=True)
-    _table(result, teacher)
+    log = EvaluationLog.load(run)
+    print_table(EvaluationLog([row], teacher))
+    print("progress: 0 is the teacher with as many steps, 1 the teacher with many")
+    EvaluationLog([*log.rows, replace(row, step=cli.trainer.global_step)], teacher, log.reference).save(run)
     record = {
-        "progress": result["progress"],
-        "nfe": result["nfe"],
+        **figures_of(row),
         "fd_cnn": {
-            **{f"teacher_{k}": teacher["fd_cnn"][k] for k in ("1", "2", "4", "50")},
-            "student_1": result["fd_cnn"],
+            **{f"teacher_{t.nfe}": t.metrics["fd_cnn"] for t in teacher if t.nfe in (1, 2, 4, 50)},
+            "student_1": row.metrics["fd_cnn"],
         },
-        "recall": result["recall"],
-        "precision": result["precision"],
-        "class_accuracy": result["class_accuracy"],
-        "images_per_second": result["images_per_second"],
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "student_updates": cli.trainer.global_step,
-        "samples": result["samples"],
         "seed": args.seed,
         "export_difference": difference,
     }
     written = _record(record, run, args.smoke)
+    page = write_report([run], run / "report.html")
     print(
-        f"\npictures    {picture}\nfigures     {written}\n"
+        f"\npictures    {picture}\nreport      {page}   (open it in a browser)\nfigures     {written}\n"
         f"pipeline    {folder}   (stock diffusers gives the same images: difference {difference:.0e})\n"
         f"curves      tensorboard --logdir {run}\nmore        lightning-distill sample {run} --n 100\n"
         "next        configs/method/dmd2_fashion.yaml adds real data and a GAN; README.md: your own model"
@@ -131,33 +132,6 @@ def _draw(module: DistillationModule, path: Path) -> Path:
     }
     save_comparison(panels, path)
     return path
-
-
-def _table(result: dict[str, Any], teacher: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "steps", "fd_cnn", "recall", "class accuracy", "images/s")
-    for steps in ("50", "4", "2", "1"):
-        table.add_row(
-            "teacher",
-            steps,
-            f"{teacher['fd_cnn'][steps]:.2f}",
-            f"{teacher['recall'][steps]:.2f}",
-            f"{teacher['class_accuracy'][steps]:.3f}",
-            "",
-        )
-    table.add_row(
-        "student",
-        str(result["nfe"]),
-        f"{result['fd_cnn']:.2f}",
-        f"{result['recall']:.2f}",
-        f"{result['class_accuracy']:.3f}",
-        f"{result['images_per_second']:.0f}",
-        style="bold",
-    )
-    Console().print(table)
-    print(f"progress {result['progress']:.3f}   (0: teacher with as many steps, 1: teacher with many)")
 
 
 def _record(record: dict[str, Any], run: Path, smoke: bool) -> Path:

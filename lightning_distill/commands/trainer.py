@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from lightning_distill import checkpoints
+from lightning_distill.environment import environment
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.progress import StudentProgressBar
 
@@ -69,13 +71,16 @@ class StudentCheckpoint(ModelCheckpoint):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run folder, unless nothing is kept of the run."""
+    """Writes ``config.yaml`` and ``environment.json`` into the run folder, unless nothing is kept of the run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the configuration."""
+        """Write both files."""
         if trainer.logger is None and not trainer.checkpoint_callbacks:
             return
         super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero and trainer.log_dir and stage == "fit":
+            file = Path(trainer.log_dir) / "environment.json"
+            file.write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 class TrainerCLI(LightningCLI):

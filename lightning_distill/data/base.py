@@ -1,15 +1,17 @@
 """The datamodule behind every data set of this package, and the check of its declared scaling."""
 
 import math
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_distill.batch import as_batch
+from lightning_distill.batch import Batch, as_batch
 from lightning_distill.data.loader import ResumableLoader, Source
 
 __all__ = ["DistillationDataModule", "Scaling", "check_scaling"]
@@ -169,6 +171,32 @@ class DistillationDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )
+
+    def val_dataloader(self) -> Any:
+        """One batch for ``validate``, which is about what callbacks measure; nothing while fitting."""
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # as intended
+            return []
+        return DataLoader(_OneBatch(self.source, self.batch_size), batch_size=None)
+
+    def test_dataloader(self) -> Any:
+        """One batch for ``test``."""
+        return self.val_dataloader()
+
+
+class _OneBatch(Dataset[Batch]):
+    """The first samples as a single batch."""
+
+    def __init__(self, source: Source | Dataset[Any], size: int) -> None:
+        self.source, self.size = source, min(size, len(source))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Batch:
+        if isinstance(self.source, Source):
+            return self.source.gather(torch.arange(self.size), 0)
+        return as_batch(default_collate([self.source[i] for i in range(self.size)]))
 
 
 def bytes_to_unit(images: Tensor) -> Tensor:

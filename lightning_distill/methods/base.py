@@ -23,6 +23,8 @@ from lightning_distill import checkpoints
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.data.base import check_scaling
 from lightning_distill.ema import EMAProfile, PowerEMA, check_horizon, update_average
+from lightning_distill.methods.clock import PhaseClock
+from lightning_distill.methods.probing import Probing
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
 from lightning_distill.methods.terms import Terms, mean_terms
@@ -37,7 +39,7 @@ from lightning_distill.times import TimeDistribution, validate_times
 __all__ = ["DistillationModule", "Rollout", "Terms"]
 
 
-class DistillationModule(StudentSampling, LightningModule):
+class DistillationModule(StudentSampling, Probing, LightningModule):
     """Base of all methods.
 
     Args:
@@ -130,6 +132,7 @@ class DistillationModule(StudentSampling, LightningModule):
         self.register_buffer("skipped_in_a_row", torch.zeros(len(self.phases)))
         self.register_state_dict_post_hook(checkpoints.drop_frozen)
         self.draws = Draws(self.streams, 0, 0, "outside")
+        self.clock = PhaseClock()
         self._built = False
         self._data_checks_left = 2
         self._rollouts: dict[tuple[int, int], Rollout] = {}
@@ -283,7 +286,8 @@ class DistillationModule(StudentSampling, LightningModule):
         self._rollouts.clear()  # an interrupted cycle leaves its own
         for phase, index in self.phase_plan():
             repeat = repeats[phase] = repeats.get(phase, -1) + 1
-            terms = self._phase(phase, slices[index], update, repeat, index)
+            with self.clock.measure(phase, self.device):
+                terms = self._phase(phase, slices[index], update, repeat, index)
             if log:
                 self._log_terms(phase, terms)
         self._rollouts.clear()

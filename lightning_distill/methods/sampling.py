@@ -90,6 +90,17 @@ class StudentSampling:
         conditions = default_cond(network, n) if cond is None else cond
         return generate(network, start, conditions, times, self.sampler, generator=generator, batch_size=batch_size)
 
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale w of the teacher in this method, 1 where it has none."""
+        return float(getattr(getattr(self, "guidance", None), "scale", 1.0))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing per batch: callbacks such as ``GenerativeEvaluation`` measure the samples at the end."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing per batch, as ``validation_step``."""
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Samples for the conditions of a batch."""
         batch = as_batch(batch)

@@ -88,7 +88,7 @@ class TeacherTraining(DistillationModule):
         return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in batch.cond.items()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Denoising error of held-out data."""
+        """Denoising error of the validation loader's data."""
         from lightning_distill.batch import as_batch
         from lightning_distill.randomness import Draws
 

@@ -7,6 +7,10 @@ figures that are reported. The statistics ``train`` are those of all training im
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +20,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_distill.metrics.frechet import FeatureStatistics
+from lightning_distill.environment import cache_folder
+from lightning_distill.metrics.extractors import Extractor
+from lightning_distill.metrics.features import extract
+from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_distill.zoo import zoo_file
 
-__all__ = ["HALVES", "Half", "Reference", "load_reference", "save_reference"]
+__all__ = [
+    "HALVES",
+    "Half",
+    "Reference",
+    "ReferenceCache",
+    "load_reference",
+    "reference_from_images",
+    "reference_from_points",
+    "save_reference",
+    "statistics_reference",
+]
 
 Half = Literal["selection", "held_out"]
 HALVES: tuple[Half, Half] = ("selection", "held_out")
@@ -31,8 +48,8 @@ class Reference:
 
     Attributes:
         statistics: by set, ``train`` and the two halves; computed from float32 features before storage.
-        features: by half, (n, d), float32 (stored as float16).
-        labels: by half, (n,), int64.
+        features: by half, (n, d), float32 (stored as float16); none where only statistics are known.
+        labels: by half, (n,), int64; none for data without classes.
         info: extractor, data and the real-vs-real floors.
     """
 
@@ -48,9 +65,12 @@ def save_reference(reference: Reference, folder: str | Path) -> None:
     for name, statistics in reference.statistics.items():
         tensors[f"{name}.mean"] = statistics.mean.contiguous()
         tensors[f"{name}.cov"] = statistics.cov.contiguous()
-    for half in HALVES:
-        tensors[f"{half}.features"] = reference.features[half].to(torch.float16)
-        tensors[f"{half}.labels"] = reference.labels[half].to(torch.uint8)
+    for half, features in reference.features.items():
+        # half precision keeps three digits, which is far below the distances between samples
+        narrow = features.abs().max() < 6e4
+        tensors[f"{half}.features"] = features.to(torch.float16) if narrow else features.contiguous()
+    for half, labels in reference.labels.items():
+        tensors[f"{half}.labels"] = labels.to(torch.uint8 if labels.max() < 256 else torch.int32)
     counts = {name: statistics.n for name, statistics in reference.statistics.items()}
     metadata = {"info": json.dumps({**reference.info, "n": counts})}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -64,13 +84,120 @@ def load_reference(name_or_path: str | Path) -> Reference:
         ValueError: the name is not in the zoo.
         FileNotFoundError: the folder lacks the file.
     """
-    path = zoo_file(name_or_path, "reference.safetensors", "benchmarks/build_reference.py")
+    return _read(zoo_file(name_or_path, "reference.safetensors", "benchmarks/build_reference.py"))
+
+
+def _read(path: Path) -> Reference:
     with safe_open(str(path), framework="pt") as file:
+        keys = set(file.keys())
         info = json.loads(file.metadata()["info"])
         statistics = {
             name: FeatureStatistics(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.cov"), n)
             for name, n in info["n"].items()
         }
-        features: dict[str, Tensor] = {half: file.get_tensor(f"{half}.features").float() for half in HALVES}
-        labels: dict[str, Tensor] = {half: file.get_tensor(f"{half}.labels").long() for half in HALVES}
+        features: dict[str, Tensor] = {
+            half: file.get_tensor(f"{half}.features").float() for half in HALVES if f"{half}.features" in keys
+        }
+        labels: dict[str, Tensor] = {
+            half: file.get_tensor(f"{half}.labels").long() for half in HALVES if f"{half}.labels" in keys
+        }
     return Reference(statistics, features, labels, info)
+
+
+# ------------------------------------------------------------------------------------------------ made here
+def reference_from_images(
+    extractor: Extractor,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    most: int = 5_000,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Reference:
+    """Reference of real images in the features of an extractor.
+
+    Args:
+        extractor: feature extractor.
+        images: (N, C, H, W) in [-1, 1], N >= 2.
+        labels: classes, (N,), or None.
+        most: largest number of single features kept in each half; the statistics use all images.
+        seed: seed of the split into halves.
+        device: where features are computed.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(images) < 2:
+        raise ValueError(f"a reference needs two images or more, got {len(images)}.")
+    network = extractor.build()
+    if isinstance(network, torch.nn.Module):
+        network.to(device)
+    features = extract(network, images).cpu()
+    return _split(features, labels, most, seed, {"extractor": extractor.frechet_name})
+
+
+def reference_from_points(points: Tensor, *, most: int = 5_000, seed: int = 0) -> Reference:
+    """Reference of samples that are compared as they are: points in a plane, vectors; (N, ...), N >= 2."""
+    return _split(points.flatten(1).float(), None, most, seed, {"extractor": "none"})
+
+
+def _split(features: Tensor, labels: Tensor | None, most: int, seed: int, info: dict[str, Any]) -> Reference:
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    size = min(most, len(features) // 2)
+    rows = {half: order[i * size : (i + 1) * size] for i, half in enumerate(HALVES)}
+    halves: dict[str, Tensor] = {half: features[rows[half]] for half in HALVES}
+    statistics = {"train": FeatureStatistics.from_features(features)}
+    floors = {}
+    if size > 1:
+        statistics |= {half: FeatureStatistics.from_features(part) for half, part in halves.items()}
+        floors = {f"{half}_vs_train": frechet_distance(statistics[half], statistics["train"]) for half in HALVES}
+    kept: dict[str, Tensor] = {} if labels is None else {half: labels[rows[half]].cpu() for half in HALVES}
+    return Reference(statistics, halves, kept, {**info, "fd_floors": floors})
+
+
+def statistics_reference(path: str | Path) -> Reference:
+    """A reference that is only a mean and a covariance, from an ``.npz`` with ``mu`` and ``sigma`` (EDM, ADM).
+
+    Raises:
+        ValueError: the file lacks one of the two.
+    """
+    return Reference({"train": FeatureStatistics.load(path)}, {}, {}, {"extractor": Path(path).name, "fd_floors": {}})
+
+
+class ReferenceCache:
+    """References as files under a key of everything that they depend on.
+
+    Args:
+        folder: where they are kept; None is ``LIGHTNING_DISTILL_CACHE`` or ``~/.cache/lightning_distill``.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = cache_folder(folder) / "references"
+
+    def get(self, key: str, build: Callable[[], Reference]) -> Reference:
+        """The reference under ``key``; built and kept if it is not there or cannot be read.
+
+        Args:
+            key: letters, digits and dashes.
+            build: makes it.
+        """
+        file = self.folder / key / "reference.safetensors"
+        if file.is_file():
+            try:
+                return _read(file)
+            except Exception as error:  # damaged: any reader's own error
+                warnings.warn(f"{file} cannot be read ({error}) and is made again.", stacklevel=2)
+        reference = build()
+        try:
+            with tempfile.TemporaryDirectory(dir=_made(self.folder)) as part:
+                save_reference(reference, part)
+                _made(file.parent)
+                os.replace(Path(part) / file.name, file)
+        except OSError as error:
+            warnings.warn(f"{self.folder} cannot be written ({error}); the next run will start over.", stacklevel=2)
+        return reference
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -76,6 +76,8 @@ class Denoiser(nn.Module):
         self.sigma_data = float(sigma_data)
         self.data_scale = self.sigma_data if data_scale is None else float(data_scale)
         self.null_class = null_class
+        #: entry of the zoo that these weights are, unchanged; None for any other network
+        self.zoo_name: str | None = None
         self.family = family or family_of(network)
         if self.family.eval_only:
             self.eval()

@@ -316,7 +316,9 @@ class ZooDenoiser(DenoiserSpec):
         self._folder().check()
 
     def build(self) -> Denoiser:  # noqa: D102
-        return self._folder().build()
+        denoiser = self._folder().build()
+        denoiser.zoo_name = self.name if self.method_process is None else None
+        return denoiser
 
     def _folder(self) -> PretrainedDenoiser:
         from lightning_distill.zoo import zoo_path

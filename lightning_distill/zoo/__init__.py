@@ -2,7 +2,8 @@
 
 One folder per entry. What an entry may hold: ``card.json`` and the teacher's weights,
 ``classifier.safetensors`` with ``classifier.json`` (the feature extractor of ``fd_cnn``) and
-``reference.safetensors`` (features of real data).
+``reference.safetensors`` (features of real data). Its folder ``judge`` holds a second extractor of the same data with a
+reference of its own, which nothing is tuned with.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ def list_zoo() -> list[str]:
 
 
 def zoo_path(name: str) -> Path:
-    """The folder of a shipped entry.
+    """The folder of a shipped entry, or of its second extractor (``fashion/judge``).
 
     Raises:
         ValueError: there is no such entry; the message lists what there is.
     """
-    if name not in (names := list_zoo()):
+    entry = name.removesuffix("/judge")
+    if entry not in (names := list_zoo()) or not (_ROOT / name).is_dir():
         raise ValueError(f"the zoo has no entry {name!r}; it has {', '.join(names) or 'no entries'}.")
     return _ROOT / name
 

@@ -1,0 +1,268 @@
+"""Evaluation inside the run: is the student better than before, and how far is it from its teacher?"""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_distill.callbacks.isolation import as_distillation, undisturbed
+from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
+from lightning_distill.evaluation.references import check_reference, resolve_reference
+from lightning_distill.evaluation.runner import EvaluationRunner, Ranks
+from lightning_distill.evaluation.table import print_table
+from lightning_distill.evaluation.teacher import TeacherCache
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.metrics.clip_score import CLIPScore
+from lightning_distill.metrics.extractors import Extractor, ZooClassifier
+from lightning_distill.metrics.lpips_diversity import PerceptualDistance
+from lightning_distill.metrics.reference import Half
+from lightning_distill.records import EvaluationLog, EvaluationRow, metric_name
+
+__all__ = ["GenerativeEvaluation"]
+
+_PREFIX = {"fit": "val", "validate": "val", "test": "test"}
+
+
+class GenerativeEvaluation(Callback):
+    """Samples the student, measures the samples, compares them with the teacher's.
+
+    Runs every ``every_n_steps`` student updates, at the last update, and in ``validate`` and ``test``. Every figure is
+    logged as ``val/<measure>/nfe<steps>/<weights>`` (``test/...`` in ``test``), for example ``val/fd_cnn/nfe1/ema`` or
+    ``val/progress_cnn/nfe1/ema``; ``ModelCheckpoint(monitor=...)`` and ``EarlyStopping`` work with these names. All
+    rows, the teacher's too, are kept in ``history`` and in ``metrics.json`` of the run folder.
+
+    The noise of a sample depends on its index only, is never that of the training, and no global generator is touched:
+    a run with this callback has the same weights, bit for bit, as one without. Samples are shared over the processes.
+
+    Args:
+        every_n_steps: student updates between evaluations; 0 evaluates at the end of the run only.
+        num_samples: samples per row. Figures of different numbers cannot be compared; 10 per feature at least.
+        steps: numbers of student steps; None is the student's own list.
+        weights: ``ema`` (the first average), ``student`` (the raw weights) or names of further averages.
+        extractors: feature extractors. None is the shipped classifier of a shipped teacher; samples that are no images
+            need none.
+        reference: what the features are compared with: a zoo entry, a folder with ``reference.safetensors``, an
+            ``.npz`` with ``mu`` and ``sigma``, or ``data`` for the images of the data module (computed once, then
+            cached); by extractor name where they differ. None is the zoo entry of a zoo classifier, else ``data``.
+        measures: what is measured, see ``evaluation.MEASURES``.
+        teacher_steps: steps of the many-step teacher (Euler on the uniform grid, the guidance of the training); 0
+            leaves the teacher out.
+        seed: seed of the samples' noise in ``fit`` and ``validate``; ``test`` uses ``seed + 1`` and the other half of
+            the reference.
+        batch_size: samples per network call.
+        max_reference: images of the data module that make a ``data`` reference.
+        perceptual: perceptual distance for ``lpips_diversity``.
+        clip: text-image score for ``clip_score``.
+        prompts: prompt of each class, for ``clip_score``.
+        cache: folder for teacher rows and references; None is ``LIGHTNING_DISTILL_CACHE``, else
+            ``~/.cache/lightning_distill``.
+        table: print a table at the end.
+
+    Raises:
+        ValueError: settings that contradict each other.
+        FileNotFoundError: a weights or reference file is missing; raised before training starts.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 0,
+        num_samples: int = 2560,
+        steps: list[int] | None = None,
+        weights: list[str] | None = None,
+        extractors: list[Extractor] | None = None,
+        reference: str | dict[str, str] | None = None,
+        measures: list[str] | None = None,
+        teacher_steps: int = 50,
+        seed: int = 1000,
+        batch_size: int = 500,
+        max_reference: int = 50_000,
+        perceptual: PerceptualDistance | None = None,
+        clip: CLIPScore | None = None,
+        prompts: list[str] | None = None,
+        cache: str | None = None,
+        table: bool = True,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 0 or num_samples < 10 or teacher_steps < 0:
+            raise ValueError(
+                f"GenerativeEvaluation(every_n_steps={every_n_steps}, num_samples={num_samples}, teacher_steps="
+                f"{teacher_steps}): the first and the last must not be negative, and 10 samples are the fewest."
+            )
+        if steps is not None and (not steps or min(steps) < 1):
+            raise ValueError(f"GenerativeEvaluation(steps={steps}): give numbers of 1 or more.")
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self.steps = steps
+        self.weights = list(weights or ["ema"])
+        self.extractors = extractors
+        self.reference = reference
+        self.measures = check_measures(measures or DEFAULT_MEASURES)
+        if "lpips_diversity" in self.measures and perceptual is None:
+            raise ValueError("the measure lpips_diversity needs perceptual=PerceptualDistance(...).")
+        if "clip_score" in self.measures and (clip is None or not prompts):
+            raise ValueError("the measure clip_score needs clip=CLIPScore(...) and prompts, one for each class.")
+        self.teacher_steps = teacher_steps
+        self.seed = seed
+        self.batch_size = batch_size
+        self.max_reference = max_reference
+        self.perceptual = perceptual
+        self.clip = clip
+        self.prompts = list(prompts or [])
+        self.cache = cache
+        self.table = table
+        #: all rows so far
+        self.history = EvaluationLog()
+        #: seconds spent in evaluations of this process
+        self.seconds = 0.0
+        self._evaluators: dict[Half, Evaluator] = {}
+        self._evaluated: tuple[int, str] | None = None
+
+    # ------------------------------------------------------------------------------------------------ when
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check every file that will be needed, before anything runs."""
+        module = as_distillation(self, pl_module)
+        module.configure_model()
+        for name in self._weights(module):
+            module.sampling_network(None if name == "ema" else name)
+        for extractor in self._extractors(module):
+            extractor.check()
+            check_reference(self._source(extractor), extractor)
+        for part in (self.perceptual, self.clip):
+            if part is not None:
+                part.check()
+        if self.prompts and (classes := module.student.num_classes) is not None and len(self.prompts) < classes:
+            raise ValueError(f"there are {len(self.prompts)} prompts for {classes} classes; give one for each.")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate when it is time."""
+        step = trainer.global_step
+        due = self.every_n_steps and step % self.every_n_steps == 0
+        if step and (due or step == trainer.max_steps or trainer.should_stop):
+            self._evaluate(trainer, as_distillation(self, pl_module), "fit")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate, unless it is the sanity check."""
+        if not trainer.sanity_checking:
+            self._evaluate(trainer, as_distillation(self, pl_module), "validate")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate with other noise and the other half of the reference."""
+        self._evaluate(trainer, as_distillation(self, pl_module), "test")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate what ended without a last update that was known to be one; print the table."""
+        self._evaluate(trainer, as_distillation(self, pl_module), "fit", live=False)
+        if self.table and trainer.is_global_zero and self.history.rows:
+            print_table(self.history)
+
+    # ------------------------------------------------------------------------------------------------ what
+    def _evaluate(self, trainer: Trainer, module: DistillationModule, stage: str, live: bool = True) -> None:
+        if self._evaluated == (trainer.global_step, stage):
+            return
+        self._evaluated = (trainer.global_step, stage)
+        start = time.perf_counter()
+        with undisturbed(module):
+            runner = self._runner(trainer, module, stage)
+            steps = self.steps or [len(module.student_times)]
+            if self.teacher_steps:
+                self.history.teacher = runner.teacher_rows(
+                    module, [*steps, self.teacher_steps], TeacherCache(self.cache)
+                )
+            self.history.reference = runner.evaluator.reference_facts()
+            for name in self._weights(module):
+                for nfe in steps:
+                    row = runner.student_row(
+                        module, nfe, name, self.history.teacher, step=trainer.global_step, stage=stage
+                    )
+                    self.history.rows.append(row)
+                    self._publish(trainer, module, row, live)
+        if trainer.is_global_zero and trainer.log_dir and not getattr(trainer, "fast_dev_run", False):
+            self.history.save(trainer.log_dir)
+        self.seconds += time.perf_counter() - start
+
+    def _runner(self, trainer: Trainer, module: DistillationModule, stage: str) -> EvaluationRunner:
+        def gather(part: Tensor) -> Tensor:
+            if trainer.world_size == 1:
+                return part[None]
+            return trainer.strategy.all_gather(part.to(trainer.strategy.root_device).contiguous()).cpu()
+
+        test = stage == "test"
+        ranks = Ranks(trainer.global_rank, trainer.world_size, gather, trainer.strategy.broadcast)
+        evaluator = self._evaluator(trainer, module, "held_out" if test else "selection")
+        bf16 = str(trainer.precision).startswith("bf16")
+        return EvaluationRunner(evaluator, self.num_samples, self.seed + test, self.batch_size, bf16, ranks)
+
+    def _publish(self, trainer: Trainer, module: DistillationModule, row: EvaluationRow, live: bool) -> None:
+        """To the logger at this very update, and to ``callback_metrics`` for checkpoints and early stopping."""
+        named = {metric_name(_PREFIX[row.stage], k, row.nfe, row.weights): v for k, v in row.metrics.items()}
+        if row.stage == "fit":
+            for logger in trainer.loggers:
+                logger.log_metrics(named, step=trainer.global_step)
+            if live:  # Lightning takes no values at the end of training, where nothing reads them any more
+                module.log_dict(named, logger=False, batch_size=1, rank_zero_only=False)
+        else:
+            module.log_dict(named, batch_size=1)
+
+    # ------------------------------------------------------------------------------------------------ with what
+    def _weights(self, module: DistillationModule) -> list[str]:
+        """The networks to sample; without averages ``ema`` is the student."""
+        names = ["student" if name == "ema" and not module.student_ema else name for name in self.weights]
+        return list(dict.fromkeys(names))
+
+    def _extractors(self, module: DistillationModule) -> list[Extractor]:
+        if self.extractors is not None:
+            return self.extractors
+        if len(module.sample_shape) != 3:
+            return []
+        entry = module.teacher.zoo_name if module.teacher is not None else None
+        if entry is None:
+            raise ValueError(
+                "GenerativeEvaluation needs extractors=[...] for images of a teacher that is not from the zoo: for "
+                "example Inception(weights=...), EfficientNetLite0(), DINOv2(folder), or ModuleExtractor(network)."
+            )
+        return [ZooClassifier(entry)]
+
+    def _source(self, extractor: Extractor) -> str | None:
+        return self.reference.get(extractor.name) if isinstance(self.reference, dict) else self.reference
+
+    def _evaluator(self, trainer: Trainer, module: DistillationModule, half: Half) -> Evaluator:
+        if half in self._evaluators:
+            return self._evaluators[half]
+        if other := next(iter(self._evaluators.values()), None):
+            references: dict[str, Any] = dict(other.references)
+            extractors = other.extractors
+        else:
+            extractors = self._extractors(module)
+            data = getattr(trainer, "datamodule", None)
+            references = {}
+            chosen: list[Extractor | None] = [*extractors] or [None]
+            for extractor in chosen:
+                name = extractor.name if extractor is not None else ""
+                source = self._source(extractor) if extractor is not None else None
+                references[name] = resolve_reference(
+                    source, extractor, data, self.max_reference, self.cache, device=module.device
+                )
+        evaluator = Evaluator(
+            extractors,
+            references,
+            self.measures,
+            half,
+            perceptual=self.perceptual,
+            clip=self.clip,
+            prompts=self.prompts,
+            device=module.device,
+        )
+        self._evaluators[half] = evaluator
+        return evaluator
+
+    # ------------------------------------------------------------------------------------------------ resume
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, so that a resumed run goes on with them."""
+        return self.history.as_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the rows of the run that is resumed."""
+        self.history = EvaluationLog.from_dict(state_dict)

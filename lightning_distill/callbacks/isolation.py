@@ -1,0 +1,32 @@
+"""Look at a module in the middle of training without leaving a trace."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_distill.methods.base import DistillationModule
+
+__all__ = ["as_distillation", "undisturbed"]
+
+
+@contextmanager
+def undisturbed(module: LightningModule) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every mode and every global generator is as before."""
+    modes = [(part, part.training) for part in module.modules()]
+    with isolate_rng(), torch.no_grad():
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+
+
+def as_distillation(callback: object, module: LightningModule) -> DistillationModule:
+    """The module, or a clear error for one that is no distillation."""
+    if not isinstance(module, DistillationModule):
+        raise TypeError(f"{type(callback).__name__} needs a DistillationModule, not {type(module).__name__}.")
+    return module

@@ -1,0 +1,200 @@
+"""Pictures during training: the same noise at every update, beside the teacher."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from lightning_distill.callbacks.isolation import as_distillation, undisturbed
+from lightning_distill.evaluation.sampling import sample_many
+from lightning_distill.generation import default_cond, index_noise
+from lightning_distill.guidance import guided
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.plots import save_comparison, save_strips
+from lightning_distill.samplers import transport
+from lightning_distill.times import few_step_times
+
+__all__ = ["SampleGrid", "trajectory_strips"]
+
+
+class SampleGrid(Callback):
+    """Draws fixed samples of the student beside its teacher, every row one class.
+
+    Writes ``samples/step_000100.png`` into the run folder and the picture ``samples`` to TensorBoard. With ``strip``
+    also ``samples/strip_000100.png``: what teacher and student predict as the clean sample at every time along the
+    teacher's trajectory (arXiv:2503.10637, Diffusion Target visualisation); a student that has lost its diversity
+    predicts the same clean sample early on for every noise.
+
+    Global generators are not touched, and the weights of a run do not depend on this callback.
+
+    Args:
+        every_n_steps: student updates between pictures; 0 draws at the end of the run only.
+        num_samples: samples of each panel.
+        steps: numbers of student steps, a panel each; None is the student's own list.
+        weights: ``ema`` (the first average), ``student`` or the name of an average.
+        teacher_steps: steps of the teacher's panels (Euler, the guidance of the training); 0 leaves the teacher out.
+        strip: number of times of the trajectory strips, 0 for none.
+        strip_samples: trajectories shown.
+        seed: seed of the noise.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 0,
+        num_samples: int = 60,
+        steps: list[int] | None = None,
+        weights: str = "ema",
+        teacher_steps: int = 50,
+        strip: int = 8,
+        strip_samples: int = 4,
+        seed: int = 2000,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 0 or num_samples < 1 or teacher_steps < 0 or strip < 0 or strip_samples < 1:
+            raise ValueError(
+                f"SampleGrid(every_n_steps={every_n_steps}, num_samples={num_samples}, teacher_steps={teacher_steps}, "
+                f"strip={strip}, strip_samples={strip_samples}): give at least one sample, and nothing negative."
+            )
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self.steps = steps
+        self.weights = weights
+        self.teacher_steps = teacher_steps
+        self.strip = strip
+        self.strip_samples = strip_samples
+        self.seed = seed
+        self._teacher: dict[str, Tensor] = {}
+        self._drawn = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse weights that the module does not have."""
+        module = as_distillation(self, pl_module)
+        module.configure_model()
+        if self.weights != "ema":
+            module.sampling_network(self.weights)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw when it is time."""
+        step = trainer.global_step
+        due = self.every_n_steps and step % self.every_n_steps == 0
+        if step and (due or step == trainer.max_steps):
+            self._draw(trainer, as_distillation(self, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last weights."""
+        self._draw(trainer, as_distillation(self, pl_module))
+
+    def _draw(self, trainer: Trainer, module: DistillationModule) -> None:
+        step = trainer.global_step
+        if self._drawn == step or trainer.log_dir is None or getattr(trainer, "fast_dev_run", False):
+            return
+        self._drawn = step
+        # sharded networks must be called on every rank; only the first one writes
+        with undisturbed(module):
+            panels = self.panels(module, bf16=str(trainer.precision).startswith("bf16"))
+            strips = None
+            if self.strip and module.teacher is not None and len(module.sample_shape) == 3:
+                strips = trajectory_strips(module, self.strip, self.strip_samples, self.seed, self._weights(module))
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.log_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"samples": folder / f"step_{step:06d}.png"}
+        columns = max(1, self.num_samples // (module.student.num_classes or max(1, self.num_samples // 10)))
+        save_comparison(panels, files["samples"], columns=columns)
+        if strips is not None:
+            files["strips"] = folder / f"strip_{step:06d}.png"
+            save_strips(strips, files["strips"])
+        for logger in trainer.loggers:
+            writer = getattr(logger, "experiment", None)
+            if writer is not None and hasattr(writer, "add_image"):
+                for name, file in files.items():
+                    with Image.open(file) as picture:
+                        pixels = np.asarray(picture.convert("RGB"))
+                    writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def panels(self, module: DistillationModule, bf16: bool = False) -> dict[str, Tensor]:
+        """Samples by title: the student at each number of steps, then the teacher.
+
+        Args:
+            module: in evaluation mode.
+            bf16: sample under bfloat16 autocast.
+        """
+        shape, weights = module.sample_shape, self._weights(module)
+        network = module.sampling_network(weights)
+        panels: dict[str, Tensor] = {}
+        own = len(module.student_times)
+        for nfe in self.steps or [own]:
+            times = module.student_times if nfe == own else few_step_times(module.process, nfe)
+            samples, labels = sample_many(
+                network, self.num_samples, times, module.sampler, self.seed, bf16=bf16, shape=shape
+            )
+            panels[f"student, {_steps(nfe)}"] = _by_class(samples, labels)
+        if module.teacher is not None and self.teacher_steps:
+            if not self._teacher:
+                scale = module.guidance_scale
+                for nfe in sorted({self.teacher_steps, *(self.steps or [own])}, reverse=True):
+                    samples, labels = sample_many(
+                        module.teacher,
+                        self.num_samples,
+                        few_step_times(module.teacher.process, nfe),
+                        "ode",
+                        self.seed,
+                        guidance_scale=scale,
+                        bf16=bf16,
+                        shape=shape,
+                    )
+                    self._teacher[f"teacher, {_steps(nfe)}"] = _by_class(samples, labels)
+            panels |= self._teacher
+        return panels
+
+    def _weights(self, module: DistillationModule) -> str | None:
+        """The name for ``sampling_network``: without averages ``ema`` is the student."""
+        return None if self.weights == "ema" else self.weights
+
+
+@torch.no_grad()
+def trajectory_strips(
+    module: DistillationModule, times: int, samples: int, seed: int, weights: str | None = None
+) -> Mapping[str, Tensor]:
+    """Clean-sample predictions of teacher and student along the teacher's ODE trajectory.
+
+    Args:
+        module: with a teacher, in evaluation mode.
+        times: number of times, from pure noise to data.
+        samples: number of trajectories.
+        seed: seed of the noise.
+        weights: student network, see ``module.sampling_network``.
+
+    Returns:
+        ``teacher`` and ``student``, each (samples, times, C, H, W) in [-1, 1], on the CPU.
+    """
+    teacher, student = module.require_teacher(), module.sampling_network(weights)
+    process, scale = teacher.process, module.guidance_scale
+    cond = {k: v.to(teacher.device) for k, v in default_cond(teacher, samples).items()}
+    grid = few_step_times(process, times)
+    x = process.prior(index_noise(samples, module.sample_shape, seed).to(teacher.device), grid[0])
+    seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+    for t, r in pairwise([*grid, 0.0]):
+        now = torch.full((samples,), t, dtype=torch.float64, device=x.device)
+        prediction = guided(teacher, x, now, cond, scale)
+        seen["teacher"].append(prediction.x0)
+        seen["student"].append(student(x, now, cond).x0)
+        x = transport(prediction, r)
+    return {name: torch.stack(parts, dim=1).float().clamp(-1, 1).cpu() for name, parts in seen.items()}
+
+
+def _by_class(samples: Tensor, labels: Tensor | None) -> Tensor:
+    return samples if labels is None or samples.ndim != 4 else samples[labels.argsort(stable=True)]
+
+
+def _steps(n: int) -> str:
+    return f"{n} step" + ("s" if n > 1 else "")

@@ -1,0 +1,150 @@
+"""``lightning-distill evaluate RUN_DIR``: measure a finished run, and decide whether its result passes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from lightning_distill.commands.errors import CommandParser
+from lightning_distill.commands.run_folder import find_run, load_run, read_config, weights_name
+from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
+from lightning_distill.evaluation.passing import MINIMUM_SAMPLES, verdict
+from lightning_distill.evaluation.references import check_reference, resolve_reference
+from lightning_distill.evaluation.runner import EvaluationRunner
+from lightning_distill.evaluation.table import print_table
+from lightning_distill.evaluation.teacher import TeacherCache
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.metrics.extractors import Extractor, ZooClassifier
+from lightning_distill.records import EvaluationLog
+
+__all__ = ["main"]
+
+
+def main(words: Sequence[str]) -> None:
+    """Evaluate a run and add the rows to its ``metrics.json``."""
+    parser = CommandParser(
+        prog="lightning-distill evaluate", description="Measure the student of a run against its teacher and the data."
+    )
+    parser.add_argument("run_dir", help="run folder, for example runs/quickstart")
+    parser.add_argument("--n", type=int, default=5000, help="number of samples")
+    parser.add_argument("--steps", type=int, nargs="+", help="numbers of student steps (default: its own)")
+    parser.add_argument("--weights", nargs="+", default=["ema"], help="ema, student, or names of averages")
+    parser.add_argument("--seed", type=int, default=20_000, help="seed of the samples' noise")
+    parser.add_argument("--half", choices=["held_out", "selection"], default="held_out", help="half of the reference")
+    parser.add_argument("--teacher-steps", type=int, default=50, help="steps of the many-step teacher")
+    parser.add_argument("--measures", nargs="+", default=list(DEFAULT_MEASURES))
+    parser.add_argument(
+        "--extractors",
+        help="YAML list of class_path/init_args, or its file (default: those of the shipped teacher)",
+    )
+    parser.add_argument("--reference", help="zoo entry, folder, .npz, or data (see GenerativeEvaluation)")
+    parser.add_argument("--cache", help="folder for teacher rows and references")
+    parser.add_argument("--checkpoint", help="checkpoint file (default: the run's last)")
+    parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
+    parser.add_argument(
+        "--pass-rule",
+        action="store_true",
+        help="apply the rule for results: two extractors, new noise, the held-out half; exit status 1 if it fails",
+    )
+    args = parser.parse_args(list(words))
+    check_measures(args.measures)
+    if args.n < 10:
+        raise ValueError(f"--n {args.n}: give 10 samples or more.")
+    if args.pass_rule and (args.n < MINIMUM_SAMPLES or args.half != "held_out"):
+        raise ValueError(
+            f"--pass-rule needs --n {MINIMUM_SAMPLES} or more and --half held_out, not --n {args.n} --half {args.half}."
+        )
+    run = find_run(args.run_dir)
+    earlier = _earlier(run)
+    if args.pass_rule and any(row.seed == args.seed and row.half == "selection" for row in earlier.rows):
+        raise ValueError(f"--seed {args.seed} was used while training; the pass rule needs noise that was not.")
+    config = read_config(run)
+    module = load_run(run, args.checkpoint)
+    weights = [
+        ("student" if weights_name(module, w) == "student" or not module.student_ema else w) for w in args.weights
+    ]
+    extractors = _extractors(args.extractors, module, judge=args.pass_rule)
+    for extractor in extractors:
+        extractor.check()
+        check_reference(args.reference, extractor)
+    data = _data(config) if _needs_data(args.reference, extractors) else None
+    chosen: list[Extractor | None] = [*extractors] or [None]
+    references = {(e.name if e else ""): resolve_reference(args.reference, e, data, cache=args.cache) for e in chosen}
+    evaluator = Evaluator(extractors, references, args.measures, args.half)
+    runner = EvaluationRunner(evaluator, args.n, args.seed, bf16=args.bf16)
+    steps = args.steps or [len(module.student_times)]
+    wanted = [*steps, args.teacher_steps] if args.teacher_steps else []
+    teacher = runner.teacher_rows(module, wanted, TeacherCache(args.cache)) if wanted else []
+    updates = _updates(run, args.checkpoint)
+    rows = [
+        runner.student_row(module, nfe, name, teacher, step=updates, stage="test") for name in weights for nfe in steps
+    ]
+    log = EvaluationLog([*earlier.rows, *rows], teacher, evaluator.reference_facts())
+    print_table(EvaluationLog(rows, teacher))
+    print(log.save(run))
+    if args.pass_rule:
+        passed = True
+        for row in rows:
+            problems = verdict(row, teacher, evaluator.distances)
+            passed = passed and not problems
+            print(f"student ({row.weights}), {row.nfe} steps: {'passes' if not problems else 'does not pass'}")
+            for problem in problems:
+                print(f"  {problem}")
+        if not passed:
+            sys.exit(1)
+
+
+def _earlier(run: Path) -> EvaluationLog:
+    try:
+        return EvaluationLog.load(run)
+    except FileNotFoundError:
+        return EvaluationLog()
+
+
+def _updates(run: Path, checkpoint: str | None) -> int:
+    from lightning_distill.checkpoints import read_checkpoint
+    from lightning_distill.commands.run_folder import find_checkpoint
+
+    return int(read_checkpoint(find_checkpoint(run, checkpoint)).get("global_step", 0))
+
+
+def _extractors(text: str | None, module: DistillationModule, judge: bool) -> list[Extractor]:
+    """The given extractors, or those shipped with the teacher; for the pass rule the second one too."""
+    if text is None:
+        if len(module.sample_shape) != 3:
+            return []
+        entry = module.teacher.zoo_name if module.teacher is not None else None
+        if entry is None:
+            raise ValueError("--extractors must be given: the teacher of this run is not a shipped one.")
+        return [ZooClassifier(entry), *([ZooClassifier(f"{entry}/judge", "judge")] if judge else [])]
+    content = yaml.safe_load(Path(text).read_text() if Path(text).is_file() else text)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--extractors", type=list[Extractor])
+    config = parser.parse_object({"extractors": content if isinstance(content, list) else [content]})
+    extractors: list[Extractor] = parser.instantiate_classes(config).extractors
+    if judge and len(extractors) < 2:
+        raise ValueError("--pass-rule needs a second extractor that was not used for tuning; give two in --extractors.")
+    return extractors
+
+
+def _needs_data(reference: str | None, extractors: Sequence[Extractor]) -> bool:
+    own = extractors and all(isinstance(e, ZooClassifier) for e in extractors)
+    return reference == "data" or (reference is None and not own)
+
+
+def _data(config: dict[str, Any]) -> LightningDataModule | None:
+    """The data module of the run."""
+    if not config.get("data"):
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=LightningDataModule)
+    data: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    data.prepare_data()
+    data.setup("fit")
+    return data

@@ -1,0 +1,181 @@
+"""Samples and measures a student and its teacher; alone, or together with the other processes of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_distill.evaluation.evaluator import Evaluator, Features
+from lightning_distill.evaluation.sampling import sample_many
+from lightning_distill.evaluation.teacher import TeacherCache, baseline_key, card_rows
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.records import EvaluationRow
+from lightning_distill.times import few_step_times
+
+__all__ = ["EvaluationRunner", "Ranks"]
+
+
+@dataclass
+class Ranks:
+    """The processes that share the sampling.
+
+    Attributes:
+        rank: this process.
+        world_size: number of processes.
+        gather: this rank's (n, ...) to all ranks' (world_size, n, ...), in order.
+        broadcast: an object of rank 0 to all.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Tensor], Tensor] = field(default=lambda part: part[None])
+    broadcast: Callable[[Any], Any] = field(default=lambda value: value)
+
+
+@dataclass
+class EvaluationRunner:
+    """Rows of an evaluation.
+
+    Args:
+        evaluator: what is measured against what.
+        num_samples: samples of a row.
+        seed: seed of their noise.
+        batch_size: samples per network call.
+        bf16: sample under bfloat16 autocast.
+        ranks: the processes that share the work.
+    """
+
+    evaluator: Evaluator
+    num_samples: int
+    seed: int
+    batch_size: int = 500
+    bf16: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def measure(
+        self,
+        network: Denoiser,
+        times: Sequence[float],
+        sampler: str,
+        shape: Sequence[int],
+        guidance_scale: float = 1.0,
+    ) -> tuple[dict[str, float], float]:
+        """Figures of a network, equal on every rank, and the seconds they took.
+
+        Args:
+            network: student or teacher, in evaluation mode.
+            times: descending native times without the final 0.
+            sampler: name of the sampler.
+            shape: of one sample.
+            guidance_scale: w.
+        """
+        ranks, start = self.ranks, time.perf_counter()
+        share = -(-self.num_samples // ranks.world_size)  # equal shares: no rank waits in a collective alone
+        samples, labels = sample_many(
+            network,
+            share,
+            times,
+            sampler,
+            self.seed,
+            first=ranks.rank * share,
+            guidance_scale=guidance_scale,
+            batch_size=self.batch_size,
+            bf16=self.bf16,
+            shape=shape,
+        )
+        sampling = time.perf_counter() - start
+        features = self._gather(self.evaluator.features(samples, labels))
+        figures: dict[str, float] = {}
+        problem: Exception | None = None
+        if ranks.rank == 0:
+            try:
+                figures = self.evaluator.measure(features)
+            except Exception as error:  # told to the other ranks, which would wait for ever
+                problem = error
+        figures, problem = ranks.broadcast((figures, problem))
+        if problem is not None:
+            raise problem
+        return figures | {"samples_per_second": self.num_samples / sampling}, time.perf_counter() - start
+
+    def _gather(self, features: Features) -> Features:
+        """The features of all ranks in the order of the samples, the surplus of the last share cut off."""
+
+        def whole(part: Tensor) -> Tensor:
+            return self.ranks.gather(part).flatten(0, 1)[: self.num_samples]
+
+        points = {name: whole(part) for name, part in features.points.items()}
+        labels = None if features.labels is None else whole(features.labels)
+        images = None if features.images is None else whole(features.images)
+        return Features(points, labels, images)
+
+    def teacher_rows(
+        self, module: DistillationModule, steps: Sequence[int], cache: TeacherCache
+    ) -> list[EvaluationRow]:
+        """The teacher at several numbers of Euler steps: from its card, from the cache, or measured now.
+
+        Args:
+            module: in evaluation mode; its guidance is the teacher's.
+            steps: numbers of steps.
+            cache: where rows are kept between runs.
+        """
+        if module.teacher is None:
+            return []
+        teacher, scale = module.teacher, module.guidance_scale
+        wanted = sorted(set(steps))
+        if (shipped := card_rows(teacher, self.evaluator, wanted, scale)) is not None:
+            return shipped
+        rows = []
+        what = f"{self.evaluator.key}-{self.bf16}"
+        for nfe in wanted:
+            key = baseline_key(module.teacher_fingerprint(), teacher, nfe, scale, self.num_samples, self.seed, what)
+            row = self.ranks.broadcast(cache.get(key) if self.ranks.rank == 0 else None)
+            if row is None:
+                times = few_step_times(teacher.process, nfe)
+                figures, seconds = self.measure(teacher, times, "ode", module.sample_shape, scale)
+                row = self._row("teacher", nfe, figures, seconds)
+                if self.ranks.rank == 0:
+                    cache.put(key, row)
+            rows.append(row)
+        return rows
+
+    def student_row(
+        self,
+        module: DistillationModule,
+        nfe: int,
+        weights: str,
+        teacher: Sequence[EvaluationRow],
+        **facts: Any,
+    ) -> EvaluationRow:
+        """The student at one number of steps, with its progress where the teacher's rows allow it.
+
+        Args:
+            module: in evaluation mode.
+            nfe: number of steps; the student's own list is used when it has as many.
+            weights: ``ema`` (the first average), ``student``, or the name of an average.
+            teacher: rows of the teacher.
+            **facts: further fields of the row (``step``, ``stage``).
+        """
+        network = module.sampling_network(None if weights == "ema" else weights)
+        own = module.student_times
+        times = own if nfe == len(own) else few_step_times(module.process, nfe)
+        figures, seconds = self.measure(network, times, module.sampler, module.sample_shape)
+        few = next((row.metrics for row in teacher if row.nfe == nfe), None)
+        figures = self.evaluator.with_progress(figures, few, [row.metrics for row in teacher])
+        return self._row("student", nfe, figures, seconds, weights=weights, **facts)
+
+    def _row(self, role: Any, nfe: int, figures: dict[str, float], seconds: float, **facts: Any) -> EvaluationRow:
+        return EvaluationRow(
+            role,
+            nfe,
+            figures,
+            num_samples=self.num_samples,
+            seed=self.seed,
+            half=self.evaluator.half,
+            seconds=seconds,
+            **facts,
+        )

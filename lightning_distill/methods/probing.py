@@ -1,0 +1,83 @@
+"""Looking at a run from outside, as a part of ``DistillationModule``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.methods.clock import PhaseClock
+from lightning_distill.methods.terms import Terms
+from lightning_distill.randomness import Draws, RandomStreams
+
+__all__ = ["Probing"]
+
+
+class Probing:
+    """What a callback may ask a module in the middle of a run without leaving a trace in it."""
+
+    phases: ClassVar[dict[str, tuple[str, ...]]]
+    clock: PhaseClock
+    draws: Draws
+    streams: RandomStreams
+    global_step: int
+    device: torch.device
+    named_buffers: Callable[..., Iterator[tuple[str, Tensor]]]
+    get_buffer: Callable[[str], Tensor]
+    role_parameters: Callable[[str], list[nn.Parameter]]
+    weighted_sum: Callable[[str, Terms], Tensor]
+    _only: Callable[[str], AbstractContextManager[None]]
+    _rollouts: dict[Any, Any]
+
+    @contextmanager
+    def probing(self, name: str, first: int = 0) -> Iterator[None]:
+        """Within it rollouts and losses may be evaluated.
+
+        Draws come from streams of their own at the current update; the draws, the samples of the cycle and the buffers
+        of the module itself (not those of its networks) are put back afterwards. Modes and global generators are the
+        caller's, see ``callbacks.isolation.undisturbed``.
+
+        Args:
+            name: of the streams.
+            first: global index of the first sample.
+        """
+        draws, rollouts = self.draws, self._rollouts
+        buffers = {key: value.clone() for key, value in self.named_buffers(recurse=False)}
+        # slice -1: no cycle has it
+        self.draws, self._rollouts = Draws(self.streams, self.global_step, first, name, -1, self.device), {}
+        try:
+            yield
+        finally:
+            self.draws, self._rollouts = draws, rollouts
+            with torch.no_grad():
+                for key, value in buffers.items():
+                    self.get_buffer(key).copy_(value)
+
+    def term_gradients(self, batch: Batch, name: str, first: int = 0) -> dict[str, list[Tensor]]:
+        """Gradient of each weighted term of the student's loss; ``.grad`` is not touched.
+
+        Args:
+            batch: conditions and data.
+            name: of the streams, see ``probing``.
+            first: global index of the first sample.
+
+        Returns:
+            by term, the gradients of the student phase's parameters; nothing for a loss of one term.
+        """
+        parameters = [p for role in self.phases["student"] for p in self.role_parameters(role)]
+        gradients: dict[str, list[Tensor]] = {}
+        with self.probing(name, first), self._only("student"), torch.enable_grad():
+            losses = self.student_loss(batch).losses  # type: ignore[attr-defined]
+            losses = {term: value for term, value in losses.items() if value.requires_grad}
+            for term, value in losses.items() if len(losses) > 1 else ():
+                weighted = self.weighted_sum("student", Terms({term: value}))
+                found = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
+                gradients[term] = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+        return gradients
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds of this process spent in each phase so far; reading them waits for the device."""
+        return self.clock.seconds()

@@ -1,0 +1,131 @@
+"""Perceptual distance between samples of one condition: does the noise still change the picture?"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.metrics.extractors import check_file
+
+__all__ = ["PerceptualDistance", "lpips_diversity"]
+
+VARIABLE = "LIGHTNING_DISTILL_LPIPS_TRUNK"
+_SMALLEST = 64
+
+
+class PerceptualDistance:
+    """LPIPS (arXiv:1801.03924) with a trunk from a local file.
+
+    The linear layers come with the ``lpips`` package; the trunk is torchvision's ImageNet classifier, whose state dict
+    the file holds.
+
+    Args:
+        net: trunk: ``alex``, ``vgg`` or ``squeeze``.
+        trunk_weights: torchvision's state dict of that network (.pth or .safetensors); None reads
+            ``LIGHTNING_DISTILL_LPIPS_TRUNK``.
+        allow_download: let torchvision fetch the trunk when no file is given.
+    """
+
+    def __init__(
+        self,
+        net: Literal["alex", "vgg", "squeeze"] = "alex",
+        trunk_weights: str | None = None,
+        allow_download: bool = False,
+    ) -> None:
+        if net not in ("alex", "vgg", "squeeze"):
+            raise ValueError(f"PerceptualDistance(net={net!r}): choose alex, vgg or squeeze.")
+        self.net = net
+        self.trunk_weights = trunk_weights or os.environ.get(VARIABLE)
+        self.allow_download = allow_download
+        self._network: torch.nn.Module | None = None
+
+    def check(self) -> None:
+        """Raise if the trunk is missing; reads nothing.
+
+        Raises:
+            FileNotFoundError: there is no such file, or none was given.
+        """
+        if self.trunk_weights is None:
+            if not self.allow_download:
+                raise FileNotFoundError(
+                    f"LPIPS needs the weights of torchvision's {self.net}; give the file with "
+                    f"PerceptualDistance(trunk_weights=FILE) or {VARIABLE}=FILE, or set allow_download=True."
+                )
+            return
+        check_file(self.trunk_weights, "PerceptualDistance(trunk_weights)", VARIABLE)
+
+    def build(self) -> torch.nn.Module:
+        """The network of the ``lpips`` package, frozen; built once."""
+        if self._network is None:
+            import lpips
+
+            self.check()
+            local = self.trunk_weights is not None
+            network = lpips.LPIPS(net=self.net, pnet_rand=local, verbose=False)
+            if self.trunk_weights is not None:
+                _load_trunk(network, Path(self.trunk_weights).expanduser())
+            self._network = network.eval().requires_grad_(False)
+        return self._network
+
+    @torch.no_grad()
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances of pairs of images.
+
+        Args:
+            a: (N, C, H, W) in [-1, 1], one or three channels; images below 64 pixels are enlarged.
+            b: same shape.
+
+        Returns:
+            (N,), float32.
+        """
+        return self.build()(_rgb(a), _rgb(b)).flatten()
+
+
+def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor, batch_size: int = 64) -> float:
+    """Mean distance between samples of the same condition and different noise.
+
+    Every sample is compared with the next one of its group.
+
+    Args:
+        distance: perceptual distance.
+        images: (N, C, H, W) in [-1, 1].
+        groups: condition of each sample, (N,), integers.
+        batch_size: pairs per network call.
+
+    Raises:
+        ValueError: no condition has two samples.
+    """
+    order = groups.argsort(stable=True)
+    same = groups[order][1:] == groups[order][:-1]
+    first, second = order[:-1][same], order[1:][same]
+    if len(first) == 0:
+        raise ValueError("LPIPS diversity needs two samples of one condition; give more samples.")
+    parts = [distance(images[i], images[j]) for i, j in zip(first.split(batch_size), second.split(batch_size))]
+    return torch.cat(parts).double().mean().item()
+
+
+def _load_trunk(network: torch.nn.Module, path: Path) -> None:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    own = network.state_dict()
+    for key in own:
+        if key.startswith("net."):
+            name = "features." + key.split(".", 2)[2]  # net.slice3.6.weight is features.6.weight
+            if name not in state or state[name].shape != own[key].shape:
+                raise ValueError(f"{path} does not hold torchvision's weights of this trunk: {name} does not fit.")
+            own[key] = state[name]
+    network.load_state_dict(own)
+
+
+def _rgb(images: Tensor) -> Tensor:
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    if min(images.shape[-2:]) < _SMALLEST:
+        scale = -(-_SMALLEST // min(images.shape[-2:]))
+        images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+    return images

@@ -1,0 +1,12 @@
+"""The configurations and checks of the contract tests, for tests of callbacks on every method."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "contracts"))
+
+from method_cases import CASES, trainer
+from test_contract_resume import differences
+from test_contract_skipping import Synchronisations
+
+__all__ = ["CASES", "Synchronisations", "differences", "trainer"]

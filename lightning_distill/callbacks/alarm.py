@@ -275,7 +275,7 @@ class CollapseAlarm(Callback):
             if skipped is not None:
                 new = float(skipped) - self._skipped.get(phase, 0.0)
                 self._skipped[phase] = float(skipped)
-                if new > _SKIPPED * interval * max(1, plan.count(phase)):
+                if not message and new > _SKIPPED * interval * max(1, plan.count(phase)):
                     message = (
                         f"{new:.0f} of the last updates of phase {phase} had a loss or gradient that is not finite."
                     )
@@ -350,7 +350,7 @@ class CollapseAlarm(Callback):
     def _keep(self, trainer: Trainer) -> None:
         """Save the present state as the good one."""
         self.good_step = trainer.global_step
-        trainer.save_checkpoint(self._good)
+        trainer.save_checkpoint(self._good, weights_only=False)
 
     def rollback(self, trainer: Trainer, module: DistillationModule) -> None:
         """Restore the last good state in place and cut every learning rate; see the class for what is not restored.

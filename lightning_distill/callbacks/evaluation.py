@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_distill.callbacks.isolation import as_distillation, undisturbed
+from lightning_distill.callbacks.isolation import as_distillation, run_folder, undisturbed
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
 from lightning_distill.evaluation.references import check_reference, resolve_reference
 from lightning_distill.evaluation.runner import EvaluationRunner, Ranks
@@ -179,8 +179,9 @@ class GenerativeEvaluation(Callback):
                     )
                     self.history.rows.append(row)
                     self._publish(trainer, module, row, live)
-        if trainer.is_global_zero and trainer.log_dir and not getattr(trainer, "fast_dev_run", False):
-            self.history.save(trainer.log_dir)
+        folder = run_folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            self.history.save(folder)
         self.seconds += time.perf_counter() - start
 
     def _runner(self, trainer: Trainer, module: DistillationModule, stage: str) -> EvaluationRunner:

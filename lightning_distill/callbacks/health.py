@@ -1,6 +1,5 @@
 """Is the distillation healthy? Figures of critic, guidance, discriminator, gradients, averages, samples and speed."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from lightning_distill.callbacks.isolation import as_distillation, undisturbed
 from lightning_distill.generation import default_cond, generate, index_noise
 from lightning_distill.losses.diagnostics import (
     critic_state,
-    duplicate_share,
     gradient_cosines,
     gradient_norms,
     guidance_split,
@@ -23,14 +21,12 @@ from lightning_distill.losses.diagnostics import (
     weight_distance,
 )
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.metrics.diversity import duplicate_rate
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.randomness import derive_seed
 from lightning_distill.times import bounded, few_step_times
 
 __all__ = ["TrainingHealth"]
-
-#: numbers per sample from which near copies mean something
-_HIGH_DIMENSION = 32
 
 
 class TrainingHealth(Callback):
@@ -73,8 +69,8 @@ class TrainingHealth(Callback):
     saturation_ratio            channel_spread over the reference's      .8 to 1.3          as contrast
     spread_ratio                std between samples over the             .8 to 1.2          below .5: mode collapse
                                 reference's
-    duplicates                  share of samples with a near copy        0                  mode collapse
-                                (32 numbers per sample or more)
+    duplicates                  share of samples with a near twin        about .01          above .1: mode collapse
+                                (see ``metrics.diversity``)
     skipped/PHASE               share of non-finite updates since the    0                  lower the learning rate; use
                                 last figures                                                bf16
     samples_per_second          of the loader, all processes             steady
@@ -130,6 +126,7 @@ class TrainingHealth(Callback):
         self.measured_at = 0
         self._reference: dict[str, float] = {}
         self._references = 0
+        self._teacher_samples: Tensor | None = None
         self._skipped: list[float] = []
         self._mark: tuple[float, int, dict[str, float]] = (0.0, 0, {})
         self._samples = 0
@@ -297,15 +294,17 @@ class TrainingHealth(Callback):
         samples = self._generate(trainer, module, network, module.student_times, module.sampler, batch)
         moments = sample_moments(samples).figures()
         figures = {f"samples/{name}": value for name, value in moments.items()}
-        reference = self._reference_moments(trainer, module, batch)
-        if reference:
+        real = self._reference_samples(trainer, module, batch)
+        if real is not None and min(len(real), len(samples)) > 1:
+            duplicates = duplicate_rate(samples.flatten(1), real.to(samples).flatten(1))
+            figures["duplicates"] = torch.tensor(duplicates)
+        if real is not None or self._reference:
+            reference = self._reference_moments(trainer, module, real, fixed=batch.x0 is None)
             figures["brightness_drift"] = (moments["mean"] - reference["mean"]) / reference["std"]
             figures["contrast_ratio"] = moments["std"] / reference["std"]
             figures["spread_ratio"] = moments["spread"] / reference["spread"]
             if "channel_spread" in moments:
                 figures["saturation_ratio"] = moments["channel_spread"] / reference["channel_spread"]
-            if math.prod(module.sample_shape) >= _HIGH_DIMENSION:
-                figures["duplicates"] = duplicate_share(samples, reference["spread"])
         return figures
 
     def _generate(
@@ -336,17 +335,24 @@ class TrainingHealth(Callback):
             batch_size=max(1, batch.size),
         )
 
-    def _reference_moments(self, trainer: Trainer, module: DistillationModule, batch: Batch) -> dict[str, float]:
-        """Of all data seen at probes so far; without data, of samples of the teacher, once."""
-        if batch.x0 is None and (self._reference or not self.reference_steps):
-            return self._reference
+    def _reference_samples(self, trainer: Trainer, module: DistillationModule, batch: Batch) -> Tensor | None:
+        """The data of the batch; without data, samples of the teacher, made once."""
         if batch.x0 is not None:
-            reference = batch.x0
-        else:
+            return batch.x0
+        if self._teacher_samples is None and self.reference_steps:
             teacher = module.require_teacher()
             times = few_step_times(teacher.process, self.reference_steps)
-            reference = self._generate(trainer, module, teacher, times, "ode", batch, module.guidance_scale)
-        moments = sample_moments(reference).figures()
+            made = self._generate(trainer, module, teacher, times, "ode", batch, module.guidance_scale)
+            self._teacher_samples = made.cpu()
+        return self._teacher_samples
+
+    def _reference_moments(
+        self, trainer: Trainer, module: DistillationModule, real: Tensor | None, fixed: bool
+    ) -> dict[str, float]:
+        """Moments of all data seen at probes so far, or of the teacher's samples."""
+        if real is None or (fixed and self._reference):
+            return self._reference
+        moments = sample_moments(real).figures()
         values = torch.stack(list(moments.values())).float().to(module.device)
         new = dict(zip(moments, trainer.strategy.reduce(values, reduce_op="mean").tolist(), strict=True))
         self._references += 1

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_distill.methods.base import DistillationModule
 
-__all__ = ["as_distillation", "undisturbed"]
+__all__ = ["as_distillation", "run_folder", "undisturbed"]
 
 
 @contextmanager
@@ -23,6 +24,12 @@ def undisturbed(module: LightningModule) -> Iterator[None]:
         finally:
             for part, mode in modes:
                 part.training = mode
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Where a run writes; None when it keeps nothing. A collective: every rank must ask."""
+    folder = trainer.log_dir
+    return None if folder is None or getattr(trainer, "fast_dev_run", False) else Path(folder)
 
 
 def as_distillation(callback: object, module: LightningModule) -> DistillationModule:

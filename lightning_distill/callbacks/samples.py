@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from lightning_distill.callbacks.isolation import as_distillation, undisturbed
+from lightning_distill.callbacks.isolation import as_distillation, run_folder, undisturbed
 from lightning_distill.evaluation.sampling import sample_many
 from lightning_distill.generation import default_cond, index_noise
 from lightning_distill.guidance import guided
@@ -94,9 +93,11 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: Trainer, module: DistillationModule) -> None:
         step = trainer.global_step
-        if self._drawn == step or trainer.log_dir is None or getattr(trainer, "fast_dev_run", False):
+        if self._drawn == step:
             return
-        self._drawn = step
+        self._drawn, run = step, run_folder(trainer)
+        if run is None:
+            return
         # sharded networks must be called on every rank; only the first one writes
         with undisturbed(module):
             panels = self.panels(module, bf16=str(trainer.precision).startswith("bf16"))
@@ -105,7 +106,7 @@ class SampleGrid(Callback):
                 strips = trajectory_strips(module, self.strip, self.strip_samples, self.seed, self._weights(module))
         if not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir) / "samples"
+        folder = run / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         files = {"samples": folder / f"step_{step:06d}.png"}
         columns = max(1, self.num_samples // (module.student.num_classes or max(1, self.num_samples // 10)))

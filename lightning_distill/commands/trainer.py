@@ -78,9 +78,9 @@ class RunConfig(SaveConfigCallback):
         if trainer.logger is None and not trainer.checkpoint_callbacks:
             return
         super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero and trainer.log_dir and stage == "fit":
-            file = Path(trainer.log_dir) / "environment.json"
-            file.write_text(json.dumps(environment(), indent=1) + "\n")
+        folder = trainer.log_dir  # a collective
+        if trainer.is_global_zero and folder is not None and stage == "fit":
+            (Path(folder) / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 class TrainerCLI(LightningCLI):

@@ -7,7 +7,6 @@ no device; they return 0-dim tensors unless said otherwise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,7 +20,6 @@ __all__ = [
     "LogitStatistics",
     "SampleMoments",
     "critic_state",
-    "duplicate_share",
     "gradient_cosines",
     "gradient_norms",
     "guidance_split",
@@ -220,26 +218,6 @@ def sample_moments(x: Tensor) -> SampleMoments:
     return SampleMoments(
         x.mean(), x.std(correction=0), channels, x.var(dim=0, correction=min(1, len(x) - 1)).mean().sqrt()
     )
-
-
-@torch.no_grad()
-def duplicate_share(x: Tensor, spread: Tensor | float, threshold: float = 0.1) -> Tensor:
-    """Share of samples that have a near copy among the others.
-
-    A copy is nearer than ``threshold`` times the root-mean-square distance of two independent samples,
-    sqrt(2 D) ``spread`` for D numbers per sample. Meaningful in high dimension, where independent samples are never
-    close.
-
-    Args:
-        x: samples, (B, ...).
-        spread: between independent samples, see ``SampleMoments.spread``.
-        threshold: in (0, 1).
-    """
-    flat = x.double().flatten(1)
-    distances = torch.cdist(flat, flat)
-    distances.fill_diagonal_(math.inf)
-    limit = threshold * math.sqrt(2 * flat.shape[1]) * spread
-    return (distances.amin(1) < limit).double().mean()
 
 
 # ------------------------------------------------------------------------------------------------ histories

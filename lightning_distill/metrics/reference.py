@@ -193,6 +193,7 @@ class ReferenceCache:
                 save_reference(reference, part)
                 _made(file.parent)
                 os.replace(Path(part) / file.name, file)
+            return _read(file)  # rounded as later runs see it
         except OSError as error:
             warnings.warn(f"{self.folder} cannot be written ({error}); the next run will start over.", stacklevel=2)
         return reference

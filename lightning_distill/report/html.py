@@ -11,9 +11,10 @@ from lightning_distill.report import tables
 from lightning_distill.report.curves import Section, curve_sections
 from lightning_distill.report.data import Picture, RunData
 from lightning_distill.report.markup import Html, join, tag
+from lightning_distill.report.numbers import number
 from lightning_distill.report.pictures import chosen, encode
 from lightning_distill.report.style import STYLE
-from lightning_distill.report.svg import draw, number
+from lightning_distill.report.svg import draw
 
 __all__ = ["page"]
 

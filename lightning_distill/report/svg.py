@@ -10,21 +10,10 @@ from functools import cached_property
 import numpy as np
 
 from lightning_distill.report.markup import Html, tag
+from lightning_distill.report.numbers import downsample, log_ticks, nice_ticks, number, smooth, tick_text
 
-__all__ = [
-    "COLOURS",
-    "Chart",
-    "Reference",
-    "Series",
-    "column_number",
-    "downsample",
-    "draw",
-    "nice_ticks",
-    "number",
-    "smooth",
-]
+__all__ = ["COLOURS", "Chart", "Reference", "Series", "draw"]
 
-MAX_POINTS = 500
 WIDTH, PLOT_HEIGHT = 420, 168
 _LEFT, _RIGHT = 46, 14
 _BANDS = 60
@@ -111,99 +100,6 @@ class Chart:
     note: str = ""
     marks: list[tuple[int, str]] = field(default_factory=list)
     healthy: tuple[float, float] | None = None
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-def number(value: float, digits: int = 4) -> str:
-    """A figure for people: four significant digits, ``nan`` and ``inf`` as such.
-
-    Args:
-        value: figure.
-        digits: significant digits.
-    """
-    if not math.isfinite(value):
-        return str(float(value))
-    text = f"{value:.{digits}g}"
-    if "e" in text:
-        mantissa, exponent = text.split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return text
-
-
-def column_number(value: float) -> str:
-    """A figure with as many decimals as its neighbours in a column: three below 10, four digits above."""
-    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 10 else number(value)
-
-
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values between ``low`` and ``high``: multiples of 1, 2, 2.5 or 5 times a power of ten.
-
-    Args:
-        low: lower end.
-        high: upper end, larger.
-        count: about how many.
-    """
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(k * step, 12 - math.floor(math.log10(step))) + 0.0 for k in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, (last - first) // 5)
-    ticks = [10.0**k for k in range(first, last + 1, every)]
-    if last - first <= 3:
-        ticks += [m * 10.0**k for k in range(first, last) for m in (2, 5)]
-    return sorted(t for t in ticks if low * 0.999 <= t <= high * 1.001)
-
-
-def _tick_text(value: float) -> str:
-    for size, suffix in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size and abs(value) < 1e9:
-            return number(value / size, 6) + suffix
-    return number(value, 6)
-
-
-def smooth(values: np.ndarray, log: bool = False) -> np.ndarray | None:
-    """A Gaussian average of a noisy curve; None for a curve that is smooth or short.
-
-    A curve is noisy when the way that it goes up and down is more than four times its range.
-
-    Args:
-        values: (n,), finite.
-        log: average logarithms; values are positive.
-    """
-    n = len(values)
-    y = np.log(values) if log else values
-    if n < 20 or np.ptp(y) == 0 or np.abs(np.diff(y)).sum() <= 4 * np.ptp(y):
-        return None
-    width = max(1.5, n / 40)
-    reach = min(n - 1, math.ceil(3 * width))
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    weight = np.convolve(np.ones(n), kernel, "full")[reach : reach + n]  # less at the ends, where values are missing
-    y = np.convolve(y, kernel, "full")[reach : reach + n] / weight
-    return np.exp(y) if log else y
-
-
-def downsample(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
-    """Indices of at most ``limit`` values: the least and the greatest of every stretch, so that spikes stay.
-
-    Args:
-        values: (n,), finite.
-        limit: even number of points.
-
-    Returns:
-        ascending indices, the first and the last value always among them.
-    """
-    n = len(values)
-    if n <= limit:
-        return np.arange(n)
-    kept = {0, n - 1}
-    for part in np.array_split(np.arange(1, n - 1), (limit - 2) // 2):
-        kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
-    return np.array(sorted(kept))
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -312,17 +208,17 @@ def _axes(chart: Chart, top: float) -> _Axes:
 def _grid(axes: _Axes, bottom: float) -> list[Html]:
     right = WIDTH - _RIGHT
     parts = []
-    for value in _log_ticks(axes.low, axes.high) if axes.log else nice_ticks(axes.low, axes.high):
+    for value in log_ticks(axes.low, axes.high) if axes.log else nice_ticks(axes.low, axes.high):
         y = _round(axes.y(value))
         parts.append(tag("line", x1=_LEFT, x2=right, y1=y, y2=y, class_="grid"))
         parts.append(
-            tag("text", _tick_text(value), x=_LEFT - 6, y=_round(axes.y(value) + 4), text_anchor="end", class_="quiet")
+            tag("text", tick_text(value), x=_LEFT - 6, y=_round(axes.y(value) + 4), text_anchor="end", class_="quiet")
         )
     steps = [t for t in nice_ticks(axes.x_low, axes.x_high) if t == int(t)]
     for step in steps:
         x = _round(axes.x(step))
         parts.append(tag("line", x1=x, x2=x, y1=_round(bottom), y2=_round(bottom + 4), class_="axis"))
-        parts.append(tag("text", _tick_text(step), x=x, y=_round(bottom + 16), text_anchor="middle", class_="quiet"))
+        parts.append(tag("text", tick_text(step), x=x, y=_round(bottom + 16), text_anchor="middle", class_="quiet"))
     y = _round(bottom)
     parts.append(tag("line", x1=_LEFT, x2=right, y1=y, y2=y, class_="axis"))
     middle = (_LEFT + right) / 2

@@ -11,7 +11,7 @@ from lightning_distill.evaluation.table import final_rows
 from lightning_distill.records import EvaluationRow
 from lightning_distill.report.data import RunData
 from lightning_distill.report.measures import Figure, best_row, figures_of, with_floors
-from lightning_distill.report.svg import column_number
+from lightning_distill.report.numbers import column_number
 
 __all__ = [
     "Cell",

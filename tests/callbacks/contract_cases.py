@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "contracts"))
 
-from method_cases import CASES, trainer
+from method_cases import CASES, random_weights, trainer
 from test_contract_resume import differences
 from test_contract_skipping import Synchronisations
 
-__all__ = ["CASES", "Synchronisations", "differences", "trainer"]
+__all__ = ["CASES", "Synchronisations", "differences", "random_weights", "trainer"]

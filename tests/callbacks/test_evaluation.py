@@ -144,7 +144,7 @@ def tiny():
 
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(64, 6)
+            self.layer = nn.Linear(64, 6, bias=False)
             with torch.no_grad():
                 self.layer.weight.copy_(torch.randn(6, 64, generator=torch.Generator().manual_seed(4)))
 

@@ -144,18 +144,18 @@ def test_figures_exist_where_they_mean_something(tmp_path):
     critic = {f"{name}{level}" for name in ("fake_score_lag", "score_gap") for level in ["", *levels]}
     guidance = {f"guidance_{name}{level}" for name in ("share", "cosine") for level in ["", *levels]}
     gan = {"logit_real", "logit_fake_std", "discriminator_accuracy", "cosine/matching_gan", "term_norm/gan"}
-    drift = {"brightness_drift", "contrast_ratio", "spread_ratio", "samples/spread"}
+    drift = {"brightness_drift", "contrast_ratio", "spread_ratio", "samples/spread", "duplicates"}
 
     one = set(figures("one_step", tmp_path)[1])
     assert critic | drift | {"time/student", "time/fake_score", "time/other", "samples_per_second"} <= one
     assert {"skipped/student", "skipped/fake_score", "ema_distance/constant_0_5"} <= one
     assert not one & (guidance | gan)
-    assert not any(name.startswith(("term_norm", "cosine", "duplicates", "saturation")) for name in one)
+    assert not any(name.startswith(("term_norm", "cosine", "saturation")) for name in one)
 
     assert critic | guidance | drift <= set(figures("guidance", tmp_path)[1])
     for name in ("gan_fake_score", "gan_teacher", "gan_input"):
         assert critic | gan | drift <= set(figures(name, tmp_path)[1])
-    assert {"duplicates"} <= set(figures("unet_gan", tmp_path)[1])
+    assert drift | gan - {"cosine/matching_gan"} <= set(figures("unet_gan", tmp_path)[1])
 
     training = set(figures("vp_dropout", tmp_path)[1])
     assert {"time/student", "samples_per_second", "ema_distance/power_0_1", "skipped/student"} <= training
@@ -323,6 +323,7 @@ def test_samples_of_a_constant_student_have_no_spread(tmp_path):
     # the reference is the teacher's own samples, N(1, .7^2)
     assert health.latest["brightness_drift"] == pytest.approx(2 / 0.7, rel=0.25)
     assert health.latest["samples/mean"] == pytest.approx(3.0)
+    assert health.latest["duplicates"] == 1.0
 
 
 # ------------------------------------------------------------------------------------------------ the module's part
@@ -385,14 +386,20 @@ def test_phase_seconds_grow_with_the_cycles(tmp_path):
 def test_the_reference_survives_a_resume(tmp_path):
     first = TrainingHealth(every_n_steps=1, num_samples=32)
     gaussian_run(2, 0.0, 0.0, first)
-    second = TrainingHealth(every_n_steps=1, num_samples=32)
+    second = TrainingHealth(every_n_steps=1, num_samples=32, reference_steps=0)
     second.load_state_dict(first.state_dict())
-    calls = []
-    generate = second._generate
-    second._generate = lambda *args, **kwargs: calls.append(args[2]) or generate(*args, **kwargs)
-    module = gaussian_run(2, 0.0, 0.0, second)
-    assert all(network is module.student for network in calls)  # the teacher is not sampled again
+    gaussian_run(2, 0.0, 0.0, second)
     assert second.latest["spread_ratio"] == pytest.approx(first.latest["spread_ratio"])
+    assert second.latest["brightness_drift"] == pytest.approx(first.latest["brightness_drift"])
+
+
+def test_the_reference_is_the_mean_over_the_data_seen(tmp_path):
+    case, health = BY_NAME["gan_fake_score"], small_health(every_n_steps=1)
+    module = case.build(tmp_path)
+    batches = list(case.loader(module))[:3]
+    trainer(3, callbacks=[health]).fit(module, case.loader(module))
+    want = sum(b.x0.double().std(correction=0) for b in batches) / 3
+    assert health.state_dict()["reference"]["std"] == pytest.approx(float(want), rel=1e-5)
 
 
 def test_both_are_built_from_yaml():

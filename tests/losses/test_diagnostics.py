@@ -129,14 +129,6 @@ def test_sample_moments_of_known_images():
     assert float(d.sample_moments(torch.randn(1, 2)).spread) == 0.0
 
 
-def test_duplicates_are_counted():
-    x = torch.randn(20, 1, 8, 8)
-    assert float(d.duplicate_share(x, 1.0)) == 0.0
-    x[3] = x[7] + 0.01 * torch.randn(1, 8, 8)
-    assert float(d.duplicate_share(x, 1.0)) == pytest.approx(2 / 20)
-    assert float(d.duplicate_share(x[:1].expand(20, -1, -1, -1), 1.0)) == 1.0
-
-
 # ------------------------------------------------------------------------------------------------ histories
 def test_oscillation():
     size, crossings = d.oscillation([0.5, 2.0] * 4)

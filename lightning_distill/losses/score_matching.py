@@ -27,14 +27,15 @@ def denoising_loss(
         E | out - target |^2  =  E w(t) | x0_hat - x0 |^2
 
     with w = (alpha/sigma)^2 for ``epsilon``, 1 for ``sample``, (alpha^2 + sigma^2)^2 / sigma^2 for ``v_prediction``,
-    ((alpha + sigma)/sigma)^2 for ``flow_prediction`` and (alpha^2 s^2 + sigma^2) / (s sigma)^2 for ``edm`` (s =
-    ``sigma_data``; arXiv:2206.00364, Table 1, lambda(sigma), for alpha = 1).
+    ((alpha + sigma)/sigma)^2 for ``flow_prediction``, (alpha^2 s^2 + sigma^2) / (s sigma)^2 for ``edm`` (s =
+    ``sigma_data``; arXiv:2206.00364, Table 1, lambda(sigma), for alpha = 1) and alpha^4 / sigma^2 for
+    ``scaled_epsilon``, the error of alpha eps (SwiftBrush's critic, arXiv:2312.05239, released code).
 
     Args:
         prediction: network output at x_t = alpha x0 + sigma eps.
         x0: clean samples, (B, ...).
         eps: the noise in x_t, same shape.
-        space: a prediction type or ``edm``; None is the prediction's own type.
+        space: a prediction type, ``edm`` or ``scaled_epsilon``; None is the prediction's own type.
         sigma_data: s of the ``edm`` weight.
 
     Returns:
@@ -45,6 +46,8 @@ def denoising_loss(
     if space == "edm":
         weight = (alpha.square() * sigma_data**2 + sigma.square()) / (sigma_data * sigma).square()
         return (expand(weight, x0) * (prediction.x0 - x0).square()).mean()
+    if space == "scaled_epsilon":
+        return (expand(alpha, x0) * (prediction.eps - eps)).square().mean()
     space = space or prediction.kind
     return (prediction.as_type(space) - regression_target(space, x0, eps, alpha, sigma)).square().mean()
 
@@ -70,7 +73,8 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
         vsd     alpha sigma              w(t) = sigma^2 on the noise difference (VSD, arXiv:2305.16213)
         dmd     1 / mean |x - y_T|       DMD2 and public re-implementations of DMD
         dmd_v1  alpha / mean |x - y_T|   DMD's paper, w_t = sigma^2 / alpha on the score difference (arXiv:2311.18828,
-        Eq. 8) one     1                        Diff-Instruct (arXiv:2305.18455)
+                                         Eq. 8)
+        one     1                        Diff-Instruct (arXiv:2305.18455)
 
     Args:
         kind: one of the names above.

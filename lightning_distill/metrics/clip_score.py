@@ -21,6 +21,9 @@ class CLIPScore:
         folder: folder of a transformers CLIP model with its tokenizer and image processor (safetensors weights); None
             reads ``LIGHTNING_DISTILL_CLIP``.
         batch_size: images per network call.
+
+    Notes:
+        The score is cut at 0 sample by sample, as in the paper; torchmetrics cuts the mean.
     """
 
     def __init__(self, folder: str | None = None, batch_size: int = 64) -> None:
@@ -47,11 +50,15 @@ class CLIPScore:
                 )
 
     def build(self) -> tuple[Any, Any]:
-        """Model and processor; built once."""
+        """Model and processor; built once.
+
+        Raises:
+            FileNotFoundError: the folder is incomplete.
+        """
         if self._parts is None:
+            self.check()
             from transformers import CLIPModel, CLIPProcessor
 
-            self.check()
             root = Path(str(self.folder)).expanduser()
             model = CLIPModel.from_pretrained(root, local_files_only=True, use_safetensors=True)
             processor = CLIPProcessor.from_pretrained(root, local_files_only=True)
@@ -63,25 +70,36 @@ class CLIPScore:
         """Score of each pair.
 
         Args:
-            images: (N, C, H, W) in [-1, 1], one or three channels.
+            images: (N, C, H, W) in [-1, 1], N >= 1, one or three channels, on the device to compute on.
             prompts: N texts; longer ones than the model reads are cut.
 
         Returns:
-            (N,) in [0, 100], float32.
+            (N,) in [0, 100], float32, on the device of the images.
 
         Raises:
-            ValueError: different numbers of images and prompts.
+            ValueError: different numbers of images and prompts, or images of another shape.
         """
-        if len(images) != len(prompts):
+        if isinstance(prompts, str) or len(images) != len(prompts):
             raise ValueError(f"there are {len(images)} images and {len(prompts)} prompts; give one for each.")
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+            raise ValueError(f"CLIPScore reads images (N, 1 or 3, H, W), got {tuple(images.shape)}.")
         model, processor = self.build()
+        model.to(images.device)
+        longest = model.config.text_config.max_position_embeddings
         scores = []
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size].expand(-1, 3, -1, -1)
             pixels = (part * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
             texts = list(prompts[start : start + self.batch_size])
-            inputs = processor(text=texts, images=list(pixels), return_tensors="pt", padding=True, truncation=True)
-            out = model(**inputs.to(model.device))
+            inputs = processor(
+                text=texts,
+                images=list(pixels.cpu()),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=longest,
+            )
+            out = model(**inputs.to(images.device))
             cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float(), dim=-1)
             scores.append(100.0 * cosine.clamp_min(0.0))
         return torch.cat(scores)

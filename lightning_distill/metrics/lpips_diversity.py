@@ -1,6 +1,7 @@
 """Perceptual distance between samples of one condition: does the noise still change the picture?"""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -54,16 +55,25 @@ class PerceptualDistance:
                     f"PerceptualDistance(trunk_weights=FILE) or {VARIABLE}=FILE, or set allow_download=True."
                 )
             return
-        check_file(self.trunk_weights, "PerceptualDistance(trunk_weights)", VARIABLE)
+        check_file(self.trunk_weights, "trunk_weights", VARIABLE)
 
     def build(self) -> torch.nn.Module:
-        """The network of the ``lpips`` package, frozen; built once."""
+        """The network of the ``lpips`` package, frozen; built once.
+
+        Raises:
+            FileNotFoundError: the trunk is missing.
+            ValueError: the file holds other weights.
+        """
         if self._network is None:
+            self.check()
             import lpips
 
-            self.check()
             local = self.trunk_weights is not None
-            network = lpips.LPIPS(net=self.net, pnet_rand=local, verbose=False)
+            # lpips names torchvision's weights in an old way; its random trunk is overwritten below and must not move
+            # the generator of the run
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+                network = lpips.LPIPS(net=self.net, pnet_rand=local, verbose=False)
             if self.trunk_weights is not None:
                 _load_trunk(network, Path(self.trunk_weights).expanduser())
             self._network = network.eval().requires_grad_(False)
@@ -74,19 +84,27 @@ class PerceptualDistance:
         """Distances of pairs of images.
 
         Args:
-            a: (N, C, H, W) in [-1, 1], one or three channels; images below 64 pixels are enlarged.
-            b: same shape.
+            a: (N, C, H, W) in [-1, 1], one or three channels, on the device to compute on; images below 64 pixels are
+                enlarged.
+            b: same shape and device.
 
         Returns:
-            (N,), float32.
+            (N,), float32, on the device of the images.
+
+        Raises:
+            ValueError: different shapes, or neither one nor three channels.
         """
-        return self.build()(_rgb(a), _rgb(b)).flatten()
+        if a.shape != b.shape or a.ndim != 4 or a.shape[1] not in (1, 3):
+            raise ValueError(
+                f"LPIPS compares images (N, 1 or 3, H, W) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}."
+            )
+        return self.build().to(a.device)(_rgb(a), _rgb(b)).flatten()
 
 
 def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor, batch_size: int = 64) -> float:
     """Mean distance between samples of the same condition and different noise.
 
-    Every sample is compared with the next one of its group.
+    Every sample is compared with the next one of its group: n pairs instead of n^2, with the same expected value.
 
     Args:
         distance: perceptual distance.
@@ -94,9 +112,17 @@ def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor
         groups: condition of each sample, (N,), integers.
         batch_size: pairs per network call.
 
+    Returns:
+        0 for a network that ignores its noise; compare with the teacher's figure.
+
     Raises:
-        ValueError: no condition has two samples.
+        ValueError: no condition has two samples, or not every sample has one.
     """
+    if groups.shape != images.shape[:1]:
+        raise ValueError(
+            f"there are {len(images)} images and groups of shape {tuple(groups.shape)}; give one for each."
+        )
+    groups = groups.cpu()
     order = groups.argsort(stable=True)
     same = groups[order][1:] == groups[order][:-1]
     first, second = order[:-1][same], order[1:][same]
@@ -107,12 +133,15 @@ def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor
 
 
 def _load_trunk(network: torch.nn.Module, path: Path) -> None:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own errors
+        raise ValueError(f"{path} cannot be read as a state dict; give torchvision's file of this trunk.") from error
     own = network.state_dict()
     for key in own:
         if key.startswith("net."):
@@ -124,7 +153,7 @@ def _load_trunk(network: torch.nn.Module, path: Path) -> None:
 
 
 def _rgb(images: Tensor) -> Tensor:
-    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    images = images.float().expand(-1, 3, -1, -1)
     if min(images.shape[-2:]) < _SMALLEST:
         scale = -(-_SMALLEST // min(images.shape[-2:]))
         images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DensityCoverage", "PrecisionRecall", "density_coverage", "neighbour_distances", "precision_recall"]
+__all__ = [
+    "DensityCoverage",
+    "PrecisionRecall",
+    "density_coverage",
+    "distances",
+    "neighbour_distances",
+    "precision_recall",
+]
+
+#: squared distances below this share of the squared norms are 0: float32 features cannot tell such points apart
+_RESOLUTION = 1e-13
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,26 @@ class DensityCoverage:
     coverage: float
 
 
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances between two sets, by a matrix product in float64.
+
+    Several times faster than differences in float32 and still more precise; equal points are at distance 0.
+
+    Args:
+        a: (n, d).
+        b: (m, d).
+
+    Returns:
+        (n, m), float64.
+    """
+    b = b.double()
+    centre = b.mean(dim=0)
+    a, b = a.double() - centre, b - centre
+    norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+    squared = norms - 2.0 * (a @ b.T)
+    return squared.masked_fill_(squared < _RESOLUTION * norms, 0.0).sqrt_()
+
+
 def neighbour_distances(points: Tensor, neighbours: int, batch_size: int = 2_000) -> Tensor:
     """Distance of every point to its k-th nearest other point.
 
@@ -85,22 +115,19 @@ def neighbour_distances(points: Tensor, neighbours: int, batch_size: int = 2_000
         batch_size: rows of the distance matrix that are held at a time.
 
     Returns:
-        (n,), dtype of ``points``.
+        (n,), float64.
     """
-    exact = "donot_use_mm_for_euclid_dist"  # equal points are at distance 0, not at rounding errors
-    nearest = [
-        torch.cdist(rows, points, compute_mode=exact).kthvalue(neighbours + 1, dim=1).values
-        for rows in points.split(batch_size)
-    ]
-    return torch.cat(nearest)
+    parts = [distances(rows, points).kthvalue(neighbours + 1, dim=1).values for rows in points.split(batch_size)]
+    return torch.cat(parts)
 
 
 def density_coverage(generated: Tensor, real: Tensor, neighbours: int = 5, batch_size: int = 2_000) -> DensityCoverage:
     """Density and coverage (arXiv:2002.09797, Eq. 4 and 5); the balls are those of the real samples.
 
-        density  = 1 / (k m) sum_j sum_i 1[ |g_j - r_i| <= NND_k(r_i) ]
-        coverage = 1 / n sum_i 1[ exists j: |g_j - r_i| <= NND_k(r_i) ]
+        density  = 1 / (k m) sum_j sum_i 1[ |g_j - r_i| < NND_k(r_i) ]
+        coverage = 1 / n sum_i 1[ exists j: |g_j - r_i| < NND_k(r_i) ]
 
+    The balls are open, as in the authors' code: the density of exact copies of the real samples is 1.
     Both depend on the numbers of samples: compare figures only at equal sizes.
 
     Args:
@@ -108,6 +135,9 @@ def density_coverage(generated: Tensor, real: Tensor, neighbours: int = 5, batch
         real: features of real samples, (n, d), n > ``neighbours``.
         neighbours: k.
         batch_size: rows of the distance matrix that are held at a time.
+
+    Returns:
+        Density and coverage; 1 and 1 - 2^-k are expected of large sets from one distribution, n = m.
 
     Raises:
         ValueError: wrong shapes or too few samples.
@@ -117,16 +147,16 @@ def density_coverage(generated: Tensor, real: Tensor, neighbours: int = 5, batch
             f"density and coverage compare two matrices of features, got shapes {tuple(generated.shape)} and "
             f"{tuple(real.shape)}; use one extractor for both."
         )
-    if len(real) <= neighbours or len(generated) == 0:
+    if neighbours < 1 or len(real) <= neighbours or len(generated) == 0:
         raise ValueError(
             f"density and coverage with {neighbours} neighbours need more than {neighbours} real samples and a "
             f"generated one, got {len(real)} and {len(generated)}."
         )
-    generated, real = generated.float(), real.float()
-    radii = neighbour_distances(real, neighbours, batch_size)
+    # a rounding error below the radius, so that a copy of the k-th neighbour lies outside like the neighbour itself
+    radii = neighbour_distances(real, neighbours, batch_size) * (1.0 - 1e-9)
     hits, covered = 0, 0
     for rows, radius in zip(real.split(batch_size), radii.split(batch_size)):
-        inside = torch.cdist(rows, generated) <= radius[:, None]
+        inside = distances(rows, generated) < radius[:, None]
         hits += int(inside.sum())
         covered += int(inside.any(dim=1).sum())
     return DensityCoverage(hits / (neighbours * len(generated)), covered / len(real))

@@ -6,8 +6,10 @@ figures that are reported. The statistics ``train`` are those of all training im
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -48,7 +50,8 @@ class Reference:
 
     Attributes:
         statistics: by set, ``train`` and the two halves; computed from float32 features before storage.
-        features: by half, (n, d), float32 (stored as float16); none where only statistics are known.
+        features: by half, (n, d), float32 (stored as float16 where that is exact enough); empty where only statistics
+            are known, which then serve the Frechet distance alone.
         labels: by half, (n,), int64; none for data without classes.
         info: extractor, data and the real-vs-real floors.
     """
@@ -60,21 +63,36 @@ class Reference:
 
 
 def save_reference(reference: Reference, folder: str | Path) -> None:
-    """Write ``reference.safetensors``: features as float16, labels as uint8, statistics as float64."""
+    """Write ``reference.safetensors``: features and labels as narrow as they can be, statistics as float64."""
     tensors: dict[str, Tensor] = {}
     for name, statistics in reference.statistics.items():
         tensors[f"{name}.mean"] = statistics.mean.contiguous()
         tensors[f"{name}.cov"] = statistics.cov.contiguous()
     for half, features in reference.features.items():
-        # half precision keeps three digits, which is far below the distances between samples
-        narrow = features.abs().max() < 6e4
-        tensors[f"{half}.features"] = features.to(torch.float16) if narrow else features.contiguous()
+        tensors[f"{half}.features"] = _narrow_features(features).contiguous()
     for half, labels in reference.labels.items():
-        tensors[f"{half}.labels"] = labels.to(torch.uint8 if labels.max() < 256 else torch.int32)
+        tensors[f"{half}.labels"] = _narrow_labels(labels).contiguous()
     counts = {name: statistics.n for name, statistics in reference.statistics.items()}
     metadata = {"info": json.dumps({**reference.info, "n": counts})}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(Path(folder) / "reference.safetensors"), metadata=metadata)
+
+
+def _narrow_features(features: Tensor) -> Tensor:
+    """In float16 where its rounding is below a hundredth of the features' spread; not for large or tiny values."""
+    if len(features) < 2:
+        return features
+    narrow = features.to(torch.float16)
+    error = (narrow.double() - features.double()).square().mean()
+    return narrow if error < 1e-4 * features.double().var(dim=0).mean() else features
+
+
+def _narrow_labels(labels: Tensor) -> Tensor:
+    """As the smallest of uint8, int32 and int64 that holds every value."""
+    for dtype in (torch.uint8, torch.int32):
+        if torch.equal(labels.to(dtype).long(), labels.long()):
+            return labels.to(dtype)
+    return labels.long()
 
 
 def load_reference(name_or_path: str | Path) -> Reference:
@@ -124,11 +142,15 @@ def reference_from_images(
         seed: seed of the split into halves.
         device: where features are computed.
 
+    Returns:
+        Reference with the distances between the sets of real images as ``info["fd_floors"]``.
+
     Raises:
-        ValueError: fewer than two images.
+        ValueError: fewer than two images, or another number of labels.
     """
-    if len(images) < 2:
-        raise ValueError(f"a reference needs two images or more, got {len(images)}.")
+    if len(images) < 2 or (labels is not None and labels.shape != (len(images),)):
+        given = None if labels is None else tuple(labels.shape)
+        raise ValueError(f"a reference needs two images or more and a label for each, got {len(images)} and {given}.")
     network = extractor.build()
     if isinstance(network, torch.nn.Module):
         network.to(device)
@@ -150,13 +172,18 @@ def _split(features: Tensor, labels: Tensor | None, most: int, seed: int, info: 
     floors = {}
     if size > 1:
         statistics |= {half: FeatureStatistics.from_features(part) for half, part in halves.items()}
-        floors = {f"{half}_vs_train": frechet_distance(statistics[half], statistics["train"]) for half in HALVES}
+        floors = {
+            f"{a}_vs_{b}": frechet_distance(statistics[a], statistics[b])
+            for a, b in (("selection", "train"), ("held_out", "train"), ("selection", "held_out"))
+        }
     kept: dict[str, Tensor] = {} if labels is None else {half: labels[rows[half]].cpu() for half in HALVES}
     return Reference(statistics, halves, kept, {**info, "fd_floors": floors})
 
 
 def statistics_reference(path: str | Path) -> Reference:
     """A reference that is only a mean and a covariance, from an ``.npz`` with ``mu`` and ``sigma`` (EDM, ADM).
+
+    Its ``features`` and ``labels`` are empty: measures of single samples cannot use it.
 
     Raises:
         ValueError: the file lacks one of the two.
@@ -178,9 +205,11 @@ class ReferenceCache:
         """The reference under ``key``; built and kept if it is not there or cannot be read.
 
         Args:
-            key: letters, digits and dashes.
+            key: any text; what is no plain name of a folder is kept under its hash.
             build: makes it.
         """
+        if not re.fullmatch(r"\w[\w.-]{0,127}", key):
+            key = hashlib.sha256(key.encode()).hexdigest()[:32]
         file = self.folder / key / "reference.safetensors"
         if file.is_file():
             try:

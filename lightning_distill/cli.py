@@ -90,6 +90,8 @@ def import_everything() -> None:
         importlib.import_module(f"lightning_distill.{name}")
     for name in ("adversary", "roles", "run_denoiser", "small", "specs"):
         importlib.import_module(f"lightning_distill.networks.{name}")
+    for name in ("clip_score", "efficientnet", "extractors", "inception", "lpips_diversity", "towers"):
+        importlib.import_module(f"lightning_distill.metrics.{name}")
     for entry in entry_points(group="lightning_distill.methods"):
         try:
             entry.load()

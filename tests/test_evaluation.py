@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from lightning_distill.data.digits import load_digits
-from lightning_distill.evaluation import evaluate_samples, sample_many
+from lightning_distill.evaluation import Evaluator, sample_many
 from lightning_distill.generation import default_cond, generate, index_noise
-from lightning_distill.metrics.features import load_classifier
-from lightning_distill.metrics.reference import load_reference
+from lightning_distill.metrics.extractors import ZooClassifier
+from lightning_distill.metrics.reference import Reference, load_reference
 from lightning_distill.networks.specs import ZooDenoiser
 from lightning_distill.plots import save_comparison, save_grid
 from lightning_distill.times import few_step_times
@@ -46,29 +46,60 @@ def test_unknown_samplers(teacher):
         sample_many(teacher, 2, [1.0], "eular", seed=0)
 
 
+def evaluator(**settings):
+    return Evaluator([ZooClassifier("digits")], {"cnn": load_reference("digits")}, half="held_out", **settings)
+
+
 def test_figures_tell_data_from_noise_and_copies(teacher):
-    reference, classifier = load_reference("digits"), load_classifier("digits")
+    judge = evaluator(measures=["fd", "precision_recall", "class_accuracy", "nearest", "duplicates", "kid"])
+
+    def figures(images, labels):
+        return judge.measure(judge.features(images, labels))
+
     images, labels = load_digits("train")
-    real = evaluate_samples(images, labels, reference, classifier)
+    real = figures(images, labels)
     assert real["fd_cnn"] < 0.5
     assert real["class_accuracy"] > 0.97
-    assert "nearest_ratio" not in real
 
     made, asked = sample_many(teacher, 500, few_step_times(teacher.process, 20), "ode", seed=0)
     noise = torch.rand(500, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    good = evaluate_samples(made, asked, reference, classifier, teacher_images=made)
-    bad = evaluate_samples(noise, asked, reference, classifier, teacher_images=made)
-    assert good["nearest_ratio"] == pytest.approx(1.0)
-    assert bad["nearest_ratio"] > 1.2
+    good, bad = figures(made, asked), figures(noise, asked)
+    assert bad["nearest_cnn"] > 1.2 * good["nearest_cnn"]
     assert bad["fd_cnn"] > 5 * good["fd_cnn"]
+    assert bad["kid_cnn"] > 5 * good["kid_cnn"]
     assert bad["class_accuracy"] < 0.3 < 0.95 < good["class_accuracy"]
-    assert bad["recall"] < 0.2 < good["recall"]
+    assert bad["recall_cnn"] < 0.2 < good["recall_cnn"]
 
     one_class = made[asked == 3]
-    collapsed = evaluate_samples(one_class, None, reference, classifier)
+    collapsed = figures(one_class, None)
     assert "class_accuracy" not in collapsed
-    assert collapsed["recall"] < good["recall"] / 2
-    assert collapsed["precision"] > 0.5
+    assert collapsed["recall_cnn"] < good["recall_cnn"] / 2
+    assert collapsed["precision_cnn"] > 0.5
+
+
+def test_progress_is_measured_against_the_best_teacher():
+    judge = evaluator()
+    teacher = [{"fd_cnn": 10.0, "nearest_cnn": 3.0}, {"fd_cnn": 1.0, "nearest_cnn": 2.0}, {"fd_cnn": 2.0}]
+    found = judge.with_progress({"fd_cnn": 4.0, "nearest_cnn": 2.2}, teacher[0], teacher)
+    assert found["progress_cnn"] == pytest.approx(6 / 9)
+    assert found["nearest_ratio_cnn"] == pytest.approx(1.1)
+    assert judge.with_progress({"fd_cnn": 4.0}, None, []) == {"fd_cnn": 4.0}
+
+
+def test_a_reference_of_bare_statistics_leaves_out_what_needs_samples():
+    whole = load_reference("digits")
+    bare = Evaluator([ZooClassifier("digits")], {"cnn": Reference({"train": whole.statistics["train"]}, {}, {}, {})})
+    figures = bare.measure(bare.features(*load_digits("test")))
+    assert figures.keys() == {"fd_cnn", "vendi_cnn", "class_accuracy"}
+
+
+def test_wrong_evaluators():
+    with pytest.raises(ValueError, match="unknown measure 'fdd'"):
+        evaluator(measures=["fdd"])
+    with pytest.raises(ValueError, match="no reference for the extractor 'cnn'"):
+        Evaluator([ZooClassifier("digits")], {})
+    with pytest.raises(ValueError, match="two extractors have the same name"):
+        Evaluator([ZooClassifier("digits")] * 2, {"cnn": load_reference("digits")})
 
 
 def test_pictures(tmp_path):

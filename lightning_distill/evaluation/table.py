@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -11,9 +13,11 @@ from lightning_distill.records import EvaluationLog, EvaluationRow
 
 __all__ = ["final_rows", "print_table"]
 
-#: measures in the order of their columns; others follow as they come
+#: measures in the order of their lines; others follow as they come
 _FIRST = ("progress", "fid", "fd", "sw2", "recall", "precision", "coverage", "class_accuracy")
-_LEFT_OUT = ("nearest_cnn", "samples_per_second")
+#: columns that fit on a narrow terminal
+_MOST = 6
+_LEFT_OUT = ("nearest_cnn", "nearest_judge")
 
 
 def final_rows(log: EvaluationLog) -> list[EvaluationRow]:
@@ -25,29 +29,37 @@ def final_rows(log: EvaluationLog) -> list[EvaluationRow]:
     return [row for row in last.values() if row.step == newest] or list(last.values())
 
 
-def columns(rows: Sequence[EvaluationRow]) -> list[str]:
+def measures(rows: Sequence[EvaluationRow]) -> list[str]:
     """Measures that occur in the rows, the important ones first."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
 
     def rank(name: str) -> int:
         return next((i for i, first in enumerate(_FIRST) if name == first or name.startswith(f"{first}_")), len(_FIRST))
 
-    return sorted((n for n in names if not n.startswith(_LEFT_OUT)), key=rank)
+    return sorted((name for name in names if not name.startswith(_LEFT_OUT)), key=rank)
 
 
 def print_table(log: EvaluationLog, console: Console | None = None) -> None:
-    """Teacher rows and the student's last rows.
+    """Measures of the teacher's rows and of the student's last ones, a column each.
 
     Args:
         log: rows of a run.
         console: where to print; None is standard output.
     """
     students = final_rows(log)
-    shown = [*sorted(log.teacher, key=lambda row: -row.nfe), *students]
-    names = columns(shown)
-    table = Table("", "steps", *names)
+    teacher = sorted(log.teacher, key=lambda row: -row.nfe)
+    if len(teacher) + len(students) > _MOST:  # the many-step teacher, and what has as many steps as a student
+        wanted = {row.nfe for row in students} | {teacher[0].nfe if teacher else 0}
+        teacher = [row for row in teacher if row.nfe in wanted]
+    shown = [*teacher, *students]
+    table = Table(box=SIMPLE)
+    table.add_column("", no_wrap=True)
     for row in shown:
-        who = "teacher" if row.role == "teacher" else f"student ({row.weights})"
-        cells = [f"{row.metrics[name]:.4g}" if name in row.metrics else "" for name in names]
-        table.add_row(who, str(row.nfe), *cells, style="bold" if row.role == "student" else None)
-    (console or Console()).print(table)
+        who = row.role if row.role == "teacher" or row.weights == "student" else f"student\n{row.weights}"
+        steps = f"{row.nfe} step{'s' if row.nfe > 1 else ''}"
+        table.add_column(f"{who}\n{steps}", style="bold" if row.role == "student" else None, justify="right")
+    for name in measures(students or shown):
+        table.add_row(name, *(f"{row.metrics[name]:.4g}" if name in row.metrics else "" for row in shown))
+    if console is None:  # a file is as wide as it must be
+        console = Console() if sys.stdout.isatty() else Console(width=max(80, 24 + 11 * len(shown)))
+    console.print(table)

@@ -2,8 +2,8 @@
 
 Two gradients need the same function h(r) = r^2 f''(r):
 
-    d/dtheta D_f(p_T,t || p_S,t)  =  E_{p_S,t}[ h(r) (score_F - score_T) dx_t/dtheta ]     (f-distill, arXiv:2502.15681)
-    d/dt     D_f(p_T,t || p_S,t)  =  -g_t^2 / 2  E_{p_S,t}[ h(r) |score_F - score_T|^2 ]   (Uni-Instruct, arXiv:2505.20755)
+    d/dtheta D_f(p_T,t || p_S,t)  =  E_{p_S,t}[ h(r) (score_F - score_T) dx_t/dtheta ]     (f-distill: arXiv:2502.15681)
+    d/dt     D_f(p_T,t || p_S,t)  =  -g_t^2 / 2  E_{p_S,t}[ h(r) |score_F - score_T|^2 ]   (Uni-Instruct: 2505.20755)
 
 so that h is 1 for the reverse KL and grows with r for divergences that punish missing modes. Ratios are given as
 logarithms: a logistic discriminator's best logit is ln r.
@@ -70,9 +70,7 @@ DIVERGENCES: dict[str, Divergence] = {
     # (r - 1) ln r, 1 + r
     "jeffreys": Divergence(lambda u: (u.exp() - 1) * u, lambda u: 1 + u.exp(), torch.exp),
     # (r - 1)^2 / 2, r^2
-    "pearson": Divergence(
-        lambda u: 0.5 * (u.exp() - 1).square(), lambda u: (2 * u).exp(), lambda u: 2 * (2 * u).exp()
-    ),
+    "pearson": Divergence(lambda u: 0.5 * (u.exp() - 1).square(), lambda u: (2 * u).exp(), lambda u: 2 * (2 * u).exp()),
 }
 
 

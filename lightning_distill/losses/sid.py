@@ -1,7 +1,7 @@
 """Score identity distillation: the Fisher divergence between student and teacher, with gradients through both scores.
 
-Notation as in ``score_matching``: y_T, y_F are the x0-predictions of teacher and fake score at x_t = alpha x + sigma eps,
-x the student's sample; score_F - score_T = (alpha / sigma^2) (y_F - y_T).
+Notation as in ``score_matching``: y_T, y_F are the x0-predictions of teacher and fake score at
+x_t = alpha x + sigma eps, x the student's sample; score_F - score_T = (alpha / sigma^2) (y_F - y_T).
 """
 
 from __future__ import annotations

@@ -1,20 +1,49 @@
 """Methods with a fake score: a critic that tracks the student's distribution by denoising its samples."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance
-from lightning_distill.losses.score_matching import denoising_loss
+from lightning_distill.losses.score_matching import denoising_loss, matching_weight, score_difference
 from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.times import TimeDistribution, bounded, check_coverage
 
-__all__ = ["FakeScoreMethod"]
+__all__ = ["FakeScoreMethod", "Scores"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Both scores at one noisy version of the student's samples.
+
+    Attributes:
+        x_t: noisy samples, (B, ...).
+        t: their times, (B,).
+        real: y_T, the teacher's guided x0-prediction, (B, ...).
+        fake: y_F, the fake score's.
+        features: tapped activations of the fake score by name.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    real: Tensor
+    fake: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> Tensor:
+        """Mean squared difference of the two, without graph."""
+        return (self.fake - self.real).detach().square().mean()
 
 
 class FakeScoreMethod(DistillationModule):
@@ -28,7 +57,7 @@ class FakeScoreMethod(DistillationModule):
     Args:
         teacher: the pretrained model.
         fake_score: how the fake score is realised.
-        guidance: classifier-free guidance inside the teacher's prediction; the fake score is never guided.
+        guidance: classifier-free guidance inside the teacher's prediction.
         fake_score_steps: critic updates per student update.
         updates_per_sample: critic updates that share one batch of student samples.
         matching_times: distribution of the times at which scores are compared; None is uniform on [.02, .98] of
@@ -37,12 +66,19 @@ class FakeScoreMethod(DistillationModule):
             same over the whole range.
         critic_space: space of the critic's squared error (see ``denoising_loss``); None is the network's own type, or
             ``edm`` for a network with a process of its own.
+        fake_guidance: guidance of the fake score where scores are compared; None for none, as in most methods.
+        critic_guidance: guidance of the fake score in its own training: its guided prediction then denoises; None for
+            none.
+        critic_dropout: share of samples whose condition is dropped in the fake score's training, which keeps an
+            unconditional branch alive for ``fake_guidance``.
         fake_score_optimizer: optimizer of the critic (and of discriminator heads); None for fused AdamW.
         fake_score_scheduler: learning-rate schedule of the critic, stepped once per student update.
         **kwargs: see ``DistillationModule``.
     """
 
     phases = {"student": ("student",), "fake_score": ("fake_score",)}
+    #: the student's loss differentiates teacher and fake score with respect to their inputs
+    differentiates_scores: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -55,6 +91,9 @@ class FakeScoreMethod(DistillationModule):
         matching_times: TimeDistribution | None = None,
         critic_times: TimeDistribution | None = None,
         critic_space: str | None = None,
+        fake_guidance: Guidance | None = None,
+        critic_guidance: Guidance | None = None,
+        critic_dropout: float = 0.0,
         fake_score_optimizer: OptimizerCallable | None = None,
         fake_score_scheduler: LRSchedulerCallable | None = None,
         **kwargs: Any,
@@ -64,6 +103,8 @@ class FakeScoreMethod(DistillationModule):
             raise ValueError(
                 f"fake_score_steps={fake_score_steps} and updates_per_sample={updates_per_sample} must be 1 or more."
             )
+        if not 0.0 <= critic_dropout < 1.0:
+            raise ValueError(f"critic_dropout={critic_dropout}: give a share between 0 and 1.")
         self._fake_score_role = fake_score or Copy()
         self._fake_score_role.check()
         self.guidance = guidance or Guidance(1.0)
@@ -72,6 +113,9 @@ class FakeScoreMethod(DistillationModule):
         self._given_matching_times = matching_times
         self._given_critic_times = critic_times
         self.critic_space = critic_space
+        self.fake_guidance = fake_guidance or Guidance(1.0)
+        self.critic_guidance = critic_guidance or Guidance(1.0)
+        self.critic_dropout = critic_dropout
         self.optimizer_factories["fake_score"] = fake_score_optimizer
         self.scheduler_factories["fake_score"] = fake_score_scheduler
         self.fake_score: Denoiser
@@ -90,12 +134,13 @@ class FakeScoreMethod(DistillationModule):
         super().check_configuration()
         teacher = self.require_teacher()
         others = set(teacher.family.null) - {"class_labels"}
-        if self.guidance.needs_null and teacher.num_classes is None and not others:
-            raise ValueError(
-                f"guidance scale {self.guidance.scale:g} needs an unconditional branch, but the teacher "
-                f"({type(teacher.network).__name__}) has no null class; give null_class=... of the teacher, or use "
-                "Guidance(1)."
-            )
+        for guidance in (self.guidance, self.fake_guidance, self.critic_guidance):
+            if guidance.needs_null and teacher.num_classes is None and not others:
+                raise ValueError(
+                    f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher "
+                    f"({type(teacher.network).__name__}) has no null class; give null_class=... of the teacher, or use "
+                    "Guidance(1)."
+                )
         check_coverage(self.matching_times, self.critic_times, self.process)
 
     @property
@@ -108,15 +153,74 @@ class FakeScoreMethod(DistillationModule):
         critic = [("fake_score", k // self.updates_per_sample) for k in range(self.fake_score_steps)]
         return [("student", 0), *critic]
 
+    # ------------------------------------------------------------------------------------------------ student
+    def scores(self, x: Tensor, batch: Batch, taps: tuple[str, ...] = ()) -> Scores:
+        """Teacher and fake score at the student's samples, noised to a random matching time.
+
+        Both have a graph to ``x`` where the method differentiates scores. With ``taps`` the fake score alone has one,
+        and its features come with it.
+
+        Args:
+            x: student samples, (B, ...).
+            batch: their conditions.
+            taps: blocks of the (then unguided) fake score whose outputs are wanted.
+        """
+        x_t, t, _ = self.renoise(x, self.matching_times, "matching")
+        u = self.draws.uniform("guidance", len(x))
+        with nullcontext() if self.differentiates_scores else torch.no_grad():
+            real = self.guidance(self.require_teacher(), x_t, t, batch.cond, u).x0
+            if not taps:
+                fake = self.fake_guidance(self.fake_score, x_t, t, batch.cond, u).x0
+        if not taps:
+            return Scores(x_t, t, real, fake)
+        prediction = self.fake_score(x_t, t, batch.cond, taps=taps)
+        return Scores(x_t, t, real, prediction.x0, prediction.features)
+
+    def matching(self, x: Tensor, scores: Scores, kind: str, factor: Tensor | float = 1.0) -> Terms:
+        """The student term of distribution matching, along factor * lambda * (y_T - y_F).
+
+        Args:
+            x: student samples with graph, (B, ...).
+            scores: at these samples.
+            kind: lambda, see ``matching_weight``.
+            factor: further weight without graph, broadcastable to ``x``.
+        """
+        weight = factor * matching_weight(kind, x, scores.real, scores.t, self.process)
+        loss = score_difference(x, scores.real, scores.fake, weight)
+        return Terms({"matching": loss}, {"score_gap": scores.gap, "sample_std": x.detach().std()})
+
+    # ------------------------------------------------------------------------------------------------ critic
     def critic_denoising(self, batch: Batch, taps: tuple[str, ...] = ()) -> tuple[Terms, Any]:
         """Denoising loss of the fake score on detached student samples, and the prediction it came from."""
         x = self.rollout(batch, grad=False).x0
         x_t, t, eps = self.renoise(x, self.critic_times, "critic")
-        prediction = self.fake_score(x_t, t, batch.cond, taps=taps)
-        space = self.critic_space or ("edm" if self.fake_score.network_process is not None else None)
-        loss = denoising_loss(prediction, x, eps, space, self.fake_score.data_scale)
+        prediction = self._criticised(x_t, t, batch.cond, taps)
+        own = "edm" if self.fake_score.network_process is not None else self.fake_score.prediction_type
+        loss = denoising_loss(prediction, x, eps, self.critic_space or own, self.fake_score.data_scale)
         return Terms({"denoising": loss}), prediction
+
+    @property
+    def critic_is_plain(self) -> bool:
+        """Whether the fake score is trained on its unguided prediction with the batch's own conditions."""
+        return not self.critic_guidance.needs_null and not self.critic_dropout
+
+    def _criticised(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], taps: tuple[str, ...]) -> Any:
+        if self.critic_is_plain:
+            return self.fake_score(x_t, t, cond, taps=taps)
+        if self.critic_dropout and cond:
+            drop = self.draws.uniform("critic/dropout", len(x_t)) < self.critic_dropout
+            null = self.fake_score.null_cond(cond)
+            cond = {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.items()}
+        return self.critic_guidance(self.fake_score, x_t, t, cond, self.draws.uniform("critic/guidance", len(x_t)))
 
     def fake_score_loss(self, batch: Batch) -> Terms:
         """Denoising on student samples."""
         return self.critic_denoising(batch)[0]
+
+    # ------------------------------------------------------------------------------------------------ counts
+    def forward_counts(self) -> dict[str, dict[str, int]]:
+        """Network calls per phase of a one-step student (first critic update); early-exit feature calls included."""
+        return {
+            "student": {"student": 1, "teacher": 1, "fake_score": 1},
+            "fake_score": {"student": 0, "teacher": 0, "fake_score": 1},
+        }

@@ -42,7 +42,7 @@ class CLIPScore:
                 f"CLIPScore needs a CLIP model; give its folder with CLIPScore(folder=...) or {VARIABLE}=FOLDER."
             )
         root = Path(self.folder).expanduser()
-        for pattern in ("config.json", "*.safetensors", "preprocessor_config.json", "tokenizer*.json"):
+        for pattern in ("config.json", "*.safetensors", "*processor_config.json", "tokenizer*.json"):
             if not any(root.glob(pattern)):
                 raise FileNotFoundError(
                     f"{root} has no {pattern}; give the folder of a CLIP model with CLIPScore(folder=...) or "

@@ -55,7 +55,7 @@ class PerceptualDistance:
                     f"PerceptualDistance(trunk_weights=FILE) or {VARIABLE}=FILE, or set allow_download=True."
                 )
             return
-        check_file(self.trunk_weights, "trunk_weights", VARIABLE)
+        check_file(self.trunk_weights, "PerceptualDistance(trunk_weights)", VARIABLE)
 
     def build(self) -> torch.nn.Module:
         """The network of the ``lpips`` package, frozen; built once.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_distill.metrics.manifold import distances
+
 __all__ = ["nearest_distances", "nearest_reference_ratio"]
 
 
@@ -19,12 +21,7 @@ def nearest_distances(samples: Tensor, reference: Tensor, batch_size: int = 1_00
     Returns:
         (n,), dtype of ``samples``.
     """
-    # the matrix-product shortcut loses all digits of small distances, and memorised samples are what this
-    # looks for
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cat(
-        [torch.cdist(s, reference, compute_mode=exact).min(dim=1).values for s in samples.split(batch_size)]
-    )
+    return torch.cat([distances(s, reference).min(dim=1).values for s in samples.split(batch_size)]).to(samples)
 
 
 def nearest_reference_ratio(samples: Tensor, baseline: Tensor, reference: Tensor) -> float:

@@ -109,15 +109,20 @@ def _read(path: Path) -> Reference:
     with safe_open(str(path), framework="pt") as file:
         keys = set(file.keys())
         info = json.loads(file.metadata()["info"])
+
+        def read(name: str, dtype: torch.dtype) -> Tensor:
+            # tensors of safetensors are views of the file and would change with it
+            return file.get_tensor(name).to(dtype, copy=True)
+
         statistics = {
-            name: FeatureStatistics(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.cov"), n)
+            name: FeatureStatistics(read(f"{name}.mean", torch.float64), read(f"{name}.cov", torch.float64), n)
             for name, n in info["n"].items()
         }
         features: dict[str, Tensor] = {
-            half: file.get_tensor(f"{half}.features").float() for half in HALVES if f"{half}.features" in keys
+            half: read(f"{half}.features", torch.float32) for half in HALVES if f"{half}.features" in keys
         }
         labels: dict[str, Tensor] = {
-            half: file.get_tensor(f"{half}.labels").long() for half in HALVES if f"{half}.labels" in keys
+            half: read(f"{half}.labels", torch.int64) for half in HALVES if f"{half}.labels" in keys
         }
     return Reference(statistics, features, labels, info)
 
@@ -148,9 +153,10 @@ def reference_from_images(
     Raises:
         ValueError: fewer than two images, or another number of labels.
     """
-    if len(images) < 2 or (labels is not None and labels.shape != (len(images),)):
-        given = None if labels is None else tuple(labels.shape)
-        raise ValueError(f"a reference needs two images or more and a label for each, got {len(images)} and {given}.")
+    if len(images) < 2:
+        raise ValueError(f"a reference needs two images or more, got {len(images)}.")
+    if labels is not None and labels.shape != (len(images),):
+        raise ValueError(f"a reference needs one label per image, got {tuple(labels.shape)} for {len(images)} images.")
     network = extractor.build()
     if isinstance(network, torch.nn.Module):
         network.to(device)

@@ -98,12 +98,14 @@ class _Tower(Extractor):
     def _preprocessing(self, root: Path) -> tuple[int, list[float], list[float]]:
         """What the model reads: crop size, mean and std of the folder, else the defaults."""
         size, mean, std = self.defaults
-        file = root / "preprocessor_config.json"
-        if file.is_file():
-            content: dict[str, Any] = json.loads(file.read_text())
-            given = content.get("crop_size", content.get("size", size))
-            size = int(given.get("height", given.get("shortest_edge", size)) if isinstance(given, dict) else given)
-            mean, std = content.get("image_mean", mean), content.get("image_std", std)
+        content: dict[str, Any] = {}
+        if (root / "preprocessor_config.json").is_file():
+            content = json.loads((root / "preprocessor_config.json").read_text())
+        elif (root / "processor_config.json").is_file():  # as newer transformers save it with a tokenizer
+            content = json.loads((root / "processor_config.json").read_text()).get("image_processor", {})
+        given = content.get("crop_size", content.get("size", size))
+        size = int(given.get("height", given.get("shortest_edge", size)) if isinstance(given, dict) else given)
+        mean, std = content.get("image_mean", mean), content.get("image_std", std)
         return size, mean, std
 
 

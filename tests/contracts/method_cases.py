@@ -23,8 +23,19 @@ from lightning_distill import methods
 from lightning_distill.batch import Batch
 from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.ema import ConstantEMA, PowerEMA
-from lightning_distill.guidance import Guidance
-from lightning_distill.methods import DMD2, DistillationModule, TeacherTraining
+from lightning_distill.guidance import Guidance, RandomGuidance
+from lightning_distill.methods import (
+    DMD,
+    DMD2,
+    VSD,
+    DiffInstruct,
+    DistillationModule,
+    FDistill,
+    SiD,
+    SwiftBrush,
+    TeacherTraining,
+    UniInstruct,
+)
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import ring4
 from lightning_distill.networks.denoiser import Denoiser
@@ -64,6 +75,11 @@ def vp_mlp() -> Denoiser:
     network = random_weights(ResidualMLP((2,), width=8, depth=2, num_classes=4))
     process = VariancePreserving(zero_terminal_snr=True)
     return Denoiser(network, process, "v_prediction", sigma_data=1.12)
+
+
+def vp_epsilon_mlp() -> Denoiser:
+    network = random_weights(ResidualMLP((2,), width=8, depth=2, num_classes=4))
+    return Denoiser(network, VariancePreserving(), "epsilon", sigma_data=1.12)
 
 
 def vp_unet() -> Denoiser:
@@ -158,8 +174,7 @@ def with_pairs(folder: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(5)
     noise, x0 = (torch.randn(12, 2, generator=generator) for _ in range(2))
     save_file({"noise": noise, "x0": x0}, folder / "pairs.safetensors")
-    settings = dmd2()(folder)
-    return {**settings, "regression_pairs": str(folder / "pairs.safetensors"), "regression_steps": 3}
+    return {**dmd2()(folder), "regression_pairs": str(folder / "pairs.safetensors")}
 
 
 def heads(**settings: Any) -> Callable[[], Adversary]:
@@ -190,12 +205,41 @@ CASES: list[Case] = [
         fake_score_steps=4, updates_per_sample=2, weight="vsd"
     )),
     Case("accumulate", DMD2, flow_mlp, points, dmd2(gan=heads(), accumulate_grad_batches=2, num_steps=2)),
-    Case("regression", DMD2, flow_mlp, lambda: without_data(points()), with_pairs),
+    Case("regression", DMD2, flow_mlp, lambda: without_data(points()), lambda folder: {
+        **with_pairs(folder), "regression_steps": 3
+    }),
     Case("unet_gan", DMD2, vp_unet, images, dmd2(
         gan=heads(taps=("mid_block",)), matching_times=Uniform(0.02, 0.9), student_times=[0.5]
     )),
     Case("dit_lora", DMD2, flow_dit, lambda: without_data(images(3)), dmd2(
         student=lambda: Lora(rank=2), fake_score=lambda: Lora(rank=2), guidance=Guidance(1.5)
+    )),
+    Case("gan_relativistic", DMD2, flow_mlp, points, dmd2(gan=heads(kind="relativistic"))),
+    Case("pairs", DMD, flow_mlp, lambda: without_data(points()), with_pairs),
+    Case("lognormal", DiffInstruct, edm_mlp, lambda: without_data(points()), dmd2(student_times=[2.5])),
+    Case("lora_critic", VSD, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        guidance=Guidance(2.0), fake_score=lambda: Lora(rank=2)
+    )),
+    Case("guided_critic", SwiftBrush, vp_epsilon_mlp, lambda: without_data(points(labelled=True)), dmd2(
+        guidance=RandomGuidance(1.5, 3.0), student=lambda: Lora(rank=2), critic_dropout=0.3, student_times=[0.5],
+        matching_times=Uniform(0.02, 0.9)
+    )),
+    Case("fisher", SiD, edm_mlp, lambda: without_data(points()), dmd2(student_times=[2.5])),
+    Case("fisher_two_step_gan", SiD, flow_mlp, points, dmd2(num_steps=2, gan=heads(), alpha=1.0)),
+    Case("zero_cfg", SiD, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        fake_guidance=Guidance(0.0), critic_guidance=Guidance(0.0)
+    )),
+    Case("anti_cfg_gan", SiD, lambda: flow_mlp(4), lambda: points(labelled=True), dmd2(
+        fake_guidance=Guidance(-1.0), critic_dropout=0.3, gan=heads()
+    )),
+    Case("fisher_lora", SiD, flow_mlp, lambda: without_data(points()), dmd2(
+        student=lambda: Lora(rank=2), fake_score=lambda: Lora(rank=3)
+    )),
+    Case("js", FDistill, flow_mlp, points, dmd2(gan=heads(), ratio_bins=3)),
+    Case("kl_teacher_features", FDistill, flow_mlp, points, dmd2(gan=heads(features="teacher"), divergence="kl")),
+    Case("expanded_kl", UniInstruct, flow_mlp, points, dmd2(gan=heads())),
+    Case("expanded_js_teacher_features", UniInstruct, edm_mlp, points, dmd2(
+        gan=heads(features="teacher"), divergence="js", student_times=[2.5]
     )),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),

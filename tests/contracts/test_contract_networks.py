@@ -151,8 +151,9 @@ def test_forwards_are_those_declared(case, build):
             stop = module.streams.integer(f"slice{part}/stop", update, steps)
             fresh = (update, part) not in sampled
             sampled.add((update, part))
-            expected["student"] = 1 + stop if fresh else 0
-            assert declared[phase]["student"] == (phase == "student")
+            own = declared[phase]["student"] - (phase == "student")  # calls beside the rollout's
+            assert own >= 0
+            expected["student"] = own + (1 + stop if fresh else 0)
         per_pass = {name: n * module.accumulate_grad_batches for name, n in expected.items() if n}
         assert dict(calls) == per_pass, (phase, i)
 
@@ -163,7 +164,8 @@ def test_the_teacher_runs_without_graph_unless_its_features_are_needed(case, bui
         pytest.skip("the method has no teacher")
     seen = run(case, module)
     gan = getattr(module, "gan", None)
-    assert any(seen.teacher_graphs) == (gan is not None and gan.features == "teacher")
+    needed = getattr(module, "differentiates_scores", False) or (gan is not None and gan.features == "teacher")
+    assert any(seen.teacher_graphs) == needed
 
 
 # ------------------------------------------------------------------------------------------------ counters
@@ -205,7 +207,10 @@ def test_every_term_is_logged_by_phase(case, build):
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 def expected_keys(module: DistillationModule) -> set[str]:
-    keys = {"skipped_steps", "skipped_in_a_row"}
+    skipped = {"skipped_steps", "skipped_in_a_row"}
+    own = {key for key in torch.nn.Module.state_dict(module) if "." not in key}
+    assert skipped <= own
+    keys = set(own)
     for name in {role for roles in module.phases.values() for role in roles}:
         if (part := getattr(module, name, None)) is not None:
             keys |= {f"{name}.{key}" for key in part.state_dict()}

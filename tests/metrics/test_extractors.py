@@ -54,7 +54,7 @@ def test_inception_is_torch_fidelitys(random_inception, tmp_path):
     network = extractor.build()
     parts = []
     for seed in (1, 2):
-        images = pictures(10, size=32, seed=seed) * (0.5 * seed)
+        images = pictures(4, size=32, seed=seed) * (0.5 * seed)
         features = extract(network, images)
         pooled, logits = theirs(to_bytes(images))
         torch.testing.assert_close(features, pooled, atol=1e-5, rtol=1e-5)
@@ -175,12 +175,19 @@ def clip(folder):
     return CLIPImage(str(folder))
 
 
-@pytest.mark.parametrize(("make", "features"), [(dinov2, 16), (clip, 6)])
-def test_towers(tmp_path, make, features):
+@pytest.mark.parametrize(
+    ("make", "features", "file"),
+    [
+        (dinov2, 16, "preprocessor_config.json"),
+        (clip, 6, "preprocessor_config.json"),
+        (clip, 6, "processor_config.json"),
+    ],
+)
+def test_towers(tmp_path, make, features, file):
     extractor = make(tmp_path)
     before = extractor.key
     processor = {"crop_size": {"height": 28, "width": 28}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / file).write_text(json.dumps({"image_processor": processor} if file[:9] == "processor" else processor))
     assert extractor.key != before
     extractor.check()
     network = extractor.build()

@@ -1,0 +1,168 @@
+"""Methods with a fake score and, if asked for, an adversarial term on features of the fake score or of the teacher."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_distill.batch import Batch
+from lightning_distill.losses.adversarial import discriminator_loss, generator_loss
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
+from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.discriminators import DiscriminatorHeads
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.times import check_coverage
+
+__all__ = ["AdversarialMethod", "RatioMethod"]
+
+
+class AdversarialMethod(FakeScoreMethod):
+    """Base of methods that may add a GAN (DMD2, arXiv:2405.14867, Section 4.3).
+
+        student:      w_g softplus(-D(x_s))
+        fake score:   w_d [softplus(D(x_s)) + softplus(-D(real_s))]          (logistic; see ``losses.adversarial``)
+
+    The heads are trained together with the fake score, whose features they read unless ``gan`` says otherwise.
+
+    Args:
+        teacher: the pretrained model.
+        gan: the adversarial term; None for data-free training.
+        **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``.
+    """
+
+    phases = {"student": ("student",), "fake_score": ("fake_score", "discriminator")}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 1e-3, "fake_score/gan": 1e-2}
+
+    def __init__(
+        self, teacher: DenoiserSpec | Denoiser | None = None, *, gan: Adversary | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(teacher, **kwargs)
+        self.gan = gan
+        self.discriminator: DiscriminatorHeads | None = None
+
+    def build_roles(self) -> None:
+        """Student, fake score and, with ``gan``, discriminator heads."""
+        super().build_roles()
+        if self.gan is not None:
+            self.discriminator = self.gan.build(self.feature_network, self.sample_shape)
+
+    @property
+    def feature_network(self) -> Denoiser:
+        """The network whose features the discriminator reads."""
+        assert self.gan is not None
+        return self.fake_score if self.gan.features == "fake_score" else self.require_teacher()
+
+    def heads(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Logits of the discriminator heads, (B, n)."""
+        assert self.discriminator is not None
+        return self.discriminator(features)
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        """Logits at noisy samples, (B, n), by a forward of the feature network up to its last tap."""
+        assert self.gan is not None
+        return self.heads(self.gan.tapped(self.feature_network, x_t, t, cond))
+
+    # ------------------------------------------------------------------------------------------------ student
+    def gan_term(self, x: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The generator's side at a noise level of its own; nothing without ``gan``.
+
+        Args:
+            x: student samples with graph, (B, ...).
+            batch: their conditions; data for the relativistic loss.
+        """
+        if self.gan is None:
+            return {}
+        x_s, s, _ = self.renoise(x, self.gan.times or self.critic_times, "gan")
+        real = self.real_logits(batch, s) if self.gan.kind == "relativistic" else None
+        return {"gan": generator_loss(self.logits(x_s, s, batch.cond), self.gan.kind, real=real)}
+
+    def real_logits(self, batch: Batch, t: Tensor) -> Tensor:
+        """Logits of the batch's data at the given times, with independent noise, (B, n)."""
+        if batch.x0 is None:
+            raise ValueError(
+                "the GAN term compares student samples with real data, but the loader yields batches without x0; use a "
+                "data module with images (for example FashionMNIST), or remove gan for data-free training."
+            )
+        eps = self.draws.normal("gan/real_noise", batch.x0.shape)
+        return self.logits(self.process.add_noise(batch.x0, eps, t), t, batch.cond)
+
+    # ------------------------------------------------------------------------------------------------ critic
+    @property
+    def shares_forward(self) -> bool:
+        """Whether the critic's own forward has the features of the fake samples."""
+        gan = self.gan
+        return gan is not None and gan.features == "fake_score" and gan.times is None and self.critic_is_plain
+
+    def fake_score_loss(self, batch: Batch) -> Terms:
+        """Denoising of student samples, and the discriminator's side of the GAN."""
+        if self.gan is None:
+            return self.critic_denoising(batch)[0]
+        terms, prediction = self.critic_denoising(batch, self.gan.network_taps if self.shares_forward else ())
+        if self.shares_forward:
+            fake, t = self.heads(self.gan.in_passing(prediction.x_t, prediction.features)), prediction.t
+        else:
+            x_s, t, _ = self.renoise(self.rollout(batch, grad=False).x0, self.gan.times or self.critic_times, "gan")
+            fake = self.logits(x_s, t, batch.cond)
+        real = self.real_logits(batch, t)
+        terms.losses["gan"] = discriminator_loss(real, fake, self.gan.kind)
+        terms.diagnostics["logit_real"], terms.diagnostics["logit_fake"] = real.mean(), fake.mean()
+        return terms
+
+    # ------------------------------------------------------------------------------------------------ counts
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        counts = super().forward_counts()
+        if self.gan is not None and self.gan.network_taps:
+            source = self.gan.features
+            counts["student"][source] += 2 if self.gan.kind == "relativistic" else 1
+            counts["fake_score"][source] += 1 if self.shares_forward else 2
+        return counts
+
+
+class RatioMethod(AdversarialMethod):
+    """Base of methods that need the density ratio p_T,t / p_S,t where they compare scores.
+
+    A logistic discriminator gives it (see ``losses.f_divergences.log_ratio``), so ``gan`` is not optional, and its
+    term of the student uses the same noisy samples as the scores.
+
+    Args:
+        teacher: the pretrained model.
+        **kwargs: see ``AdversarialMethod``.
+    """
+
+    def check_configuration(self) -> None:
+        """There must be a logistic discriminator that is trained where ratios are wanted."""
+        super().check_configuration()
+        name = type(self).__name__
+        if self.gan is None:
+            raise ValueError(f"{name} reads density ratios from a discriminator; give gan=Adversary(taps=[...]).")
+        if self.gan.kind != "logistic":
+            raise ValueError(
+                f"{name} needs gan=Adversary(kind='logistic'), whose best logit is the log density ratio; the "
+                f"{self.gan.kind} loss has no such reading."
+            )
+        if self.gan.times is not None:
+            check_coverage(self.matching_times, self.gan.times, self.process)
+
+    @property
+    def ratio_shares_forward(self) -> bool:
+        """Whether one forward of the fake score gives its prediction and the discriminator's features."""
+        gan = self.gan
+        plain = not self.fake_guidance.needs_null
+        return gan is not None and gan.features == "fake_score" and bool(gan.network_taps) and plain
+
+    def scores_and_logits(self, x: Tensor, batch: Batch) -> tuple[Scores, Tensor]:
+        """Both scores and the discriminator's logits (B, n) at the same noisy samples."""
+        assert self.gan is not None
+        if not self.ratio_shares_forward:
+            scores = self.scores(x, batch)
+            return scores, self.logits(scores.x_t, scores.t, batch.cond)
+        scores = self.scores(x, batch, self.gan.network_taps)
+        return scores, self.heads(self.gan.in_passing(scores.x_t, scores.features))
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        counts = super().forward_counts()
+        if self.ratio_shares_forward:
+            counts["student"]["fake_score"] -= 1
+        return counts

@@ -1,0 +1,81 @@
+"""DMD: one-step diffusion with distribution matching distillation (arXiv:2311.18828)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lightning_distill.batch import Batch
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.fake_score import FakeScoreMethod
+from lightning_distill.methods.regression import PairRegression
+from lightning_distill.metrics.lpips_diversity import PerceptualDistance
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import DenoiserSpec
+
+__all__ = ["DMD"]
+
+
+class DMD(FakeScoreMethod):
+    """Distribution matching of a one-step student, held to its teacher's ODE by regression on stored pairs.
+
+        grad_theta = E_t[ lambda_t (y_F(x_t) - y_T(x_t)) dx/dtheta ],   lambda_t = alpha_t / mean |x - y_T|   (Eq. 7, 8)
+        student:      matching + .25 distance( G(z_ref), x_ref )                                                 (Eq. 9)
+
+    Args:
+        teacher: the pretrained model.
+        regression_pairs: safetensors file of noise and what the teacher's deterministic sampler made of it, with the
+            guidance of ``guidance``.
+        regression_distance: LPIPS as in the paper (images or decoded latents in [-1, 1]); None is the mean squared
+            error.
+        weight: lambda, see ``matching_weight``.
+        fake_score_steps: critic updates per student update.
+        **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``. The default weight of ``student/regression`` is
+            .25.
+
+    Notes:
+        The paper draws z for matching and regression from one batch; here pairs are drawn on their own, as many as the
+        batch has samples.
+        LPIPS is computed on the student's own output: latent students need the squared error.
+    """
+
+    paper = "2311.18828"
+    learns_from = "teacher, stored pairs"
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/regression": 0.25}
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        regression_pairs: str | None = None,
+        regression_distance: PerceptualDistance | None = None,
+        weight: str = "dmd_v1",
+        fake_score_steps: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
+        if regression_pairs is None:
+            raise ValueError(
+                "DMD learns from stored pairs; give regression_pairs=FILE, a safetensors file with noise and x0, or "
+                "use DMD2, which needs none."
+            )
+        self.weight = weight
+        self.regression = PairRegression(regression_pairs, regression_distance)
+
+    def check_configuration(self) -> None:
+        """Pairs lead from noise to data in one step."""
+        super().check_configuration()
+        if len(self.student_times) > 1:
+            raise ValueError(
+                f"DMD distils into one step, but the student has {len(self.student_times)}; use DMD2 for several."
+            )
+
+    def student_loss(self, batch: Batch) -> Terms:
+        """Score difference at a random time, and regression on pairs."""
+        x = self.rollout(batch).x0
+        terms = self.matching(x, self.scores(x, batch), self.weight)
+        terms.losses["regression"] = self.regression.loss(self, batch.size)
+        return terms
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        counts = super().forward_counts()
+        counts["student"]["student"] += 1
+        return counts

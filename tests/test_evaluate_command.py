@@ -1,0 +1,123 @@
+"""``lightning-distill evaluate``: the figures of a finished run, and the rule by which a result counts."""
+
+import pytest
+
+from lightning_distill.cli import main
+from lightning_distill.configs import config_path
+from lightning_distill.evaluation.passing import verdict
+from lightning_distill.records import EvaluationLog, EvaluationRow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A few updates of the digits configuration."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["fit", "-c", str(config_path("method/dmd2_digits.yaml")), "--trainer.max_steps=3"]
+    words += ["--trainer.enable_progress_bar=false", f"--trainer.logger.init_args.save_dir={folder}"]
+    assert main(words) == 0
+    return next(folder.rglob("config.yaml")).parent
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "cache"))
+
+
+def rows_before(run):
+    try:
+        return len(EvaluationLog.load(run).rows)
+    except FileNotFoundError:
+        return 0
+
+
+def test_rows_are_added(run, capsys):
+    before = rows_before(run)
+    assert main(["evaluate", str(run), "--n", "300", "--steps", "1", "2", "--weights", "ema", "student"]) == 0
+    log = EvaluationLog.load(run)
+    new = log.rows[before:]
+    assert [(r.weights, r.nfe, r.stage, r.half, r.step) for r in new] == [
+        (w, n, "test", "held_out", 3) for w in ("ema", "student") for n in (1, 2)
+    ]
+    assert {"fd_cnn", "recall_cnn", "progress_cnn", "nearest_ratio_cnn", "class_accuracy"} <= new[0].metrics.keys()
+    out = capsys.readouterr().out
+    assert "teacher" in out
+    assert "metrics.json" in out
+
+
+def test_the_pass_rule_uses_a_second_extractor(run, capsys):
+    assert main(["evaluate", str(run), "--pass-rule"]) == 1  # three updates do not make a student
+    out = capsys.readouterr().out
+    assert "does not pass" in out
+    assert "progress in judge is" in out
+    row = EvaluationLog.load(run).rows[-1]
+    assert {"fd_cnn", "fd_judge", "progress_judge"} <= row.metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "5"], "give 10 samples or more"),
+        (["--pass-rule", "--n", "400"], "--pass-rule needs --n 5000 or more"),
+        (["--pass-rule", "--half", "selection"], "--half held_out"),
+        (["--measures", "fid"], "unknown measure 'fid'"),
+        (["--weights", "emma"], "weights='emma' is unknown"),
+        (["--reference", "nowhere.npz"], "nowhere.npz"),
+        (["--extractors", "class_path: Inceptoin"], "Inceptoin"),
+        (["--extractors", "class_path: Inception", "--reference", "data"], "LIGHTNING_DISTILL_INCEPTION"),
+    ],
+)
+def test_bad_input(run, words, message, capsys, monkeypatch):
+    monkeypatch.delenv("LIGHTNING_DISTILL_INCEPTION", raising=False)
+    before = rows_before(run)
+    assert main(["evaluate", str(run), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert rows_before(run) == before
+
+
+def test_another_extractor_with_the_data_of_the_run(run, capsys):
+    words = ["--n", "200", "--extractors", "{class_path: ZooClassifier, init_args: {data: digits/judge, name: second}}"]
+    assert main(["evaluate", str(run), *words, "--teacher-steps", "0", "--measures", "fd"]) == 0
+    assert EvaluationLog.load(run).rows[-1].metrics.keys() >= {"fd_second"}
+
+
+# ------------------------------------------------------------------------------------------------ the rule itself
+def student(**changes):
+    metrics = {f"{name}_{e}": value for e in ("cnn", "judge") for name, value in FIGURES.items()}
+    metrics |= {"class_accuracy": 0.9, **changes}
+    return EvaluationRow("student", 1, metrics, weights="ema", num_samples=5000)
+
+
+FIGURES = {"fd": 2.0, "recall": 0.78, "progress": 0.97, "nearest_ratio": 1.05}
+TEACHER = [
+    EvaluationRow(
+        "teacher",
+        50,
+        {"fd_cnn": 1.0, "fd_judge": 1.0, "recall_cnn": 0.8, "recall_judge": 0.8, "class_accuracy": 0.91},
+    ),
+    EvaluationRow("teacher", 1, {"fd_cnn": 50.0, "fd_judge": 40.0, "recall_cnn": 0.0, "recall_judge": 0.0}),
+]
+DISTANCES = {"cnn": "fd_cnn", "judge": "fd_judge"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"progress_judge": 0.5}, "progress in judge is 0.500, below 0.90"),
+        ({"recall_cnn": 0.7}, "recall in cnn is 0.700, below 0.9 of the teacher's 0.800"),
+        ({"nearest_ratio_cnn": 0.5}, "0.50 of the teacher's, outside 0.8 to 1.2"),
+        ({"class_accuracy": 0.85}, "class accuracy is 0.850, more than 0.02 from the teacher's 0.910"),
+    ],
+)
+def test_each_condition_counts(changes, problem):
+    assert verdict(student(), TEACHER, DISTANCES) == []
+    problems = verdict(student(**changes), TEACHER, DISTANCES)
+    assert any(problem in p for p in problems)
+
+
+def test_what_cannot_be_checked_does_not_pass():
+    few = EvaluationRow("student", 1, student().metrics, weights="ema", num_samples=2560)
+    assert any("2560 samples are too few" in p for p in verdict(few, TEACHER, DISTANCES))
+    assert any("only one extractor" in p for p in verdict(student(), TEACHER, {"cnn": "fd_cnn"}))
+    assert any("progress in cnn is unknown" in p for p in verdict(student(), [], DISTANCES))

@@ -348,6 +348,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip and guard; Lightning calls this once gradients are unscaled, in every precision."""
         index, loss = self._stepping
+        if self.trainer.world_size > 1:  # all ranks skip a step, or none
+            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
         self._grad_norm, self._skipped = guard_step(optimizer, loss, self.gradient_clip_val)
         self.skipped_steps[index] += self._skipped
         self.skipped_in_a_row[index] = (self.skipped_in_a_row[index] + 1.0) * self._skipped

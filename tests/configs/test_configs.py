@@ -24,8 +24,8 @@ TINY = ["--trainer.fast_dev_run=true", "--data.init_args.batch_size=4"]
 
 
 @pytest.fixture(autouse=True)
-def files(tmp_path, monkeypatch):
-    """Tiny stand-ins for the data that configurations name, in the current folder."""
+def files(tmp_path, monkeypatch, request):
+    """Tiny stand-ins for the data and the runs that configurations name, in the current folder."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     # about the mean and the spread of Fashion-MNIST
@@ -40,6 +40,12 @@ def files(tmp_path, monkeypatch):
         picture = generator.integers(0, 256, (64, 64, 3)).astype(np.uint8)
         Image.fromarray(picture).save(f"images/{index}.png")
     save_file({"noise": torch.randn(16, 1, 8, 8), "x0": 0.5 * torch.randn(16, 1, 8, 8)}, "pairs.safetensors")
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    if name and "class_path: RunDenoiser" in config_path(name).read_text():
+        path = load(name)["model"]["init_args"]["teacher"]["init_args"]["path"]
+        teacher = ["-c", str(config_path(f"teacher/{Path(path).name}.yaml")), "--data.init_args.batch_size=4"]
+        trainer_cli(["fit", *teacher, "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"])
+        assert Path(path).is_dir(), "the teacher is the run of the configuration of that name"
 
 
 def load(name):

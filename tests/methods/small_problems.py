@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_distill.ema import ConstantEMA
-from lightning_distill.methods import DMD2
+from lightning_distill.methods import DMD2, DistillationModule
 from lightning_distill.networks.analytic import AnalyticNetwork, GaussianMixture, analytic_denoiser
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Role
@@ -115,6 +115,7 @@ class Run:
     samples: torch.Tensor
     distance: float
     shares: list[float]
+    module: DistillationModule
 
 
 def distil(problem, teacher, updates, method=DMD2, **settings):
@@ -139,5 +140,5 @@ def distil(problem, teacher, updates, method=DMD2, **settings):
     problem.fit(module, updates, problem.data)
     samples = module.sample(5000, generator=torch.Generator().manual_seed(1))
     if not bool(samples.isfinite().all()):
-        return Run(samples, float("inf"), [])
-    return Run(samples, problem.distance(samples), problem.shares(samples))
+        return Run(samples, float("inf"), [], module)
+    return Run(samples, problem.distance(samples), problem.shares(samples), module)

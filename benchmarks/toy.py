@@ -1,0 +1,166 @@
+"""Train the two-dimensional students over several seeds and compare them with their teachers.
+
+    python benchmarks/toy.py                      # checkerboard and ring4, three seeds, about five minutes
+    python benchmarks/toy.py checkerboard --picture checkerboard.png
+
+The checkerboard has two teachers, the same network of configs/teacher/checkerboard.yaml: ``short`` is the documented
+problem (six CPU seconds of training), ``long`` is the configuration as it is shipped. The teacher of ring4 is exact.
+CPU seconds are those of one thread, from the command line to the last update. Distances are between 5,000 samples and
+5,000 fresh points; ``sw2_floor`` is the distance between two sets of fresh points, averaged over three pairs, and
+``ratio`` is the student's distance over the teacher's with 100 Euler steps. ``chi2`` compares histograms of 16 x 16
+cells on [-2.5, 2.5]^2 (0 equal, 1 disjoint) and sees the folds of a student that ``sw2`` hardly sees.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import write_result
+from torch import Tensor
+
+from lightning_distill.cli import trainer_cli
+from lightning_distill.data.toy import sample_toy
+from lightning_distill.generation import generate, index_noise
+from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_distill.metrics.manifold import precision_recall
+from lightning_distill.metrics.progress import progress
+from lightning_distill.metrics.sliced_wasserstein import sliced_wasserstein
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.plots import save_comparison
+from lightning_distill.times import few_step_times
+
+SAMPLES, REFERENCE_SEED, NOISE_SEED, CELLS, SIDE = 5000, 1, 2, 16, 2.5
+CONFIGS = {"checkerboard": "configs/method/dmd2_checkerboard.yaml", "ring4": "configs/method/dmd2_ring4.yaml"}
+SCHEDULE = "--model.init_args.student_scheduler.init_args"
+#: settings that turn the shipped teacher into the one of the documented problem
+TEACHERS = {
+    "short": [
+        "--trainer.max_steps=850",
+        f"{SCHEDULE}.total_steps=850",
+        f"{SCHEDULE}.decay_start=280",
+        "--model.init_args.student_optimizer.init_args.lr=0.004",
+    ],
+    "long": [],
+}
+
+
+def train(config: str, folder: str, seed: int, *words: str) -> tuple[Any, float]:
+    """One training run; the command line after it, and its CPU seconds."""
+    start = time.process_time()
+    settings = [f"--seed_everything={seed}", f"--model.init_args.seed={seed}", f"--data.init_args.seed={seed}"]
+    settings += [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.enable_progress_bar=false"]
+    cli = trainer_cli(["fit", "-c", config, *settings, *words])
+    return cli, time.process_time() - start
+
+
+def points(problem: str, seed: int, n: int = SAMPLES) -> Tensor:
+    """Points of the data, (n, 2)."""
+    return sample_toy(problem, n, torch.Generator().manual_seed(seed))[0]
+
+
+def histogram(x: Tensor) -> Tensor:
+    """Share of the points in each cell, (CELLS^2 + 1,); the last is everything outside."""
+    cell = ((x.double() / SIDE + 1) * CELLS / 2).floor().long()
+    inside = ((cell >= 0) & (cell < CELLS)).all(dim=1)
+    index = torch.where(inside, cell[:, 0] * CELLS + cell[:, 1], CELLS**2)
+    return torch.bincount(index, minlength=CELLS**2 + 1).double() / len(x)
+
+
+def chi2(x: Tensor, problem: str) -> float:
+    """Symmetric chi-square distance of two histograms, in [0, 1]; the data's has 200,000 points."""
+    p, q = histogram(x), histogram(points(problem, REFERENCE_SEED + 1, 200_000))
+    return 0.5 * ((p - q).square() / (p + q).clamp_min(1e-12)).sum().item()
+
+
+def teacher_figures(teacher: Denoiser, problem: str, noise: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Distances of the teacher's own sampling, and its points after 100 steps."""
+    data = points(problem, REFERENCE_SEED)
+    figures: dict[str, float] = {}
+    for steps in (1, 2, 100):
+        x = generate(teacher, noise, {}, few_step_times(teacher.process, steps), "ode")
+        figures[f"sw2_teacher_{steps}"] = sliced_wasserstein(x, data)
+    figures["chi2_teacher_100"] = chi2(x, problem)
+    return figures, x
+
+
+def student_row(module: Any, problem: str, noise: Tensor, teacher: dict[str, float]) -> tuple[dict[str, Any], Tensor]:
+    """Figures of a one-step student."""
+    data, x = points(problem, REFERENCE_SEED), module.sample(len(noise), noise=noise)
+    floors = [sliced_wasserstein(points(problem, 100 + 2 * i), points(problem, 101 + 2 * i)) for i in range(3)]
+    manifold, sw2 = precision_recall(x, data), sliced_wasserstein(x, data)
+    row = {
+        "sw2": sw2,
+        "sw2_floor": sum(floors) / len(floors),
+        "ratio": sw2 / teacher["sw2_teacher_100"],
+        "progress": progress(teacher["sw2_teacher_1"], sw2, teacher["sw2_teacher_100"]),
+        "fd": frechet_distance(FeatureStatistics.from_features(x), FeatureStatistics.from_features(data)),
+        "precision": manifold.precision,
+        "recall": manifold.recall,
+        "chi2": chi2(x, problem),
+        **teacher,
+    }
+    return row, x
+
+
+def compare(problem: str, seeds: list[int], folder: str, panels: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """All rows of one problem."""
+    rows = []
+    noise = index_noise(SAMPLES, (2,), NOISE_SEED)
+    for name in TEACHERS if problem == "checkerboard" else ["exact"]:
+        words: list[str] = []
+        facts: dict[str, Any] = {"teacher": name, "teacher_cpu_seconds": 0.0}
+        if problem == "checkerboard":
+            cli, seconds = train("configs/teacher/checkerboard.yaml", f"{folder}/{name}", 0, *TEACHERS[name])
+            facts["teacher_cpu_seconds"] = seconds
+            words = [f"--model.init_args.teacher.init_args.path={folder}/{name}/{cli.trainer.logger.name}"]
+        known: dict[str, float] = {}
+        for seed in seeds:
+            cli, seconds = train(CONFIGS[problem], folder, seed, "--trainer.enable_checkpointing=false", *words)
+            module = cli.model.eval()
+            if not known:
+                known, drawn = teacher_figures(module.teacher, problem, noise)
+                panels[f"{problem}: {name} teacher, 100 steps"] = drawn
+            figures, drawn = student_row(module, problem, noise, known)
+            panels[f"{name} teacher, student, seed {seed}"] = drawn
+            row = {
+                "method": type(module).__name__,
+                "config": CONFIGS[problem],
+                "nfe": len(module.student_times),
+                "seed": seed,
+            }
+            row |= {"student_updates": cli.trainer.global_step, "cpu_seconds": seconds, **facts, **figures}
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Run the chosen problems and write ``compare_<problem>``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problems", nargs="*", metavar="problem", help=", ".join(CONFIGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--picture", help="PNG of the points")
+    args = parser.parse_args()
+    problems = args.problems or list(CONFIGS)
+    if unknown := set(problems) - set(CONFIGS):
+        parser.error(f"unknown problem {', '.join(sorted(unknown))}; choose from {', '.join(CONFIGS)}")
+    picture = args.picture and Path(args.picture).resolve()
+    os.chdir(Path(__file__).resolve().parent.parent)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for problem in problems:
+        panels = {f"{problem}: data": points(problem, REFERENCE_SEED)}
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compare(problem, args.seeds, folder, panels)
+        write_result(f"compare_{problem}", {"rows": rows}, seeds=args.seeds, samples=SAMPLES)
+        if picture:
+            save_comparison(panels, picture.with_stem(f"{picture.stem}_{problem}") if len(problems) > 1 else picture)
+
+
+if __name__ == "__main__":
+    main()

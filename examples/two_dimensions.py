@@ -46,18 +46,18 @@ def main() -> None:
     teacher = teaching.sampling_network()
 
     def schedule(optimizer: torch.optim.Optimizer) -> WarmupDecay:
-        return WarmupDecay(optimizer, 20, 340, "linear", decay_start=170)
+        return WarmupDecay(optimizer, 20, 370, "linear", decay_start=185)
 
     method = DMD2(
         teacher,
         fake_score_steps=5,
         updates_per_sample=5,
-        student_optimizer=default_optimizer(7e-4, betas=(0.0, 0.99), weight_decay=0.0),
+        student_optimizer=default_optimizer(4e-4, betas=(0.0, 0.99), weight_decay=0.0),
         fake_score_optimizer=default_optimizer(2e-3, betas=(0.0, 0.99), weight_decay=0.0),
         student_scheduler=schedule,
         fake_score_scheduler=schedule,
     )
-    fit(method, Prior(batch_size=256), 340)
+    fit(method, Prior(batch_size=256), 370)
 
     n = 5000
     data, _ = sample_toy("checkerboard", n, torch.Generator().manual_seed(1))

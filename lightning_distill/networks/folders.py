@@ -1,4 +1,4 @@
-"""Reading model folders: which network, which weight files, which noise process.
+"""Reading model folders: which network and which weight files.
 
 Weights are read from safetensors only, and their headers can be checked without reading a tensor.
 """
@@ -6,14 +6,14 @@ Weights are read from safetensors only, and their headers can be checked without
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving
+from lightning_distill.networks.json_files import read_json
+from lightning_distill.networks.schedulers import read_scheduler
 
 __all__ = [
     "WEIGHTS_VARIABLE",
@@ -23,6 +23,7 @@ __all__ = [
     "construct",
     "diffusers_class",
     "load_diffusers_network",
+    "load_single_file",
     "network_folder",
     "read_json",
     "read_scheduler",
@@ -35,12 +36,47 @@ WEIGHTS_VARIABLE = "LIGHTNING_DISTILL_WEIGHTS"
 _COMPONENTS = ("transformer", "unet")
 
 
-def load_diffusers_network(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The diffusers model in a folder (``config.json`` and safetensors), in eval mode."""
-    variant = check_diffusers_weights(folder)
+def load_diffusers_network(folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:
+    """The diffusers model in a folder (``config.json`` and safetensors), in eval mode.
+
+    Args:
+        folder: of the network.
+        dtype: of the weights.
+        variant: ``fp16`` for ``*.fp16.safetensors``; None for plain files, or the only variant there is.
+    """
+    variant = check_diffusers_weights(folder, variant)
     network: nn.Module = diffusers_class(folder).from_pretrained(
         str(folder), torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
     )
+    return network.eval()
+
+
+def load_single_file(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The diffusers model of which ``file`` holds the weights and ``folder`` the ``config.json``, in eval mode.
+
+    Weights under their original names (as trained, before conversion) are translated where diffusers knows how.
+
+    Raises:
+        ValueError: the weights do not fit the configuration.
+    """
+    from safetensors.torch import load_file
+
+    cls = diffusers_class(folder)
+    network: nn.Module
+    try:
+        if hasattr(cls, "from_single_file"):
+            network = cls.from_single_file(
+                str(file), config=str(folder), torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+            )
+        else:
+            network = cls.from_config(cls.load_config(str(folder), local_files_only=True))
+            network.load_state_dict(load_file(file))
+            network = network.to(dtype)
+    except (RuntimeError, ValueError, LookupError, AttributeError) as error:  # conversions expect what they look for
+        reason = str(error).strip().splitlines()[-1].strip() if str(error) else type(error).__name__
+        raise ValueError(
+            f"{file} does not fit {cls.__name__} as described in {folder / 'config.json'}: {reason}"
+        ) from None
     return network.eval()
 
 
@@ -92,8 +128,13 @@ def diffusers_class(folder: Path) -> Any:
     return cls
 
 
-def check_diffusers_weights(folder: Path) -> str | None:
-    """Check the headers of all weight files; returns the variant to load (fp16 files without plain ones)."""
+def check_diffusers_weights(folder: Path, wanted: str | None = None) -> str | None:
+    """Check the headers of all weight files; returns the variant to load (fp16 files without plain ones).
+
+    Args:
+        folder: of the network.
+        wanted: the variant that the caller asks for.
+    """
     stem = "diffusion_pytorch_model"
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
@@ -109,11 +150,16 @@ def check_diffusers_weights(folder: Path) -> str | None:
             f"folder as path or through {WEIGHTS_VARIABLE}."
         )
     variants = {_variant(f.name.removeprefix(stem)) for f in files}
-    variant = None if None in variants else sorted(v for v in variants if v)[0]
+    if wanted is not None and wanted not in variants:
+        have = sorted(v or "(plain)" for v in variants)
+        raise FileNotFoundError(f"{folder} has no weights of variant {wanted!r}; set variant to one of {have}.")
+    variant = wanted or (None if None in variants else sorted(v for v in variants if v)[0])
     suffix = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{suffix}.json"
     if index.is_file():
         files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = [f for f in files if _variant(f.name.removeprefix(stem)) == variant]
     for file in files:
         check_safetensors(file)
     return variant
@@ -141,47 +187,6 @@ def check_safetensors(file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}); download it again.") from None
-
-
-def read_scheduler(file: Path) -> tuple[NoiseProcess | None, str | None]:
-    """Noise process and prediction type of a diffusers scheduler; None for what it does not determine."""
-    import diffusers
-
-    name = read_json(file).get("_class_name", "")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if cls is None:
-        return None, None
-    # constructed, so that settings missing from the file have the class's defaults
-    config = cls.from_pretrained(str(file.parent), local_files_only=True).config
-    if name.startswith(("FlowMatch", "FlowMap")):
-        return FlowMatching(shift=config.shift), "flow_prediction"
-    if config.get("use_flow_sigmas"):
-        return FlowMatching(shift=config.get("flow_shift", 1.0)), "flow_prediction"
-    if name.startswith(("EDM", "SCM", "CMStochastic")) or "beta_schedule" not in config:
-        return None, None  # preconditioned networks: the scheduler holds half of the parameterisation
-    kind = config.get("prediction_type", "epsilon")
-    zero = bool(config.get("rescale_betas_zero_snr"))
-    if config.get("trained_betas") is not None:
-        from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
-        betas = rescale_zero_terminal_snr(betas) if zero else betas
-        return VariancePreserving.from_alphas_cumprod(torch.cumprod(1.0 - betas, dim=0)), kind
-    process = VariancePreserving(
-        config.beta_schedule, config.beta_start, config.beta_end, config.num_train_timesteps, zero
-    )
-    return process, kind
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one clear sentence."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); download the folder again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected.")
-    return content
 
 
 def resolve(entry: Any, base: type, file: Path) -> type:

@@ -7,8 +7,7 @@ A spec holds plain arguments only. ``check`` is cheap (files, names, headers) an
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,26 +15,16 @@ import torch
 from torch import nn
 
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.folders import (
-    WEIGHTS_VARIABLE,
-    beside,
-    check_diffusers_weights,
-    check_safetensors,
-    construct,
-    diffusers_class,
-    load_diffusers_network,
-    network_folder,
-    read_json,
-    read_scheduler,
-    resolve,
-)
-from lightning_distill.prediction import PREDICTION_TYPES
+from lightning_distill.networks.folders import WEIGHTS_VARIABLE
+from lightning_distill.networks.seeding import seeded
+from lightning_distill.networks.sources import FolderSource, Given, check_prediction_type, same_path
 from lightning_distill.processes import NoiseProcess
 
 __all__ = [
     "WEIGHTS_VARIABLE",
     "AnalyticTeacher",
     "DenoiserSpec",
+    "DiffusersDenoiser",
     "NewDenoiser",
     "PretrainedDenoiser",
     "ZooDenoiser",
@@ -43,23 +32,6 @@ __all__ = [
     "same_path",
     "seeded",
 ]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw initial weights (made on the CPU) from ``seed`` and leave the global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        # the CPU generator alone: torch.manual_seed would also reseed devices, which are not restored
-        torch.random.default_generator.manual_seed(seed)
-        yield
-
-
-def same_path(a: NoiseProcess, b: NoiseProcess) -> bool:
-    """Whether two processes put the same x_t at the same native time (a flow's ``shift`` does not matter)."""
-    t = torch.linspace(1e-3, 1.0, 101, dtype=torch.float64) * min(a.t_max, b.t_max)
-    return type(a) is type(b) and all(
-        torch.allclose(f(t), g(t), rtol=1e-5, atol=1e-7) for f, g in ((a.alpha, b.alpha), (a.sigma, b.sigma))
-    )
 
 
 class DenoiserSpec(ABC):
@@ -127,7 +99,7 @@ class NewDenoiser(DenoiserSpec):
         self.seed = seed
 
     def check(self) -> None:  # noqa: D102
-        _check_prediction_type(self.prediction_type)
+        check_prediction_type(self.prediction_type)
         if isinstance(self.network, nn.Module):  # jsonargparse calls a function named in YAML at once
             raise ValueError(
                 "NewDenoiser(network=...) got a finished module; in YAML name a class (for example "
@@ -185,21 +157,24 @@ class AnalyticTeacher(DenoiserSpec):
 
 
 class PretrainedDenoiser(DenoiserSpec):
-    """A trained network from a local folder: diffusers pipeline, diffusers model, or network with a card.
+    """A trained network from a local folder or file: diffusers pipeline, diffusers model, or network with a card.
 
     The pipeline's scheduler says the noise process and the prediction type; a ``card.json`` beside
-    ``model_index.json`` says what a scheduler cannot (sigma_data, null_class). What is given here must agree
-    with both. For networks that are not diffusers' the card names the class and the file:
+    ``model_index.json`` says what a scheduler cannot (sigma_data, null_class), ``null_cond.safetensors`` what text
+    models mean by no prompt. What is given here must agree with all of them. For networks that are not diffusers' the
+    card names the class and the file:
 
         {"network": {"class_path": "package.Net", "init_args": {"width": 64}}, "weights": "net.safetensors",
          "process": {"class_path": "lightning_distill.processes.FlowMatching"},
          "prediction_type": "flow_prediction", "sigma_data": 0.5, "null_class": 10}
 
-    Weights are read from safetensors only: a pickle can run code.
+    Weights are read from safetensors only: a pickle can run code. Nothing is fetched without ``allow_download``: a name
+    that is no folder is looked up below ``$LIGHTNING_DISTILL_WEIGHTS`` and in the local cache of the Hugging Face hub.
 
     Args:
-        path: folder; a name that is no folder is looked up below ``$LIGHTNING_DISTILL_WEIGHTS``.
-        subfolder: component of the pipeline, None for its ``transformer`` or ``unet``.
+        path: folder, a single ``.safetensors`` file (with ``config_path``), or the name of a model on the hub.
+        subfolder: component of the pipeline, None for its ``transformer`` or ``unet``; ``transformer_2`` is the
+            low-noise expert of Wan 2.2.
         process: noise process, None to read it from the scheduler.
         prediction_type: what the network outputs, None to read it from the scheduler.
         sigma_data: standard deviation of the data, per element; None for the card's, else 1.
@@ -207,7 +182,16 @@ class PretrainedDenoiser(DenoiserSpec):
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps float32.
         allow_download: fetch ``path`` from the Hugging Face hub when it is no local folder.
         method_process: noise process that the method works in when it is not the network's own; the exact change of
-            process makes a flow-matching teacher of any other, for example.
+            process makes a flow-matching teacher of any other, for example. None for the network's own, TrigFlow for
+            Sana-Sprint, whose pipeline samples in it.
+        null_cond: safetensors file with what means "no condition", a row (1, ...) per condition: the embedding of the
+            empty or negative prompt; None for ``null_cond.safetensors`` of the pipeline, if it is there.
+        guidance: scale told to networks that embed it; None for their family's.
+        variant: of the weight files, for example ``fp16``; None for the plain files, or the only variant there is.
+        revision: branch, tag or commit on the hub.
+        config_path: folder with the ``config.json`` (or the whole pipeline without weights) of a single file.
+        shape: of one sample, for schedulers whose shift depends on it (FLUX.1, Qwen-Image, LTX); None for the
+            network's own, or for the largest size the scheduler names.
     """
 
     def __init__(
@@ -221,6 +205,12 @@ class PretrainedDenoiser(DenoiserSpec):
         dtype: str | None = None,
         allow_download: bool = False,
         method_process: NoiseProcess | None = None,
+        null_cond: str | None = None,
+        guidance: float | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        config_path: str | None = None,
+        shape: list[int] | None = None,
     ) -> None:
         self.path = str(path)
         self.subfolder = subfolder
@@ -231,11 +221,17 @@ class PretrainedDenoiser(DenoiserSpec):
         self.dtype = dtype
         self.allow_download = allow_download
         self.method_process = method_process
+        self.null_cond = null_cond
+        self.guidance = guidance
+        self.variant = variant
+        self.revision = revision
+        self.config_path = config_path
+        self.shape = shape
 
     def check(self) -> None:  # noqa: D102
         _dtype(self.dtype)
-        root = self._local()
-        if root is None:
+        local = self._local()
+        if local is None:
             if not self.allow_download:
                 raise FileNotFoundError(
                     f"{type(self).__name__}(path={self.path!r}) is not a folder{self._looked_in()}; download "
@@ -243,7 +239,7 @@ class PretrainedDenoiser(DenoiserSpec):
                     "that holds it, or set allow_download=True to fetch it from the Hugging Face hub."
                 )
             return
-        self._read(root).check()
+        self._read(local).check()
 
     def build(self) -> Denoiser:  # noqa: D102
         _dtype(self.dtype)
@@ -251,14 +247,15 @@ class PretrainedDenoiser(DenoiserSpec):
         source.check()
         network = source.load(_dtype(self.dtype))
         process, inner, scale = source.process, source.network_process, None
-        if self.method_process is not None and not same_path(self.method_process, process):
+        wanted = self.method_process or source.sampling_process
+        if wanted is not None and not same_path(wanted, process):
             if inner is not None:
                 raise ValueError(
                     f"{self.path} already reaches its network through a change of process; leave out method_process "
                     "and set process in its card."
                 )
-            process, inner, scale = self.method_process, process, 1.0
-        return Denoiser(
+            process, inner, scale = wanted, process, 1.0
+        denoiser = Denoiser(
             network,
             process,
             source.prediction_type,
@@ -266,15 +263,36 @@ class PretrainedDenoiser(DenoiserSpec):
             sigma_data=source.sigma_data,
             data_scale=scale,
             null_class=source.null_class,
+            null_cond=source.null_cond(),
+            guidance=self.guidance,
         )
+        if inner is None:
+            denoiser.process = source.process_at(denoiser.sample_shape)
+        return denoiser
 
     def _local(self) -> Path | None:
-        """The folder that ``path`` names, None where there is none."""
+        """The folder or file that ``path`` names, None where there is none."""
         base = os.environ.get(WEIGHTS_VARIABLE)
         candidates = [Path(self.path).expanduser()]
         if base:
             candidates += [Path(base) / self.path, Path(base) / Path(self.path).name]
-        return next((c for c in candidates if c.is_dir()), None)
+        found = next((c for c in candidates if c.is_dir() or c.is_file()), None)
+        return found if found is not None or self.allow_download else self._cached()
+
+    def _cached(self) -> Path | None:
+        """The hub's local copy of a model that an earlier download left."""
+        if self.path.count("/") != 1 or self.path.startswith((".", "/", "~")):
+            return None
+        import huggingface_hub
+
+        for name in ("model_index.json", "config.json"):
+            try:
+                file = huggingface_hub.try_to_load_from_cache(self.path, name, revision=self.revision)
+            except ValueError:  # no name of a model
+                return None
+            if isinstance(file, str):
+                return Path(file).parent
+        return None
 
     def _looked_in(self) -> str:
         base = os.environ.get(WEIGHTS_VARIABLE)
@@ -285,9 +303,10 @@ class PretrainedDenoiser(DenoiserSpec):
             self.check()
         import huggingface_hub
 
-        patterns = ["*.json", "*.safetensors"]
+        patterns = ["*.json", "*.safetensors"] if self.variant is None else ["*.json", f"*.{self.variant}*.safetensors"]
+        options: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
         try:
-            return Path(huggingface_hub.snapshot_download(self.path, allow_patterns=patterns))
+            return Path(huggingface_hub.snapshot_download(self.path, allow_patterns=patterns, **options))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{type(self).__name__}(path={self.path!r}, allow_download=True) could not be fetched from "
@@ -295,8 +314,23 @@ class PretrainedDenoiser(DenoiserSpec):
                 f"a local folder as path or through {WEIGHTS_VARIABLE}."
             ) from error
 
-    def _read(self, root: Path) -> "_Source":
-        return _Source(root, self.subfolder, self.process, self.prediction_type, self.sigma_data, self.null_class)
+    def _read(self, local: Path) -> FolderSource:
+        given = Given(
+            subfolder=self.subfolder,
+            process=self.process,
+            prediction_type=self.prediction_type,
+            sigma_data=self.sigma_data,
+            null_class=self.null_class,
+            null_cond=self.null_cond,
+            variant=self.variant,
+            config_path=self.config_path,
+            shape=self.shape,
+        )
+        return FolderSource(local, given)
+
+
+#: a pipeline of diffusers is one kind of what ``PretrainedDenoiser`` reads
+DiffusersDenoiser = PretrainedDenoiser
 
 
 class ZooDenoiser(DenoiserSpec):
@@ -324,109 +358,6 @@ class ZooDenoiser(DenoiserSpec):
         from lightning_distill.zoo import zoo_path
 
         return PretrainedDenoiser(str(zoo_path(self.name)), method_process=self.method_process)
-
-
-# ---------------------------------------------------------------------------------------- folders
-class _Source:
-    """Everything a folder says about its network, merged with what the user gave."""
-
-    def __init__(
-        self,
-        root: Path,
-        subfolder: str | None,
-        process: NoiseProcess | None,
-        prediction_type: str | None,
-        sigma_data: float | None,
-        null_class: int | None,
-    ) -> None:
-        self.root = root
-        own = read_json(root / "card.json") if (root / "card.json").is_file() else {}
-        self.network = own.get("network")
-        self.folder = root if self.network else network_folder(root, subfolder)
-        self.card_file = beside(root, self.folder, "card.json") or root / "card.json"
-        self.card = read_json(self.card_file) if self.card_file.is_file() else {}
-        scheduler_process, scheduler_type, scheduler = self._scheduler()
-        card_process = None
-        if "process" in self.card:
-            card_process = construct(self.card["process"], NoiseProcess, self.card_file)
-        card = str(self.card_file)
-        self.process: NoiseProcess = _agreed(
-            "process",
-            self.folder,
-            [("argument process", process), (card, card_process), (scheduler, scheduler_process)],
-            same_path,
-        )
-        self.prediction_type: str = _agreed(
-            "prediction_type",
-            self.folder,
-            [
-                ("argument prediction_type", prediction_type),
-                (card, self.card.get("prediction_type")),
-                (scheduler, scheduler_type),
-            ],
-            lambda a, b: a == b,
-        )
-        _check_prediction_type(self.prediction_type)
-        self.network_process: NoiseProcess | None = None
-        if "network_process" in self.card:
-            self.network_process = construct(self.card["network_process"], NoiseProcess, self.card_file)
-        self.sigma_data = float(self.card.get("sigma_data", 1.0) if sigma_data is None else sigma_data)
-        self.null_class = self.card.get("null_class") if null_class is None else null_class
-
-    def _scheduler(self) -> tuple[NoiseProcess | None, str | None, str]:
-        file = beside(self.root, self.folder, "scheduler/scheduler_config.json")
-        return (None, None, "scheduler") if file is None else (*read_scheduler(file), str(file))
-
-    def check(self) -> None:
-        """Find missing, pickled or damaged weight files from their headers."""
-        if self.network:
-            resolve(self.network, nn.Module, self.card_file)
-            check_safetensors(self._weights())
-        else:
-            diffusers_class(self.folder)
-            check_diffusers_weights(self.folder)
-
-    def _weights(self) -> Path:
-        return self.root / self.card.get("weights", "model.safetensors")
-
-    def load(self, dtype: torch.dtype) -> nn.Module:
-        """The network with its weights, in eval mode."""
-        if not self.network:
-            return load_diffusers_network(self.folder, dtype)
-        from safetensors.torch import load_file
-
-        with seeded(0):
-            network = construct(self.network, nn.Module, self.card_file)
-        try:
-            network.load_state_dict(load_file(self._weights()))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{self._weights()} does not fit {self.network['class_path']} as described in "
-                f"{self.card_file}: {str(error).splitlines()[-1].strip()}"
-            ) from None
-        return network.to(dtype).eval()
-
-
-def _agreed(what: str, folder: Path, sources: list[tuple[str, Any]], equal: Callable[[Any, Any], bool]) -> Any:
-    """The first value given; an error when two sources contradict each other or none says anything."""
-    given = [(origin, value) for origin, value in sources if value is not None]
-    if not given:
-        raise ValueError(
-            f"neither a scheduler nor a card.json says the {what} of {folder}; give {what}=... to the spec."
-        )
-    (origin, value), *others = given
-    for other, contradicting in others:
-        if not equal(value, contradicting):
-            raise ValueError(
-                f"{what} of {folder} is {value!r} by {origin} but {contradicting!r} by {other}; leave the "
-                "argument out, or correct the one that is wrong."
-            )
-    return value
-
-
-def _check_prediction_type(kind: str) -> None:
-    if kind not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={kind!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}.")
 
 
 def _dtype(name: str | None) -> torch.dtype:

@@ -7,18 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from gaussians import CASES, PROCESSES, denoiser
 
 from lightning_distill.losses.score_matching import denoising_loss, matching_weight, score_difference, surrogate
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
-from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
-
-PROCESSES = {
-    "flow": (FlowMatching(), (0.1, 0.6, 0.95)),
-    "vp": (VariancePreserving(), (0.1, 0.6, 0.95)),
-    "edm": (EDM(), (0.05, 0.7, 6.0)),
-    "trig": (TrigFlow(), (0.1, 0.8, 1.5)),
-}
-CASES = [(name, t) for name, (_, times) in PROCESSES.items() for t in times]
+from lightning_distill.processes import FlowMatching, VariancePreserving
 
 #: student N(M, S^2) and teacher N(MU, TAU^2)
 M, S, MU, TAU = -0.5, 1.3, 1.0, 0.7
@@ -30,12 +23,6 @@ def grid(n=40):
     x, w = torch.tensor(x), torch.tensor(w / math.sqrt(2 * math.pi))
     z, eps = torch.meshgrid(x, x, indexing="ij")
     return z.reshape(-1, 1), eps.reshape(-1, 1), torch.outer(w, w).reshape(-1, 1)
-
-
-def denoiser(x_t, mean, std, alpha, sigma):
-    """E[x0 | x_t] for data N(mean, std^2)."""
-    gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
-    return mean + gain * (x_t - alpha * mean)
 
 
 def diffused_kl(mean, std, alpha, sigma):
@@ -146,11 +133,12 @@ def documented_weight(space, alpha, sigma, s):
         "v_prediction": (alpha**2 + sigma**2) ** 2 / sigma**2,
         "flow_prediction": ((alpha + sigma) / sigma) ** 2,
         "edm": (alpha**2 * s**2 + sigma**2) / (s * sigma) ** 2,
+        "scaled_epsilon": alpha**4 / sigma**2,
     }[space]
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-@pytest.mark.parametrize("space", [None, *PREDICTION_TYPES, "edm"])
+@pytest.mark.parametrize("space", [None, *PREDICTION_TYPES, "edm", "scaled_epsilon"])
 @pytest.mark.parametrize("name", PROCESSES)
 def test_spaces_weight_the_error_of_x0_as_documented(name, space, kind):
     process, times = PROCESSES[name]
@@ -164,7 +152,7 @@ def test_spaces_weight_the_error_of_x0_as_documented(name, space, kind):
     assert float(got) == pytest.approx(float(want), rel=1e-9)
 
 
-@pytest.mark.parametrize("space", [None, *PREDICTION_TYPES, "edm"])
+@pytest.mark.parametrize("space", [None, *PREDICTION_TYPES, "edm", "scaled_epsilon"])
 def test_the_clean_sample_has_no_error(space):
     process, t = FlowMatching(), torch.tensor([0.2, 0.7], dtype=torch.float64)
     x0, eps = (torch.randn(2, 3, dtype=torch.float64) for _ in range(2))
@@ -181,7 +169,7 @@ def test_the_best_linear_denoiser_is_the_posterior_mean(name):
     alpha, sigma = (float(f(torch.tensor(times[1], dtype=torch.float64))) for f in (process.alpha, process.sigma))
     t = torch.full((len(z),), times[1], dtype=torch.float64)
     x_t = process.add_noise(x0, eps, t)
-    for space in ("epsilon", "sample", "v_prediction", "flow_prediction", "edm"):
+    for space in ("epsilon", "sample", "v_prediction", "flow_prediction", "edm", "scaled_epsilon"):
         estimate = denoiser(x_t, MU, TAU, alpha, sigma).requires_grad_()
         loss = denoising_loss(Prediction.from_x0(estimate, x_t, t, process), x0, eps, space)
         (gradient,) = torch.autograd.grad(loss, estimate)

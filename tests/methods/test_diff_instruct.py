@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_problems import distil, gaussian_problem, mlp, posterior, ready
+from small_problems import Exact, distil, gaussian_problem, mlp, posterior, ready
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods import DMD2, DiffInstruct
 from lightning_distill.networks.analytic import analytic_denoiser, ring4
-from lightning_distill.networks.roles import Copy
 from lightning_distill.processes import EDM
 from lightning_distill.times import LogNormal, Uniform
 
@@ -45,12 +44,13 @@ def test_it_is_dmd2_with_another_weight_and_ratio(ring4_problem):
 
 
 def test_edm_has_the_papers_noise_levels():
-    module = ready(DiffInstruct(analytic_denoiser(ring4(), EDM()), student=Copy(), student_times=[2.5]))
+    settings = {"student": Exact(), "fake_score": Exact(), "student_times": [2.5], "ema": []}
+    module = ready(DiffInstruct(analytic_denoiser(ring4(), EDM()), **settings))
     for times in (module.matching_times, module.critic_times):
         assert isinstance(times, LogNormal)
         assert (times.mean, times.std) == (-1.2, 1.2)
     assert isinstance(ready(DiffInstruct(mlp())).matching_times, Uniform)
-    given = DiffInstruct(analytic_denoiser(ring4(), EDM()), student_times=[2.5], matching_times=LogNormal(-1.0, 1.0))
+    given = DiffInstruct(analytic_denoiser(ring4(), EDM()), matching_times=LogNormal(-1.0, 1.0), **settings)
     assert ready(given).matching_times.mean == -1.0
 
 

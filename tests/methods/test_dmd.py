@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_problems import distil, gaussian_problem, mlp, ready
+from small_problems import Given, distil, gaussian_problem, mlp, ready
 from torch import nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods import DMD, DMD2, PairRegression
 from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.networks.analytic import ring4
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.processes import FlowMatching
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 
@@ -81,11 +83,6 @@ def test_the_perceptual_distance_is_zero_for_equal_images_and_has_a_gradient(tmp
             nearest = torch.cdist(x.flatten(1), noise.flatten(1)).argmin(1)
             return x0[nearest] + self.offset
 
-    from small_problems import Given
-
-    from lightning_distill.networks.denoiser import Denoiser
-    from lightning_distill.processes import FlowMatching
-
     teacher = Denoiser(Recall(), FlowMatching(), "sample")
     module = DMD(
         teacher,
@@ -113,8 +110,8 @@ def test_settings_that_cannot_work_are_refused(pairs, tmp_path):
         DMD(mlp(), regression_pairs=pairs, num_steps=2).configure_model()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         DMD(mlp(), regression_pairs="nowhere.safetensors")
+    distance = PerceptualDistance(trunk_weights=str(tmp_path / "alex.pth"))
     with pytest.raises(FileNotFoundError, match=r"alex\.pth"):
-        distance = PerceptualDistance(trunk_weights=str(tmp_path / "alex.pth"))
         DMD(mlp(), regression_pairs=pairs, regression_distance=distance)
 
 

@@ -132,6 +132,19 @@ def test_the_gan_gradient_flows_through_the_features_into_the_student(features):
             torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-7)
 
 
+def test_the_relativistic_gan_pairs_each_sample_with_data_at_the_same_noise_level():
+    module = adversarial(kind="relativistic")
+    batch = Batch(x0=torch.randn(8, 2))
+    got = module.student_loss(batch).losses["gan"]
+    x = module.rollout(batch).x0
+    x_s, s, _ = module.renoise(x, module.critic_times, "gan")
+    c, eps = s.float()[:, None], module.draws.normal("gan/real_noise", (8, 2))
+    real, fake = (module.logits(noisy, s, {}) for noisy in ((1 - c) * batch.x0 + c * eps, x_s))
+    torch.testing.assert_close(got, F.softplus(real - fake).mean())
+    with pytest.raises(ValueError, match="loader yields batches without x0"):
+        module.student_loss(Batch(size=8))
+
+
 def test_only_the_gan_reaches_the_fake_score_in_the_student_loss():
     """And there the phase freezes it: the optimizer never sees those gradients (see the contract tests)."""
     module = adversarial()

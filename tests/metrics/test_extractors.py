@@ -2,21 +2,37 @@
 
 import importlib.util
 import json
+import shutil
 import time
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from jsonargparse import ArgumentParser
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
 
 from lightning_distill.metrics.efficientnet import EfficientNetLite0, EfficientNetLite0Network
-from lightning_distill.metrics.extractors import ModuleExtractor, ZooClassifier, check_file
-from lightning_distill.metrics.features import extract
+from lightning_distill.metrics.extractors import Extractor, ModuleExtractor, ZooClassifier, check_file
+from lightning_distill.metrics.features import FeatureExtractor, extract
 from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
-from lightning_distill.metrics.inception import Inception, InceptionNetwork, to_bytes
+from lightning_distill.metrics.inception import Inception, to_bytes, to_rgb
 from lightning_distill.metrics.towers import CLIPImage, DINOv2
+
+
+def is_frozen(network):
+    return not any(m.training for m in network.modules()) and not any(p.requires_grad for p in network.parameters())
 
 
 def pictures(n=4, channels=3, size=40, seed=0):
@@ -45,21 +61,22 @@ def random_inception(tmp_path_factory):
     return path
 
 
-def test_inception_is_torch_fidelitys(random_inception, tmp_path):
+def test_inception_is_torch_fidelitys(random_inception):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(random_inception))
-    extractor = Inception(str(random_inception), published=False)
-    network = extractor.build()
+    network = Inception(str(random_inception), published=False).build()
+    assert isinstance(network, FeatureExtractor)
     parts = []
-    for seed in (1, 2):
-        images = pictures(4, size=32, seed=seed) * (0.5 * seed)
-        features = extract(network, images)
-        pooled, logits = theirs(to_bytes(images))
+    for seed, (top, size) in enumerate([(256, (32, 32)), (100, (40, 310))]):
+        pixels = torch.randint(top, (8, 3, *size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        features = extract(network, pixels.float() / 127.5 - 1.0)
+        pooled, logits = theirs(pixels)
+        assert pooled.std(dim=0).mean() > 1e-3  # random weights that still tell pictures apart
         torch.testing.assert_close(features, pooled, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(network.classify(features), logits, atol=1e-5, rtol=1e-5)
-        parts.append(features)
+        parts.append(features[:, ::8])  # their square root of a matrix takes half a minute for all 2048
     ours = frechet_distance(*(FeatureStatistics.from_features(p) for p in parts))
     numbers = [p.double().numpy() for p in parts]
     statistics = [{"mu": p.mean(0), "sigma": np.cov(p, rowvar=False)} for p in numbers]
@@ -73,23 +90,132 @@ def test_only_the_published_weights_give_fid(random_inception):
     assert Inception(str(random_inception), published=False).frechet_name == "fd_inception"
     with pytest.raises(ValueError, match=r"random\.pth is not the expected file: its SHA-256 begins with .* 6726825d"):
         Inception(str(random_inception)).check()
+
+
+def test_inception_key_follows_weights_and_resizing(random_inception, tmp_path):
     plain, smooth = (Inception(str(random_inception), antialias=a, published=False) for a in (False, True))
     assert plain.key != smooth.key
+    assert plain.key == Inception(str(random_inception), published=False).key
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    assert Inception(str(tmp_path / "other.pth"), published=False).key != plain.key
 
 
-def test_inception_takes_grey_pictures_and_says_what_does_not_fit(random_inception, tmp_path):
+def test_inception_takes_grey_pictures_and_safetensors(random_inception, tmp_path):
     network = Inception(str(random_inception), published=False).build()
     grey = pictures(2, channels=1, size=20)
-    torch.testing.assert_close(network(grey), network(grey.expand(-1, 3, -1, -1)))
-    assert not network.training
-    assert not [p for p in network.parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match="does not hold torch-fidelity's Inception"):
-        InceptionNetwork({"layer.weight": torch.zeros(2)})
+    features = network(grey)
+    torch.testing.assert_close(features, network(grey.expand(-1, 3, -1, -1)))
+    assert is_frozen(network)
+    save_file(torch.load(random_inception, weights_only=True), tmp_path / "random.safetensors")
+    safe = Inception(str(tmp_path / "random.safetensors"), published=False).build()
+    torch.testing.assert_close(safe(grey), features, rtol=0, atol=0)
 
 
-def test_bytes_are_rounded():
+def test_antialiasing_works_on_the_saved_picture(random_inception):
+    plain, smooth = (Inception(str(random_inception), antialias=a, published=False).build() for a in (False, True))
+    stripes = torch.ones(1, 3, 598, 598)
+    stripes[..., ::2] = -1.0
+    grey = torch.zeros(1, 3, 299, 299)  # what stripes of one pixel are from afar
+    target = plain(grey)
+    near, far = ((network(stripes) - target).abs().mean().item() for network in (smooth, plain))
+    assert near < 0.5 * far
+    rounded = to_bytes(pictures(1)).float() / 127.5 - 1.0
+    torch.testing.assert_close(smooth(pictures(1)), smooth(rounded), rtol=0, atol=0)
+
+
+def test_broken_pictures_give_broken_features(random_inception):
+    images = pictures(3, size=20)
+    images[1, 0, 3, 3] = float("nan")
+    for network in (Inception(str(random_inception), published=False).build(), EfficientNetLite0Network().eval()):
+        features = extract(network, images)
+        assert features.isfinite().all(dim=1).tolist() == [True, False, True]
+        with pytest.raises(ValueError, match="1 of 3 feature vectors contain NaN"):
+            FeatureStatistics.from_features(features)
+
+
+def test_inception_says_what_does_not_fit(random_inception, tmp_path):
+    file = tmp_path / "other.pth"
+    torch.save({"layer.weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"other\.pth: the weights are not torch-fidelity's Inception.*layer\.weight"):
+        Inception(str(file), published=False).build()
+    with pytest.raises(ValueError, match=r"\(N, 1 or 3, H, W\), got \(2, 4, 8, 8\); decode latents first"):
+        to_rgb(torch.zeros(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
+def test_unreadable_files(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x02broken")
+    for extractor in (Inception(str(tmp_path / name), published=False), EfficientNetLite0(str(tmp_path / name))):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a state dict"):
+            extractor.build()
+
+
+def test_pickles_are_never_run(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return (ran.touch, ())
+
+    torch.save({"a": Bomb()}, tmp_path / "bomb.pth")
+    for extractor in (
+        Inception(str(tmp_path / "bomb.pth"), published=False),
+        EfficientNetLite0(str(tmp_path / "bomb.pth")),
+    ):
+        with pytest.raises(ValueError, match=r"bomb\.pth cannot be read as a state dict"):
+            extractor.build()
+    assert not ran.exists()
+
+
+def test_a_download_is_asked_for_and_verified(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(url, path, hash_prefix, progress):
+        asked.append((url.rpartition("/")[2], hash_prefix))
+        torch.save({}, path)
+
+    monkeypatch.delenv("LIGHTNING_DISTILL_INCEPTION", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(FileNotFoundError):
+        Inception().build()
+    Inception(allow_download=True).check()
+    assert asked == []
+    with pytest.raises(ValueError, match=r"6726825d\.pth is not the expected file"):  # also what was there before
+        Inception(allow_download=True).build()
+    assert asked == [("weights-inception-2015-12-05-6726825d.pth", "6726825d")]
+    with pytest.raises(ValueError, match="is not the expected file"):
+        Inception(allow_download=True).build()
+    assert len(asked) == 1
+
+
+def test_bytes_survive_and_values_are_rounded():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_bytes(every.float() / 127.5 - 1.0), every)
     values = torch.tensor([-1.0, -0.999, 0.0, 0.2, 1.0, 1.5]).view(1, 1, 1, 6)
     assert to_bytes(values)[0, :, 0].tolist() == [[0, 0, 128, 153, 255, 255]] * 3
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+def test_extractors_come_from_yaml(tmp_path, monkeypatch):
+    for variable in ("INCEPTION", "EFFICIENTNET", "DINOV2", "CLIP"):
+        monkeypatch.delenv(f"LIGHTNING_DISTILL_{variable}", raising=False)
+    parser = ArgumentParser()
+    parser.add_argument("--extractors", type=list[Extractor])
+    text = """
+    extractors:
+    - class_path: lightning_distill.metrics.inception.Inception
+      init_args: {weights: a.pth, antialias: true, name: smooth}
+    - class_path: lightning_distill.metrics.efficientnet.EfficientNetLite0
+      init_args: {weights: b.pth}
+    - class_path: lightning_distill.metrics.towers.DINOv2
+      init_args: {folder: c}
+    - class_path: lightning_distill.metrics.towers.CLIPImage
+      init_args: {folder: d}
+    """
+    made = parser.instantiate_classes(parser.parse_string(text)).extractors
+    names = [e.frechet_name for e in made]
+    assert names == ["fd_smooth", "fd_effnet", "fd_dinov2", "fd_clip"]
 
 
 # ------------------------------------------------------------------------------------------------ EfficientNet
@@ -122,9 +248,27 @@ def test_efficientnet_reads_the_published_names(tmp_path):
     assert loaded.classify(features).shape == (2, 1000)
     assert sum(p.numel() for p in loaded.parameters()) == 4_652_008  # the published count of Lite0
     assert extractor.frechet_name == "fd_effnet"
+    assert is_frozen(loaded)
+    torch.testing.assert_close(features, loaded(images.expand(-1, 3, -1, -1)))
+    large = pictures(1, size=224)
+    torch.testing.assert_close(loaded(large * 1.5), loaded((large * 1.5).clamp(-1, 1)))  # as a saved picture is cut
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="does not hold EfficientNet-Lite0"):
-        EfficientNetLite0(str(tmp_path / "other.pth")).build()
+    other = EfficientNetLite0(str(tmp_path / "other.pth"))
+    assert other.key != extractor.key
+    with pytest.raises(ValueError, match=r"other\.pth: the weights are not those of EfficientNet-Lite0"):
+        other.build()
+
+
+def test_the_packages_weights_are_verified(tmp_path, monkeypatch):
+    monkeypatch.delenv("LIGHTNING_DISTILL_EFFICIENTNET", raising=False)
+    package = ModuleSpec("package", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    with pytest.raises(FileNotFoundError, match=r"efficientnet-lite0-57934424\.pth does not exist"):
+        EfficientNetLite0().check()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "efficientnet-lite0-57934424.pth").write_bytes(b"other")
+    with pytest.raises(ValueError, match="not 57934424"):
+        EfficientNetLite0().check()
 
 
 def test_same_padding_puts_the_surplus_behind():
@@ -160,17 +304,17 @@ def test_efficientnet_sees_a_flower_and_a_palace():
 
 
 # ------------------------------------------------------------------------------------------------ towers
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
 def dinov2(folder):
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    config = Dinov2Config(**SMALL)
     Dinov2Model(config).save_pretrained(folder)
     return DINOv2(str(folder))
 
 
 def clip(folder):
-    config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
-        projection_dim=6,
-    )  # fmt: skip
+    config = CLIPVisionConfig(**SMALL, intermediate_size=16, projection_dim=6)
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
     return CLIPImage(str(folder))
 
@@ -195,9 +339,89 @@ def test_towers(tmp_path, make, features, file):
     images = pictures(3, size=28)
     mean, std = (torch.tensor(processor[k]).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
     out = network.tower(pixel_values=(images * 0.5 + 0.5 - mean) / std)
-    expected = out.pooler_output if make is dinov2 else out.image_embeds
+    expected = out.last_hidden_state[:, 0] if make is dinov2 else out.image_embeds
     torch.testing.assert_close(network(images), expected)
-    assert network(pictures(2, channels=1, size=50)).shape == (2, features)
+    grey = pictures(2, channels=1, size=50)
+    torch.testing.assert_close(network(grey), network(grey.expand(-1, 3, -1, -1)))
+    assert is_frozen(network)
+    before = extractor.key
+    make(tmp_path)  # other random weights
+    assert extractor.key != before
+
+
+def test_towers_without_a_processor_take_the_published_preprocessing(tmp_path):
+    extractor = dinov2(tmp_path)
+    network = extractor.build()
+    white = torch.ones(1, 3, 224, 224)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = network.tower(pixel_values=(white - mean) / std).last_hidden_state[:, 0]
+    torch.testing.assert_close(network(white), expected)
+
+
+def test_registers_are_part_of_the_tower(tmp_path):
+    config = Dinov2WithRegistersConfig(**SMALL)
+    model = Dinov2WithRegistersModel(config).eval()
+    model.embeddings.register_tokens.data.normal_()
+    model.save_pretrained(tmp_path)
+    images = pictures(2, size=224)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        expected = model(pixel_values=(images * 0.5 + 0.5 - mean) / std).pooler_output
+    torch.testing.assert_close(DINOv2(str(tmp_path)).build()(images), expected)
+
+
+def test_a_whole_clip_in_half_precision_gives_its_image_embedding(tmp_path):
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 30, "bos_token_id": 28, "eos_token_id": 29}
+    vision = {**SMALL, "intermediate_size": 16, "image_size": 224}  # its own projection_dim says 512
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)).eval().half()
+    model.save_pretrained(tmp_path)
+    network = CLIPImage(str(tmp_path)).build()
+    assert network.num_features == 6
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    images = pictures(2, size=224)
+    pixels = (images * 0.5 + 0.5 - network.mean) / network.std
+    with torch.no_grad():
+        whole = model.float()
+        expected = whole.visual_projection(whole.vision_model(pixel_values=pixels).pooler_output)
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_towers_refuse_what_is_not_theirs(tmp_path):
+    dinov2(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a holds a model of type 'dinov2', CLIPImage reads clip or clip_vision"):
+        CLIPImage(str(tmp_path / "a")).check()
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"a lacks readable weights of DINOv2 \(layernorm\.weight\)"):
+        DINOv2(str(tmp_path / "a")).build()
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"a lacks readable weights of DINOv2"):
+        DINOv2(str(tmp_path / "a")).build()
+    clip(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"projection_dim": 7}))
+    with pytest.raises(ValueError, match=r"b lacks readable weights of CLIPImage \(they have other shapes"):
+        CLIPImage(str(tmp_path / "b")).build()
+
+
+def test_towers_read_safetensors_only_and_all_shards(tmp_path):
+    dinov2(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors; .* with safetensors weights"):
+        DINOv2(str(tmp_path)).check()
+    names = {k: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, k in enumerate(sorted(weights))}
+    for file in set(names.values()):
+        save_file({k: v for k, v in weights.items() if names[k] == file}, tmp_path / file, {"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    network = DINOv2(str(tmp_path)).build()
+    torch.testing.assert_close(network.tower.state_dict(), weights, rtol=0, atol=0)
+    shutil.move(tmp_path / "model-00002-of-00002.safetensors", tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"has no model-00002-of-00002\.safetensors"):
+        DINOv2(str(tmp_path)).check()
 
 
 # ------------------------------------------------------------------------------------------------ what is missing

@@ -38,12 +38,14 @@ def method_rows() -> list[MethodRow]:
     from lightning_distill.cli import import_everything
 
     import_everything()
-    configs = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
+    # one that runs as it is stands for the method, before those that need a run of the user's
+    contents = {path: path.read_text() for path in (Path(__file__).parents[1] / "configs").glob("*/*.yaml")}
+    configs = sorted(contents, key=lambda path: ("RunDenoiser" in contents[path], path))
     rows = []
     for cls in method_classes():
         roles = ", ".join(dict.fromkeys(role for roles in cls.phases.values() for role in roles))
         line = f"class_path: {cls.__name__}\n"
-        used = next((f"configs/{p.parent.name}/{p.name}" for p in configs if line in p.read_text()), "")
+        used = next((f"configs/{p.parent.name}/{p.name}" for p in configs if line in contents[p]), "")
         summary = (inspect.getdoc(cls) or "").split("\n")[0]
         rows.append(MethodRow(cls.__name__, cls.paper, roles, cls.learns_from, used, summary))
     return sorted(rows, key=lambda row: row.name)

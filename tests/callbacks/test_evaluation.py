@@ -28,7 +28,10 @@ from lightning_distill.records import EvaluationLog
 from lightning_distill.times import few_step_times
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*eval mode", "ignore:Using ModelCheckpoint with manual", "ignore:Checkpoint directory", "ignore:The dirpath has changed"
+    "ignore:.*eval mode",
+    "ignore:Using ModelCheckpoint with manual",
+    "ignore:Checkpoint directory",
+    "ignore:The dirpath has changed",
 )
 
 

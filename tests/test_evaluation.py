@@ -93,6 +93,23 @@ def test_a_reference_of_bare_statistics_leaves_out_what_needs_samples():
     assert figures.keys() == {"fd_cnn", "vendi_cnn", "class_accuracy"}
 
 
+def test_measures_of_the_images_themselves():
+    class Scores:
+        def score(self, images, prompts):
+            return torch.tensor([float(prompt == f"class {i % 10}") for i, prompt in enumerate(prompts)])
+
+    images, labels = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10
+    judge = evaluator(
+        measures=["lpips_diversity", "clip_score"],
+        perceptual=lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)),
+        clip=Scores(),
+        prompts=[f"class {i}" for i in range(10)],
+    )
+    figures = judge.measure(judge.features(images, labels))
+    assert figures["clip_score"] == 1.0
+    assert figures["lpips_diversity"] == pytest.approx((images[:10] - images[10:]).abs().mean().item(), rel=1e-5)
+
+
 def test_wrong_evaluators():
     with pytest.raises(ValueError, match="unknown measure 'fdd'"):
         evaluator(measures=["fdd"])

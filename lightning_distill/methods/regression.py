@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill.data.pairs import load_pairs
@@ -49,14 +48,4 @@ class PairRegression:
         reference = reference[rows].to(x)
         if self.distance is None:
             return (x - reference).square().mean()
-        network = self.distance.build().to(x.device)
-        return network(_for_trunk(x), _for_trunk(reference)).mean()
-
-
-def _for_trunk(images: Tensor) -> Tensor:
-    """Three channels, at least 64 pixels: what the trunks of LPIPS take."""
-    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-    if min(images.shape[-2:]) >= 64:
-        return images
-    scale = 64 / min(images.shape[-2:])
-    return F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
+        return self.distance(x, reference).mean()

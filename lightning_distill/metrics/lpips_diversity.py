@@ -79,9 +79,8 @@ class PerceptualDistance:
             self._network = network.eval().requires_grad_(False)
         return self._network
 
-    @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances of pairs of images.
+        """Distances of pairs of images; gradients reach the images, where they need them.
 
         Args:
             a: (N, C, H, W) in [-1, 1], one or three channels, on the device to compute on; images below 64 pixels are
@@ -101,6 +100,7 @@ class PerceptualDistance:
         return self.build().to(a.device)(_rgb(a), _rgb(b)).flatten()
 
 
+@torch.no_grad()
 def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor, batch_size: int = 64) -> float:
     """Mean distance between samples of the same condition and different noise.
 

@@ -134,12 +134,20 @@ class FakeScoreMethod(DistillationModule):
         super().check_configuration()
         teacher = self.require_teacher()
         others = set(teacher.family.null) - {"class_labels"}
+        missing = [key for key in teacher.missing_null() if key != "class_labels"]
         for guidance in (self.guidance, self.fake_guidance, self.critic_guidance):
-            if guidance.needs_null and teacher.num_classes is None and not others:
+            if not guidance.needs_null:
+                continue
+            name = type(teacher.network).__name__
+            if missing:
                 raise ValueError(
-                    f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher "
-                    f"({type(teacher.network).__name__}) has no null class; give null_class=... of the teacher, or use "
-                    "Guidance(1)."
+                    f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
+                    f"unconditional value for {missing[0]!r}; give null_cond=... of the teacher, or use Guidance(1)."
+                )
+            if teacher.num_classes is None and not others:
+                raise ValueError(
+                    f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
+                    "null class; give null_class=... of the teacher, or use Guidance(1)."
                 )
         check_coverage(self.matching_times, self.critic_times, self.process)
 

@@ -2,11 +2,9 @@
 
 import io
 import os
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -174,7 +172,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError):
+    except OSError:
+        raise
+    except Exception:  # a broken file raises anything, depending on where it is broken
         state = None
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} cannot be read as a state dict (torch or safetensors); copy or download it again.")

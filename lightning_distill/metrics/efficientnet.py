@@ -172,7 +172,7 @@ class EfficientNetLite0(Extractor):
 
     def _file(self) -> Path:
         if self.weights is not None:
-            return check_file(self.weights, "EfficientNetLite0(weights)", VARIABLE)
+            return check_file(self.weights, "weights", VARIABLE)
         found = importlib.util.find_spec(_PACKAGE)
         if found is None or found.origin is None:
             raise FileNotFoundError(
@@ -180,4 +180,4 @@ class EfficientNetLite0(Extractor):
                 f"file {_FILE} with EfficientNetLite0(weights=FILE) or {VARIABLE}=FILE."
             )
         packaged = Path(found.origin).parent / "models" / _FILE
-        return check_file(packaged, "EfficientNetLite0(weights)", VARIABLE, _HASH)
+        return check_file(packaged, "weights", VARIABLE, _HASH)

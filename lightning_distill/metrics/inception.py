@@ -136,7 +136,7 @@ class Inception(Extractor):
                 f"Inception needs {_FILE} of torch-fidelity; give the file with Inception(weights=FILE) or "
                 f"{VARIABLE}=FILE, or set allow_download=True."
             )
-        check_file(self.weights, "Inception(weights)", VARIABLE, PUBLISHED if self.published else None)
+        check_file(self.weights, "weights", VARIABLE, PUBLISHED if self.published else None)
 
     def build(self) -> FeatureExtractor:
         """The network.
@@ -189,4 +189,4 @@ def _download() -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED, progress=False)
-    return check_file(path, "Inception(weights)", VARIABLE, PUBLISHED)
+    return check_file(path, "weights", VARIABLE, PUBLISHED)

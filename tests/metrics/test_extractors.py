@@ -277,13 +277,22 @@ def test_same_padding_puts_the_surplus_behind():
         convolution.conv.weight.fill_(1.0)
         convolution.active = False
         convolution.eval()
-        corner = torch.zeros(1, 3, 224, 224)
-        corner[..., 0, 0] = 1.0
-        out = convolution(corner)[0, 0] * (1 + 1e-3) ** 0.5
-        assert out[0, 0].item() == pytest.approx(3.0)  # seen by the first window: nothing is padded before it
-        last = torch.zeros(1, 3, 224, 224)
-        last[..., -1, -1] = 1.0
-        assert convolution(last)[0, 0, -1, -1] > 0
+        third = torch.zeros(1, 3, 224, 224)
+        third[..., 2, 2] = 1.0
+        out = convolution(third)[0, 0] * (1 + 1e-3) ** 0.5
+        assert out.shape == (112, 112)
+        # the first window sees rows 0 to 2: nothing is padded before them
+        torch.testing.assert_close(out[:3, :3], torch.tensor([[3.0, 3, 0], [3, 3, 0], [0, 0, 0]]))
+
+
+def test_efficientnet_scales_bytes_as_its_weights_expect():
+    network = EfficientNetLite0Network().eval()
+    seen = []
+    network.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for size in (224, 30):
+        network(torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, size, size))
+        torch.testing.assert_close(seen[-1].mean(dim=(0, 2, 3)), torch.tensor([-127.0, 0.5, 128.0]) / 128)
+        assert seen[-1].shape == (1, 3, 224, 224)
 
 
 @pytest.mark.skipif(
@@ -428,8 +437,8 @@ def test_towers_read_safetensors_only_and_all_shards(tmp_path):
 @pytest.mark.parametrize(
     ("make", "variable", "argument"),
     [
-        (Inception, "LIGHTNING_DISTILL_INCEPTION", r"Inception\(weights"),
-        (EfficientNetLite0, "LIGHTNING_DISTILL_EFFICIENTNET", r"EfficientNetLite0\(weights"),
+        (Inception, "LIGHTNING_DISTILL_INCEPTION", "weights=FILE"),
+        (EfficientNetLite0, "LIGHTNING_DISTILL_EFFICIENTNET", "weights=FILE"),
         (DINOv2, "LIGHTNING_DISTILL_DINOV2", r"DINOv2\(folder"),
         (CLIPImage, "LIGHTNING_DISTILL_CLIP", r"CLIPImage\(folder"),
     ],
@@ -439,7 +448,7 @@ def test_missing_weights_name_argument_and_variable(make, variable, argument, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for extractor in (make(), make(str(tmp_path / "nowhere"))):
         start = time.perf_counter()
-        with pytest.raises(FileNotFoundError, match=f"{argument}.*{variable}"):
+        with pytest.raises(FileNotFoundError, match=f"{argument}.*{variable}=F"):
             extractor.check()
         assert time.perf_counter() - start < 1.0
     monkeypatch.setenv(variable, str(tmp_path / "there"))

@@ -1,7 +1,7 @@
-"""Fill the generated parts of README.md from benchmarks/results/latest/*.json and from the registered methods.
+"""Fill README.md and docs/support_matrix.md from benchmarks/results/latest/*.json and from the registered methods.
 
 python benchmarks/make_tables.py            # rewrite
-python benchmarks/make_tables.py --check    # exit 1 when README.md is out of date
+python benchmarks/make_tables.py --check    # exit 1 when one of them is out of date
 """
 
 import argparse
@@ -88,8 +88,80 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def support() -> str:
+    """docs/support_matrix.md: what was trained and exported, family by family."""
+    from lightning_distill.export.entries import ENTRIES
+
+    entries = {entry.name: entry for entry in ENTRIES}
+    lines = [
+        "# Support matrix",
+        "",
+        "Which method trains which family, and which exports of the student make the same samples in stock diffusers.",
+        "Written by `python benchmarks/make_tables.py` from `benchmarks/support.py`, which runs every cell with a tiny",
+        "random pipeline of the family: one update, export, load with stock diffusers, latents against `sample()`.",
+    ]
+    result = _load("support")
+    if result is None:
+        return "\n".join([*lines, "", "(run `python benchmarks/support.py` to fill this table)", ""])
+    rows, tolerance = result["rows"], result["tolerance"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    families = [name for name in result["families"] if any(row["family"] == name for row in rows)]
+    marks = {"pipeline": "P", "lora_diffusers": "L", "lora_kohya": "K"}
+    lines += [
+        "",
+        f"P: the pipeline folder makes the same latents (differences below {tolerance:g} of the largest latent);",
+        "L: so does the LoRA file with diffusers' names, K: with kohya's names. Before the slash a student of full",
+        "weights, behind it a LoRA student. A number is a note below.",
+        "",
+        f"| family | {' | '.join(methods)} |",
+        f"|---|{'---|' * len(methods)}",
+    ]
+    notes: dict[str, int] = {}
+
+    def mark(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        if row["training"] != "trained":
+            return str(notes.setdefault(row["training"], len(notes) + 1))
+        text = ""
+        for export, letter in marks.items():
+            value = row.get(export)
+            if isinstance(value, float) and value <= tolerance:
+                text += letter
+            elif isinstance(value, float):
+                text += f" {letter.lower()}={value:.0e}"
+            elif value is not None:
+                text += f" {notes.setdefault(value, len(notes) + 1)}"
+        return text.strip()
+
+    cells = {(row["method"], row["family"], row["roles"]): row for row in rows}
+    for family in families:
+        line = [" / ".join(mark(cells.get((m, family, roles))) for roles in ("full", "lora")) for m in methods]
+        lines.append(f"| {family} | {' | '.join(line)} |")
+    lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
+    lines += [
+        "",
+        "## How the pipelines are called",
+        "",
+        "The card of an export states every argument. `renoise` needs `LCMScheduler` (variance-preserving models),",
+        "`FlowMatchLCMScheduler` (flow matching) or `SCMScheduler` (Sana-Sprint), `ode` `DDIMScheduler` or",
+        "`FlowMatchEulerDiscreteScheduler`; each is saved with the settings that give the student's times.",
+        "",
+        "| pipeline | network | guidance off, or the embedded scale | times of the user's own | seed |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in entries.values():
+        off = ", ".join(f"{k}={v}" for k, v in entry.guidance_off.items()) or "guidance_scale of the training"
+        grid = f"`{entry.grid_argument}=`" if entry.grid_argument else "shifted trailing grids only"
+        if entry.name == "SanaSprintPipeline":
+            grid = "two steps only"
+        seed = "`generator=`" if entry.step_generator else "`torch.manual_seed`"
+        lines.append(f"| {entry.name} | {entry.model_class} | {off} | {grid} | {seed} |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
-    """Rewrite the marked parts."""
+    """Rewrite the marked parts of README.md, and the generated page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
@@ -99,9 +171,13 @@ def main() -> None:
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, rest = text.split(begin)
         text = head + begin + "\n" + part + "\n" + end + rest.split(end)[1]
+    page, matrix = ROOT / "docs" / "support_matrix.md", support()
     if args.check:
-        sys.exit("README.md is out of date; run python benchmarks/make_tables.py" if text != before else 0)
+        stale = [readme.name] if text != before else []
+        stale += [page.name] if not page.is_file() or page.read_text() != matrix else []
+        sys.exit(f"{' and '.join(stale)} out of date; run python benchmarks/make_tables.py" if stale else 0)
     readme.write_text(text)
+    page.write_text(matrix)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,16 +26,23 @@ class Batch:
         x0: clean samples, (B, ...), or None for data-free training.
         noise: starting noise of a stored trajectory, (B, ...), or None; with it ``x0`` is the teacher's output.
         size: B.
+        states: noisy samples on the way from ``noise`` to ``x0``, (B, K, ...), or None.
+        times: native times of the K states, descending, (K,), float64; the same for all samples.
+        predictions: what the teacher predicted at the states, as ``flow_prediction``: ``guided`` and ``unguided``,
+            (B, K, ...), and the guidance ``scale``, (B,); empty where it is not stored.
     """
 
     cond: dict[str, Any] = field(default_factory=dict)
     x0: Tensor | None = None
     noise: Tensor | None = None
     size: int = -1
+    states: Tensor | None = None
+    times: Tensor | None = None
+    predictions: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.size < 0:
-            sources = [self.x0, self.noise, *self.cond.values()]
+            sources = [self.x0, self.noise, self.states, *self.cond.values()]
             tensors = [v for v in sources if isinstance(v, Tensor) and v.ndim > 0]
             if not tensors:
                 raise ValueError("a Batch without x0 and without conditions needs its size: Batch(size=B).")
@@ -48,7 +55,26 @@ class Batch:
             cond=slice_cond(self.cond, rows),
             x0=None if self.x0 is None else self.x0[rows],
             noise=None if self.noise is None else self.noise[rows],
+            states=None if self.states is None else self.states[rows],
+            times=self.times,
+            predictions=slice_cond(self.predictions, rows),
             size=len(range(*rows.indices(self.size))),
+        )
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with a function applied to each of its tensors."""
+
+        def apply(value: Any) -> Any:
+            return f(value) if isinstance(value, Tensor) else value
+
+        return Batch(
+            cond={key: apply(value) for key, value in self.cond.items()},
+            x0=apply(self.x0),
+            noise=apply(self.noise),
+            states=apply(self.states),
+            times=apply(self.times),
+            predictions={key: f(value) for key, value in self.predictions.items()},
+            size=self.size,
         )
 
 
@@ -71,5 +97,5 @@ def as_batch(data: Any) -> Batch:
         return Batch(x0=data[0], cond=cond)
     raise TypeError(
         f"cannot read a batch of type {type(data).__name__}; yield lightning_distill.Batch, a tensor of clean samples, "
-        "(samples, class_labels), or a mapping with the keys cond, x0, noise, size."
+        f"(samples, class_labels), or a mapping with the keys {', '.join(f.name for f in fields(Batch))}."
     )

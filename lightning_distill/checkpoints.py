@@ -18,7 +18,15 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_distill.methods.base import DistillationModule
 
-__all__ = ["checkpoint_keys", "drop_frozen", "fingerprint", "strict_load", "verify_fingerprint"]
+__all__ = [
+    "checkpoint_keys",
+    "checkpointed_tensors",
+    "drop_frozen",
+    "fingerprint",
+    "parameter_names",
+    "strict_load",
+    "verify_fingerprint",
+]
 
 
 def checkpoint_keys(module: DistillationModule) -> set[str]:
@@ -37,6 +45,21 @@ def checkpoint_keys(module: DistillationModule) -> set[str]:
         if "." not in name or (name.split(".", 1)[0] in kept and own):
             keys.add(name)
     return keys
+
+
+def checkpointed_tensors(module: DistillationModule) -> list[Tensor]:
+    """The parameters and buffers that a checkpoint holds, each once, in a fixed order."""
+    keys = checkpoint_keys(module)
+    return list({id(tensor): tensor for name, tensor in _named_tensors(module) if name in keys}.values())
+
+
+def parameter_names(module: DistillationModule) -> list[list[str]]:
+    """Checkpoint names of the parameters of each phase's optimizer, in the optimizer's order."""
+    keys = checkpoint_keys(module)
+    names = {id(tensor): name for name, tensor in _named_tensors(module) if name in keys}
+    return [
+        [names[id(p)] for role in roles for p in module.role_parameters(role)] for roles in module.phases.values()
+    ]
 
 
 def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -107,6 +130,7 @@ def header(module: DistillationModule) -> dict[str, Any]:
         "version": __version__,
         "method": type(module).__name__,
         "rng": {"cpu": torch.get_rng_state()},
+        "parameters": parameter_names(module),
     }
     if torch.cuda.is_available():
         entry["rng"]["cuda"] = torch.cuda.get_rng_state()

@@ -22,7 +22,7 @@ __all__ = ["DEBUG_VARIABLE", "import_everything", "main", "trainer_cli"]
 
 DEBUG_VARIABLE = "LIGHTNING_DISTILL_DEBUG"
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-OWN_COMMANDS = ("quickstart", "sample", "evaluate", "report", "export", "methods")
+OWN_COMMANDS = ("quickstart", "sample", "evaluate", "report", "export", "convert", "cache", "trajectories", "methods")
 _USAGE = """usage: lightning-distill COMMAND ...
 
   fit | validate | test | predict   train or evaluate from a YAML file (lightning-distill fit --help)
@@ -31,6 +31,9 @@ _USAGE = """usage: lightning-distill COMMAND ...
   evaluate RUN_DIR                  measure a run's student against its teacher and the data
   report RUN_DIR [RUN_DIR ...]      one page with curves, pictures and figures of one or several runs
   export RUN_DIR OUT_DIR            write a folder that stock diffusers loads
+  convert CKPT OUT                  a sharded checkpoint to a single file, or the other way round
+  cache --pipeline P --prompts FILE --out DIR  text embeddings (and latents, --images) computed once into a store
+  trajectories                      store what a teacher's solver makes of noise, to learn from it
   methods                           what can be trained
 
 --debug shows the traceback of an error (as does LIGHTNING_DISTILL_DEBUG=1).
@@ -86,7 +89,7 @@ def import_everything() -> None:
 
     for module in pkgutil.iter_modules(methods.__path__):
         importlib.import_module(f"lightning_distill.methods.{module.name}")
-    for name in ("callbacks", "data", "ema", "guidance", "processes", "schedules", "times"):
+    for name in ("callbacks", "data", "ema", "guidance", "processes", "schedules", "strategies", "times"):
         importlib.import_module(f"lightning_distill.{name}")
     for name in ("adversary", "roles", "run_denoiser", "small", "specs"):
         importlib.import_module(f"lightning_distill.networks.{name}")

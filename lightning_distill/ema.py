@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_distill.optim import local_part
+
 __all__ = ["ConstantEMA", "EMAProfile", "HalfLifeEMA", "PowerEMA", "check_horizon", "update_average"]
 
 
@@ -121,15 +123,16 @@ def update_average(
 
     Args:
         average: float32 tensors of the average.
-        current: the student's tensors in the same order, any floating dtype.
+        current: the student's tensors in the same order, any floating dtype. Sharded tensors are averaged shard by
+            shard, without communication; both sides are sharded alike.
         beta: share of the old average.
         skipped: 0-dim tensor, 1 when the optimizer skipped this step; decides on the device, without a synchronisation.
     """
-    old = list(average)
-    new = [c.detach().to(o.dtype) for o, c in zip(old, current, strict=True)]
+    old = [local_part(o) for o in average]
+    new = [local_part(c.detach()).to(o) for o, c in zip(old, current, strict=True)]
     if skipped is None:
         torch._foreach_lerp_(old, new, 1.0 - beta)
         return
     difference = list(torch._foreach_sub(new, old))
-    torch._foreach_mul_(difference, (1.0 - skipped) * (1.0 - beta))
+    torch._foreach_mul_(difference, (1.0 - skipped.to(old[0].device)) * (1.0 - beta))
     torch._foreach_add_(old, difference)

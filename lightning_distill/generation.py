@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_distill.guidance import guided
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.families import example_cond
 from lightning_distill.prediction import Prediction
-from lightning_distill.samplers import SAMPLERS
+from lightning_distill.samplers import SAMPLERS, simulate
 
-__all__ = ["default_cond", "draw_noise", "generate", "index_noise"]
+__all__ = ["default_cond", "draw_noise", "generate", "index_noise", "stock_noise"]
 
 
 def default_cond(denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Tensor]:
-    """Conditions of n samples when the user gives none: the classes in turn, or nothing for unconditional networks."""
+    """Conditions of n samples when the user gives none.
+
+    The classes in turn; nothing for unconditional networks; zeros for networks that cannot run without embeddings, so
+    that shapes and speed can be measured without a text encoder.
+
+    Args:
+        denoiser: the network.
+        n: number of samples.
+        first: index of the first sample.
+    """
     if denoiser.num_classes is None:
-        return {}
+        examples = example_cond(denoiser.network, n) if denoiser.family.required else {}
+        return {key: value.float() if value.dtype == torch.bool else value for key, value in examples.items()}
     return {"class_labels": torch.arange(first, first + n) % denoiser.num_classes}
 
 
 def draw_noise(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
     """Unit Gaussian noise from a generator, on the generator's device (CPU without one)."""
     return torch.randn(tuple(shape), generator=generator, device=generator.device if generator else "cpu")
+
+
+def stock_noise(denoiser: Denoiser, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Unit Gaussian noise shaped like x, drawn in the layout in which the family's stock pipeline keeps its latents.
+
+    Pipelines that pack patches into tokens, or put frames before channels, draw the noise of later steps so.
+
+    Args:
+        denoiser: the network.
+        x: samples, (B, C, ...).
+        generator: source of the noise.
+    """
+    family = denoiser.family
+    layout = x if family.pack is None else family.pack(x)
+    if family.unpack is None or not isinstance(layout, Tensor):
+        return draw_noise(x.shape, generator).to(x)
+    return family.unpack(draw_noise(layout.shape, generator).to(x), x.shape)
 
 
 def index_noise(n: int, shape: Sequence[int], seed: int, first: int = 0) -> Tensor:
@@ -47,6 +75,8 @@ def generate(
     generator: torch.Generator | None = None,
     noise_scale: float = 1.0,
     batch_size: int | None = None,
+    noisy: bool = False,
+    until: float | None = None,
 ) -> Tensor:
     """Samples x0 from starting noise.
 
@@ -63,12 +93,19 @@ def generate(
         generator: source of the fresh noise.
         noise_scale: factor on the fresh noise of the renoise sampler.
         batch_size: samples per network call; None means all at once. Stochastic samplers draw per chunk.
+        noisy: ``noise`` is the noisy sample at ``times[0]`` itself, for example what ``until`` left.
+        until: native time below the last of ``times`` at which to stop, with samplers ``ode`` and ``renoise``.
 
     Returns:
-        x0, (N, ...), float32, on the denoiser's device.
+        x0, or x_t at ``until``, (N, ...), float32, on the denoiser's device.
+
+    Raises:
+        ValueError: an unknown sampler, or one that cannot stop.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(sorted(SAMPLERS))}.")
+    if until is not None and sampler not in ("ode", "renoise"):
+        raise ValueError(f"sampler={sampler!r} cannot stop at t={until:g}; use ode or renoise.")
     device, process = denoiser.device, denoiser.process
     size = batch_size or len(noise)
     chunks = []
@@ -81,11 +118,15 @@ def generate(
             return guided(denoiser, x, t, part_cond, guidance_scale)
 
         def fresh(_step: int, x: Tensor) -> Tensor:
-            return draw_noise(x.shape, generator).to(x)
+            return stock_noise(denoiser, x, generator)
 
         kwargs: dict[str, Any] = {"noise": fresh}
         if sampler == "renoise":
             kwargs["noise_scale"] = noise_scale
-        x = process.prior(part, times[0])
+        x = part if noisy else process.prior(part, times[0])
+        if until is not None:
+            kind: Literal["ode", "renoise"] = "ode" if sampler == "ode" else "renoise"
+            chunks.append(simulate(denoise, x, [*times, until], process, len(times), kind, **kwargs))
+            continue
         chunks.append(SAMPLERS[sampler](denoise, x, times, process, **kwargs))
     return torch.cat(chunks)

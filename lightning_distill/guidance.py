@@ -16,11 +16,18 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import expand
 
-__all__ = ["Guidance", "IntervalGuidance", "RandomGuidance", "guided"]
+__all__ = ["Guidance", "IntervalGuidance", "RandomGuidance", "branches", "check_guidance", "guided"]
 
 
 def _concatenate(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return {k: torch.cat([a[k], b[k]]) if isinstance(a[k], Tensor) else a[k] for k in a}
+
+
+def branches(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """x0-predictions y_c with the conditions and y_u without, in one batched pass, (B, ...) each; see ``guided``."""
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(cond, denoiser.null_cond(cond)))
+    with_cond, without = both.x0.chunk(2)
+    return with_cond, without
 
 
 def guided(
@@ -51,11 +58,9 @@ def guided(
             f"guidance_scale={scale} needs conditions (class labels, text), but the batch has none; "
             "use guidance_scale=1 for unconditional models."
         )
-    null = denoiser.null_cond(cond)
     if not isinstance(scale, Tensor) and scale == 0.0:
-        return denoiser(x_t, t, null)
-    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(cond, null))
-    with_cond, without = both.x0.chunk(2)
+        return denoiser(x_t, t, denoiser.null_cond(cond))
+    with_cond, without = branches(denoiser, x_t, t, cond)
     w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
     return Prediction.from_x0(without + w * (with_cond - without), x_t, t, denoiser.process)
 
@@ -129,3 +134,31 @@ class RandomGuidance(Guidance):
 
     def scales(self, t: Tensor, u: Tensor) -> float | Tensor:  # noqa: D102
         return self.low + (self.high - self.low) * u
+
+
+def check_guidance(teacher: Denoiser, *policies: Guidance) -> None:
+    """Refuse guidance of networks that have no unconditional branch.
+
+    Args:
+        teacher: the network, or the one that the guided networks were made from.
+        policies: what it is guided with.
+
+    Raises:
+        ValueError: a policy needs the unconditional branch.
+    """
+    others = set(teacher.family.null) - {"class_labels"}
+    missing = [key for key in teacher.missing_null() if key != "class_labels"]
+    for guidance in policies:
+        if not guidance.needs_null:
+            continue
+        name = type(teacher.network).__name__
+        if missing:
+            raise ValueError(
+                f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
+                f"unconditional value for {missing[0]!r}; give null_cond=... of the teacher, or use Guidance(1)."
+            )
+        if teacher.num_classes is None and not others:
+            raise ValueError(
+                f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
+                "null class; give null_class=... of the teacher, or use Guidance(1)."
+            )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["default_optimizer", "guard_step", "is_fused"]
+__all__ = ["default_optimizer", "guard_step", "is_fused", "local_part"]
 
 ParameterGroups = Iterable[nn.Parameter] | Iterable[dict]
 
@@ -27,6 +27,12 @@ def default_optimizer(
 def is_fused(optimizer: Optimizer) -> bool:
     """Whether every parameter group runs the fused kernel, which can skip a step on the device."""
     return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process' shard of a sharded tensor, which it shares memory with; any other tensor itself."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
 
 
 @torch.no_grad()
@@ -50,8 +56,11 @@ def guard_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros_like(loss)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # over all shards
     if clip_norm is not None and gradients:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+        scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
     finite = torch.isfinite(norm) & torch.isfinite(loss.to(norm.device))
     for value in also_finite:
         finite = finite & torch.isfinite(value.to(norm.device))

@@ -21,7 +21,7 @@ from lightning_distill.prediction import Prediction
 from lightning_distill.processes import FlowMatching, NoiseProcess, change_process, expand
 from lightning_distill.times import validate_times
 
-__all__ = ["SAMPLERS", "dpmpp_2m", "flow_map", "heun", "ode", "renoise", "simulate", "transport"]
+__all__ = ["SAMPLERS", "check_capability", "dpmpp_2m", "flow_map", "heun", "ode", "renoise", "simulate", "transport"]
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 TwoTimeDenoise = Callable[[Tensor, Tensor, Tensor], Prediction]
@@ -35,6 +35,55 @@ def _time(t: float, x: Tensor) -> Tensor:
 
 def _gaussian(_step: int, x: Tensor) -> Tensor:
     return torch.randn_like(x)
+
+
+def _to_clean(denoise: Denoise) -> Denoise:
+    """The prediction of clean data: that of a two-time student is its jump to 0."""
+    if getattr(denoise, "capability", None) != "two_time":
+        return denoise
+    two_times: Callable[..., Prediction] = denoise
+    return lambda x, t: two_times(x, t, torch.zeros_like(t))
+
+
+_TRAINED_FOR = {
+    "one_step_only": ("one step from t_max", "sampler 'renoise' or 'ode' with the one time t_max"),
+    "any_step": ("jumps to clean data", "sampler 'renoise'"),
+    "two_time": ("jumps between two times", "sampler 'flow_map', 'renoise', 'ode' or 'heun'"),
+    "segments": ("jumps to the end of a segment", "sampler 'ode' with the edges as times"),
+}
+_SAMPLERS_OF = {
+    "any_step": ("renoise",),
+    "two_time": ("flow_map", "renoise", "ode", "heun"),
+    "segments": ("ode",),
+}
+
+
+def check_capability(denoise: object, sampler: str, times: Sequence[float], process: NoiseProcess) -> None:
+    """Refuse to sample a student in a way it was not trained for; functions without ``capability`` pass.
+
+    Args:
+        denoise: what the sampler calls; see ``parameterisations`` for the capabilities.
+        sampler: name of the sampler.
+        times: its times.
+        process: process of the times.
+
+    Raises:
+        ValueError: the student's capability does not cover this sampler or these times.
+    """
+    capability = getattr(denoise, "capability", None)
+    if capability is None or (len(times) == 1 and times[0] == process.t_max):
+        # one step from t_max is what every student can do; a flow map needs the second time all the same
+        if capability in (None, "two_time") or sampler != "flow_map":
+            return
+    elif capability != "one_step_only" and sampler in _SAMPLERS_OF[capability]:
+        edges = getattr(denoise, "edges", None)
+        if edges is None or list(edges) == list(times):
+            return
+    trained, remedy = _TRAINED_FOR[capability]
+    raise ValueError(
+        f"this student was trained for {trained} ({capability}), so sampler {sampler!r} with times "
+        f"{[round(float(t), 4) for t in times]} would not give its samples; use {remedy}."
+    )
 
 
 def transport(prediction: Prediction, r: Tensor | float, eps: Tensor | None = None) -> Tensor:
@@ -92,7 +141,10 @@ def simulate(
         raise ValueError(f"kind={kind!r} is unknown; simulate 'renoise' or 'ode'.")
     if not 0 <= stop < len(times):
         raise ValueError(f"stop={stop} is outside the {len(times)} steps of {list(times)}; use 0..{len(times) - 1}.")
+    check_capability(denoise, kind, times, process)
     noise = noise or _gaussian
+    if kind == "renoise":
+        denoise = _to_clean(denoise)
     for i in range(stop):
         prediction = denoise(x, _time(times[i], x))
         eps = None if kind == "ode" else noise_scale * noise(i + 1, x)
@@ -123,7 +175,7 @@ def renoise(
         x0, (B, ...).
     """
     x = simulate(denoise, x, times, process, len(times) - 1, "renoise", noise, noise_scale)
-    return denoise(x, _time(times[-1], x)).x0
+    return _to_clean(denoise)(x, _time(times[-1], x)).x0
 
 
 def ode(
@@ -146,6 +198,7 @@ def heun(
     is, and both stay finite where alpha = 0. Second order. ``noise`` is unused.
     """
     validate_times(times, process)
+    check_capability(denoise, "heun", times, process)
     for t, r in pairwise(times):
         prediction = denoise(x, _time(t, x))
         trial = denoise(transport(prediction, r), _time(r, x))
@@ -167,6 +220,7 @@ def dpmpp_2m(
     order, and so is the second one after a start at alpha = 0, where h_0 is infinite. ``noise`` is unused.
     """
     validate_times(times, process)
+    check_capability(denoise, "dpmpp_2m", times, process)
     lambdas = 0.5 * process.log_snr(torch.tensor(list(times), dtype=torch.float64))
     steps = lambdas.diff().tolist()
     previous: Tensor | None = None
@@ -204,6 +258,7 @@ def flow_map(
         x0, (B, ...).
     """
     validate_times(times, process)
+    check_capability(denoise, "flow_map", times, process)
     for t, r in zip(times, [*times[1:], 0.0]):
         x = transport(denoise(x, _time(t, x), _time(r, x)), r)
     return x

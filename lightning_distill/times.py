@@ -30,6 +30,7 @@ __all__ = [
     "clamp_times",
     "density_ratio",
     "few_step_times",
+    "restricted",
     "t_min",
     "validate_times",
 ]
@@ -275,6 +276,40 @@ def bounded(process: NoiseProcess, low: float, high: float) -> TimeDistribution:
     if isinstance(process, EDM):
         return Karras(process.sigma_min, process.sigma_max, low=low, high=high)
     return Uniform(low, high)
+
+
+def _share_below(distribution: TimeDistribution, t: Tensor, process: NoiseProcess) -> Tensor:
+    """Share of the distribution below given times: the inverse of ``quantile`` by bisection, exact at both ends."""
+    low, high = torch.zeros_like(t), torch.ones_like(t)
+    ends = [distribution.quantile(end, process) for end in (low, high)]
+    below, above = t <= ends[0], t >= ends[1]
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        left = distribution.quantile(middle, process) < t
+        low, high = torch.where(left, middle, low), torch.where(left, high, middle)
+    return torch.where(below, 0.0, torch.where(above, 1.0, low))
+
+
+def restricted(
+    distribution: TimeDistribution, u: Tensor, low: Tensor, high: Tensor, process: NoiseProcess, margin: float = 0.0
+) -> Tensor:
+    """Times of a distribution given that they lie between two times; all of it where both ends lie outside.
+
+    Args:
+        distribution: of training times.
+        u: uniform numbers in (0, 1), (B,).
+        low: lower native times, (B,).
+        high: upper native times, (B,).
+        process: process of the times.
+        margin: share of the interval kept free above ``low``, where that lies within the distribution.
+
+    Returns:
+        native times, (B,), float64; ``high`` where the distribution has none between the two.
+    """
+    start, end = (_share_below(distribution, ends.double(), process) for ends in (low, high))
+    start = torch.where(start > 0, start + margin * (end - start), start)
+    t = distribution.quantile(start + u.double() * (end - start), process)
+    return torch.where(end > start, t, torch.minimum(high.double(), t))
 
 
 def _worst_bin(

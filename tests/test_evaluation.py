@@ -9,8 +9,11 @@ from lightning_distill.evaluation import Evaluator, sample_many
 from lightning_distill.generation import default_cond, generate, index_noise
 from lightning_distill.metrics.extractors import ZooClassifier
 from lightning_distill.metrics.reference import Reference, load_reference
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import ZooDenoiser
 from lightning_distill.plots import save_comparison, save_grid
+from lightning_distill.processes import FlowMatching
 from lightning_distill.times import few_step_times
 
 
@@ -133,3 +136,13 @@ def test_pictures(tmp_path):
     save_comparison({"a": torch.randn(50, 2), "b": torch.randn(50, 2)}, tmp_path / "both.png")
     sizes = [Image.open(tmp_path / name).width for name in ("points.png", "both.png")]
     assert sizes[1] == 2 * sizes[0]
+
+
+def test_the_noise_scale_reaches_the_fresh_noise_only():
+    network = Denoiser(ResidualMLP((2,), 8, 1), FlowMatching(), "flow_prediction")
+
+    def samples(times, scale):
+        return sample_many(network, 6, times, "renoise", 0, noise_scale=scale)[0]
+
+    assert torch.equal(samples([1.0], 0.5), samples([1.0], 1.0))
+    assert not torch.equal(samples([1.0, 0.5], 0.5), samples([1.0, 0.5], 1.0))

@@ -16,14 +16,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_distill import export
 from lightning_distill.export import export_denoiser, export_pipeline, export_weights, verify_export
+from lightning_distill.export import pipeline as export
+from lightning_distill.export.stock import stock_parts
 from lightning_distill.generation import draw_noise, generate
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter
 from lightning_distill.networks.small import small_dit, small_unet
 from lightning_distill.processes import EDM, FlowMatching, NoiseProcess, TrigFlow, VariancePreserving
-from lightning_distill.stock import stock_parts
 from lightning_distill.times import few_step_times
 
 
@@ -270,7 +270,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, existing):
         written.extend(folder.rglob("*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_finish", interrupt)
+    monkeypatch.setattr(export, "finish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_pipeline(unet(seed=1), process, *arguments, overwrite=True)
     assert written  # the weights were there when it stopped

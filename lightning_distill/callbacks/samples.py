@@ -136,7 +136,14 @@ class SampleGrid(Callback):
         for nfe in self.steps or [own]:
             times = module.student_times if nfe == own else few_step_times(module.process, nfe)
             samples, labels = sample_many(
-                network, self.num_samples, times, module.sampler, self.seed, bf16=bf16, shape=shape
+                network,
+                self.num_samples,
+                times,
+                module.sampler,
+                self.seed,
+                bf16=bf16,
+                shape=shape,
+                noise_scale=module.noise_scale,
             )
             panels[f"student, {_steps(nfe)}"] = _by_class(samples, labels)
         if module.teacher is not None and self.teacher_steps:

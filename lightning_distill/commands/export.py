@@ -2,73 +2,123 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.commands.run_folder import load_run, weights_name
-from lightning_distill.export import export_denoiser
+from lightning_distill.export import export_denoiser, export_lora, export_pipeline, probe_cond, verify_export
+from lightning_distill.export.adapters import LORA_STYLES
+from lightning_distill.export.folders import CONFIG, source_of
+from lightning_distill.export.pipeline import stock_student
 from lightning_distill.generation import default_cond
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.lora import without_adapters
 
 __all__ = ["export_module", "main"]
 
-_CHECK = """
-import sys
-from safetensors.torch import load_file
-from lightning_distill.export import verify_export
-expected = load_file(sys.argv[2])
-print(verify_export(sys.argv[1], expected["x0"], seed=0, class_labels=expected.get("class_labels")))
-"""
-
 
 def export_module(
-    module: DistillationModule, out_dir: str | Path, weights: str | None = None, overwrite: bool = False, n: int = 8
+    module: DistillationModule,
+    out_dir: str | Path,
+    weights: str | None = None,
+    overwrite: bool = False,
+    n: int = 8,
+    *,
+    lora: Literal["diffusers", "kohya"] | None = None,
+    source: str | Path | None = None,
+    license: str | None = None,
+    fresh: bool = True,
 ) -> tuple[Path, float]:
-    """Export a student and compare the stock pipeline's images, in a fresh process, with ``module.sample``.
+    """Export a student and compare the stock pipeline's samples, in a fresh process, with ``module.sample``.
 
     Args:
         module: a trained module.
         out_dir: folder to create.
         weights: network to export, see ``module.sampling_network``.
         overwrite: replace an existing folder.
-        n: samples compared.
+        n: samples compared; at most 2 of text-conditioned models.
+        lora: ``diffusers`` or ``kohya`` for a LoRA file of an adapter student; None for the whole pipeline.
+        source: pipeline folder of the teacher; None for the one it was read from.
+        license: SPDX name for the card; None for that of the source.
+        fresh: compare in a new process; else in this one.
 
     Returns:
-        the folder, and the largest absolute difference of pixels in [-1, 1].
+        the folder, and the largest difference (see ``verify_export``).
 
     Raises:
         ValueError: nothing in diffusers reproduces the student.
         FileExistsError: the folder exists.
-        RuntimeError: the loaded pipeline gives other images.
+        RuntimeError: the loaded pipeline makes other samples.
     """
+    if module.noise_scale != 1.0:
+        raise ValueError(
+            f"the student samples with noise_scale={module.noise_scale:g}, which no stock scheduler has; set "
+            "noise_scale to 1 in the configuration of the run to export it with the plain sampler."
+        )
     network = module.sampling_network(weights)
-    folder = export_denoiser(network, module.student_times, module.sampler, out_dir, overwrite=overwrite)
+    known = [role for role in (network, module.teacher) if role is not None]
+    source = source or next((path for role in known if (path := source_of(role.network)) is not None), None)
+    options: dict[str, Any] = {"source": source, "shape": module.sample_shape, "license": license}
+    if lora is None:
+        folder = export_denoiser(network, module.student_times, module.sampler, out_dir, overwrite=overwrite, **options)
+    else:
+        folder = export_lora(
+            network,
+            module.student_times,
+            module.sampler,
+            out_dir,
+            style=lora,
+            overwrite=overwrite,
+            **options,
+        )
+    size = json.loads((folder / CONFIG).read_text())["size"]
     cond = default_cond(network, n)
+    if size:
+        n = min(n, 2)
+        cond = probe_cond(network, n, size)
     x0 = module.sample(n, cond, generator=torch.Generator().manual_seed(0), weights=weights)
     with tempfile.TemporaryDirectory() as temporary:
-        expected = Path(temporary) / "expected.safetensors"
-        save_file({"x0": x0.cpu().contiguous(), **{k: v.contiguous() for k, v in cond.items()}}, expected)
-        done = subprocess.run(
-            [sys.executable, "-c", _CHECK, str(folder), str(expected)], capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
-        raise RuntimeError(f"{folder} was written, but the stock pipeline does not reproduce the student: {reason}")
-    return folder, float(done.stdout.strip().splitlines()[-1])
+        base = None if lora is None else source or _base_pipeline(module, network, Path(temporary) / "base")
+        embedded: dict[str, Any] = {"cond": cond} if size else {"class_labels": cond.get("class_labels")}
+        try:
+            difference = verify_export(folder, x0, base=base, fresh=fresh, **embedded)
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeError(
+                f"{folder} was written, but the stock pipeline does not reproduce the student: {error}"
+            ) from None
+    return folder, difference
+
+
+def _base_pipeline(module: DistillationModule, network: Denoiser, folder: Path) -> Path:
+    """The original network as a pipeline folder, where the teacher came from none."""
+    process, times, start = stock_student(network, module.student_times)
+    return export_pipeline(
+        without_adapters(network.network),
+        process,
+        network.prediction_type,
+        times,
+        module.sampler,
+        folder,
+        start_scale=start,
+        shape=module.sample_shape,
+    )
 
 
 def main(words: Sequence[str]) -> None:
     """Export the student of a run."""
-    parser = CommandParser(prog="lightning-distill export", description="Student to diffusers pipeline.")
+    parser = CommandParser(prog="lightning-distill export", description="Student to diffusers pipeline or LoRA file.")
     parser.add_argument("run_dir", help="run folder, for example runs/quickstart")
     parser.add_argument("out_dir", help="folder to create")
+    parser.add_argument("--lora", choices=LORA_STYLES, help="a LoRA file with these names instead of the pipeline")
+    parser.add_argument("--source", help="pipeline folder of the teacher (default: the one it was read from)")
+    parser.add_argument("--license", help="SPDX name for the card (default: the source's)")
     parser.add_argument("--weights", help="ema (the default), student, or the name of an average")
     parser.add_argument("--checkpoint", help="checkpoint file (default: the run's last)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it exists")
@@ -76,5 +126,13 @@ def main(words: Sequence[str]) -> None:
     if Path(args.out_dir).expanduser().exists() and not args.overwrite:
         raise FileExistsError(f"{args.out_dir} exists; give another folder, or --overwrite to replace it.")
     module = load_run(args.run_dir, args.checkpoint)
-    folder, difference = export_module(module, args.out_dir, weights_name(module, args.weights), args.overwrite)
+    folder, difference = export_module(
+        module,
+        args.out_dir,
+        weights_name(module, args.weights),
+        args.overwrite,
+        lora=args.lora,
+        source=args.source,
+        license=args.license,
+    )
     print(f"{folder}\nstock pipeline in a fresh process: largest difference to sample() {difference:.1e}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -56,16 +57,11 @@ class InMemory:
     def gather(self, indices: Tensor, epoch: int) -> Batch:
         """Rows ``indices`` of every tensor; ``epoch`` plays no part."""
 
-        def pick(value: Any) -> Any:
-            return value.index_select(0, indices) if isinstance(value, Tensor) and value.ndim > 0 else value
+        def pick(value: Tensor) -> Tensor:
+            return value.index_select(0, indices) if value.ndim > 0 else value
 
-        data = self.data
-        batch = Batch(
-            cond={key: pick(value) for key, value in data.cond.items()},
-            x0=pick(data.x0),
-            noise=pick(data.noise),
-            size=len(indices),
-        )
+        times = self.data.times  # the same for all samples
+        batch = replace(replace(self.data, times=None).map(pick), times=times, size=len(indices))
         return batch if self.transform is None else self.transform(batch)
 
 
@@ -252,7 +248,4 @@ def _collate(items: list[Any]) -> Any:
 
 
 def _pin(batch: Batch) -> Batch:
-    def pin(value: Any) -> Any:
-        return value.pin_memory() if isinstance(value, Tensor) else value
-
-    return Batch({k: pin(v) for k, v in batch.cond.items()}, pin(batch.x0), pin(batch.noise), batch.size)
+    return batch.map(Tensor.pin_memory)

@@ -1,4 +1,8 @@
-"""Stored noise-image pairs: what the teacher's deterministic sampler made of each noise."""
+"""Stored noise-image pairs: what the teacher's deterministic sampler made of each noise.
+
+A few thousand pairs fit into one safetensors file, which any tool can write; ``lightning-distill trajectories`` writes
+stores (``data/trajectories.py``), which know their teacher and may be larger than the memory.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,24 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.data.base import DistillationDataModule
 from lightning_distill.data.loader import InMemory
+from lightning_distill.data.store import is_store
+from lightning_distill.data.trajectories import StoredTrajectories
 
-__all__ = ["Pairs", "load_pairs"]
+__all__ = ["Pairs", "load_pairs", "open_pairs"]
+
+
+def open_pairs(path: str | Path, conditions: str | None = None) -> InMemory | StoredTrajectories:
+    """The pairs of a store or of a file, as a ``Source`` that gives float32.
+
+    Args:
+        path: store of ``lightning-distill trajectories``, or safetensors file.
+        conditions: store of the conditions, for trajectories that were made with one.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: something else lies there.
+    """
+    return StoredTrajectories(str(path), conditions) if is_store(path) else InMemory(load_pairs(path), transform=_single)
 
 
 def load_pairs(path: str | Path) -> Batch:
@@ -30,6 +50,8 @@ def load_pairs(path: str | Path) -> Batch:
         ValueError: a key is missing, shapes do not agree, or a pair holds NaN or inf.
     """
     path = Path(path).expanduser()
+    if is_store(path):
+        raise ValueError(f"{path} is a store; read it with Trajectories(path=...) instead of Pairs.")
     if not path.is_file():
         raise FileNotFoundError(f"the pairs file {path} does not exist; give Pairs(path=...) a safetensors file.")
     try:

@@ -64,6 +64,7 @@ class EvaluationRunner:
         sampler: str,
         shape: Sequence[int],
         guidance_scale: float = 1.0,
+        noise_scale: float = 1.0,
     ) -> tuple[dict[str, float], float]:
         """Figures of a network, equal on every rank, and the seconds they took.
 
@@ -73,6 +74,7 @@ class EvaluationRunner:
             sampler: name of the sampler.
             shape: of one sample.
             guidance_scale: w.
+            noise_scale: factor on the fresh noise of the renoise sampler.
         """
         ranks, start = self.ranks, time.perf_counter()
         share = -(-self.num_samples // ranks.world_size)  # equal shares: no rank waits in a collective alone
@@ -87,6 +89,7 @@ class EvaluationRunner:
             batch_size=self.batch_size,
             bf16=self.bf16,
             shape=shape,
+            noise_scale=noise_scale,
         )
         sampling = time.perf_counter() - start
         features = self._gather(self.evaluator.features(samples, labels))
@@ -163,7 +166,9 @@ class EvaluationRunner:
         network = module.sampling_network(None if weights == "ema" else weights)
         own = module.student_times
         times = own if nfe == len(own) else few_step_times(module.process, nfe)
-        figures, seconds = self.measure(network, times, module.sampler, module.sample_shape)
+        figures, seconds = self.measure(
+            network, times, module.sampler, module.sample_shape, noise_scale=module.noise_scale
+        )
         few = next((row.metrics for row in teacher if row.nfe == nfe), None)
         figures = self.evaluator.with_progress(figures, few, [row.metrics for row in teacher])
         return self._row("student", nfe, figures, seconds, weights=weights, **facts)

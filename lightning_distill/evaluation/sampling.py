@@ -30,6 +30,7 @@ def sample_many(
     batch_size: int = 500,
     bf16: bool = False,
     shape: Sequence[int] | None = None,
+    noise_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Many samples whose starting and fresh noise depend on the sample's index only, not on how they are batched.
 
@@ -44,6 +45,7 @@ def sample_many(
         batch_size: samples per network call.
         bf16: run the network under bfloat16 autocast.
         shape: of one sample; None asks the network.
+        noise_scale: factor on the fresh noise.
 
     Returns:
         samples (n, ...) clamped to [-1, 1] when they are images, on the CPU, and their labels (None without classes).
@@ -68,7 +70,7 @@ def sample_many(
             return guided(denoiser, x, t.expand(len(x)), labels, guidance_scale)
 
         def fresh(step: int, x: Tensor, begin: int = begin) -> Tensor:
-            return streams.normal(f"sample/fresh{step}", 0, begin, x.shape).to(x)
+            return noise_scale * streams.normal(f"sample/fresh{step}", 0, begin, x.shape).to(x)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x0 = SAMPLERS[sampler](denoise, process.prior(start, times[0]), times, process, noise=fresh)

@@ -17,7 +17,9 @@ __all__ = ["ADVERSARIAL_KINDS", "approximate_r1", "discriminator_loss", "generat
 ADVERSARIAL_KINDS = ("logistic", "hinge", "relativistic")
 
 
-def generator_loss(fake: Tensor, kind: str = "logistic", *, real: Tensor | None = None) -> Tensor:
+def generator_loss(
+    fake: Tensor, kind: str = "logistic", *, real: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """What the student minimises to be taken for real.
 
         logistic        softplus(-D(fake))                  (non-saturating; DMD2, arXiv:2405.14867)
@@ -28,6 +30,7 @@ def generator_loss(fake: Tensor, kind: str = "logistic", *, real: Tensor | None 
         fake: logits of student samples, (B, ...), with graph to the student.
         kind: one of ``ADVERSARIAL_KINDS``.
         real: logits of real samples, same shape; needed by ``relativistic`` only.
+        weight: factor per sample, (B,); None for none.
 
     Returns:
         scalar, float32 (float64 for float64 logits).
@@ -37,13 +40,13 @@ def generator_loss(fake: Tensor, kind: str = "logistic", *, real: Tensor | None 
     """
     fake = _wide(fake)
     if kind == "logistic":
-        return F.softplus(-fake).mean()
+        return _mean(F.softplus(-fake), weight)
     if kind == "hinge":
-        return -fake.mean()
-    return F.softplus(-_difference(fake, real, kind)).mean()
+        return -_mean(fake, weight)
+    return _mean(F.softplus(-_difference(fake, real, kind)), weight)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "logistic") -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "logistic", *, weight: Tensor | None = None) -> Tensor:
     """What the discriminator minimises.
 
         logistic        softplus(-D(real)) + softplus(D(fake))
@@ -56,6 +59,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "logistic") -> Te
         real: logits of real (or teacher) samples, (B, ...).
         fake: logits of student samples, (B', ...), without graph to the student.
         kind: one of ``ADVERSARIAL_KINDS``.
+        weight: factor per sample, (B,), on the real and the fake one of each pair; None for none.
 
     Returns:
         scalar, float32 (float64 for float64 logits).
@@ -65,10 +69,10 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "logistic") -> Te
     """
     real, fake = _wide(real), _wide(fake)
     if kind == "logistic":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
+        return _mean(F.softplus(-real), weight) + _mean(F.softplus(fake), weight)
     if kind == "hinge":
-        return F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean()
-    return F.softplus(_difference(fake, real, kind)).mean()
+        return _mean(F.relu(1.0 - real), weight) + _mean(F.relu(1.0 + fake), weight)
+    return _mean(F.softplus(_difference(fake, real, kind)), weight)
 
 
 def approximate_r1(logits: Tensor, perturbed: Tensor, noise_std: float = 1.0) -> Tensor:
@@ -120,6 +124,11 @@ def r1_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over samples and heads, of weighted samples if there is a weight."""
+    return values.mean() if weight is None else (values.flatten(1).mean(1) * weight.to(values)).mean()
 
 
 def _difference(fake: Tensor, real: Tensor | None, kind: str) -> Tensor:

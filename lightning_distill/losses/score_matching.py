@@ -16,11 +16,16 @@ from lightning_distill.processes import NoiseProcess, expand
 
 __all__ = ["MatchingWeight", "denoising_loss", "matching_weight", "score_difference", "surrogate"]
 
-MatchingWeight = Literal["dmd", "dmd_v1", "kl", "vsd", "one"]
+MatchingWeight = Literal["dmd", "dmd_v1", "dmd_clamped", "kl", "vsd", "one"]
 
 
 def denoising_loss(
-    prediction: Prediction, x0: Tensor, eps: Tensor, space: str | None = None, sigma_data: float = 1.0
+    prediction: Prediction,
+    x0: Tensor,
+    eps: Tensor,
+    space: str | None = None,
+    sigma_data: float = 1.0,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Mean-squared denoising error, in the space that fixes its weight over time.
 
@@ -37,6 +42,7 @@ def denoising_loss(
         eps: the noise in x_t, same shape.
         space: a prediction type, ``edm`` or ``scaled_epsilon``; None is the prediction's own type.
         sigma_data: s of the ``edm`` weight.
+        factor: further weight per sample, (B,).
 
     Returns:
         scalar mean over all elements.
@@ -45,11 +51,13 @@ def denoising_loss(
     alpha, sigma = process.alpha(t), process.sigma(t)
     if space == "edm":
         weight = (alpha.square() * sigma_data**2 + sigma.square()) / (sigma_data * sigma).square()
-        return (expand(weight, x0) * (prediction.x0 - x0).square()).mean()
-    if space == "scaled_epsilon":
-        return (expand(alpha, x0) * (prediction.eps - eps)).square().mean()
-    space = space or prediction.kind
-    return (prediction.as_type(space) - regression_target(space, x0, eps, alpha, sigma)).square().mean()
+        error = expand(weight, x0) * (prediction.x0 - x0).square()
+    elif space == "scaled_epsilon":
+        error = (expand(alpha, x0) * (prediction.eps - eps)).square()
+    else:
+        space = space or prediction.kind
+        error = (prediction.as_type(space) - regression_target(space, x0, eps, alpha, sigma)).square()
+    return error.mean() if factor is None else (expand(factor, error) * error).mean()
 
 
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:
@@ -74,6 +82,7 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
         dmd     1 / mean |x - y_T|       DMD2 and public re-implementations of DMD
         dmd_v1  alpha / mean |x - y_T|   DMD's paper, w_t = sigma^2 / alpha on the score difference (arXiv:2311.18828,
                                          Eq. 8)
+        dmd_clamped  1 / max(.1, mean |x - y_T|)    CDM (arXiv:2605.06376)
         one     1                        Diff-Instruct (arXiv:2305.18455)
 
     Args:
@@ -83,8 +92,8 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
         t: native times of the matching, (B,).
         process: noise process of ``t``.
     """
-    if kind in ("dmd", "dmd_v1"):
-        scale = (x - real).abs().flatten(1).mean(1).clamp_min(1e-6)
+    if kind in ("dmd", "dmd_v1", "dmd_clamped"):
+        scale = (x - real).abs().flatten(1).mean(1).clamp_min(0.1 if kind == "dmd_clamped" else 1e-6)
         weight = 1.0 / scale
         if kind == "dmd_v1":
             weight = weight * process.alpha(t).to(weight)
@@ -95,7 +104,7 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
     elif kind == "one":
         weight = torch.ones_like(t)
     else:
-        raise ValueError(f"unknown matching weight {kind!r}; choose dmd, dmd_v1, kl, vsd or one.")
+        raise ValueError(f"unknown matching weight {kind!r}; choose dmd, dmd_v1, dmd_clamped, kl, vsd or one.")
     return expand(weight, x)
 
 

@@ -1,30 +1,59 @@
 """Distillation methods; every module of this package is imported by the command line, so a new file is enough."""
 
+from lightning_distill.methods.ac_dmd import ACDMD
+from lightning_distill.methods.adm import ADM
 from lightning_distill.methods.adversarial import AdversarialMethod, RatioMethod
+from lightning_distill.methods.asd import ASD
 from lightning_distill.methods.base import DistillationModule, Rollout, Terms
+from lightning_distill.methods.cdm import CDM
+from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.diff_instruct import DiffInstruct
 from lightning_distill.methods.dmd import DMD
 from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.f_distill import FDistill
 from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
+from lightning_distill.methods.flash_dmd import FlashDMD
+from lightning_distill.methods.gndm import GNDM
+from lightning_distill.methods.ladd import ADD, LADD
+from lightning_distill.methods.msd import MSD
+from lightning_distill.methods.phased_dmd import PhasedDMD
 from lightning_distill.methods.regression import PairRegression
+from lightning_distill.methods.rewarded_dmd import RewardedDMD
+from lightning_distill.methods.sc_dmd import SCDMD
 from lightning_distill.methods.sid import SiD
 from lightning_distill.methods.swiftbrush import SwiftBrush
+from lightning_distill.methods.tdm import TDM
 from lightning_distill.methods.teacher_training import TeacherTraining
 from lightning_distill.methods.uni_instruct import UniInstruct
+from lightning_distill.methods.vdot import VDOT
 from lightning_distill.methods.vsd import VSD
 
 __all__ = [
+    "ACDMD",
+    "ADD",
+    "ADM",
+    "ASD",
+    "CDM",
     "DMD",
     "DMD2",
+    "GNDM",
+    "LADD",
+    "MSD",
+    "SCDMD",
+    "TDM",
+    "VDOT",
     "VSD",
     "AdversarialMethod",
+    "DecoupledDMD",
     "DiffInstruct",
     "DistillationModule",
     "FDistill",
     "FakeScoreMethod",
+    "FlashDMD",
     "PairRegression",
+    "PhasedDMD",
     "RatioMethod",
+    "RewardedDMD",
     "Rollout",
     "Scores",
     "SiD",

@@ -1,24 +1,26 @@
 """Methods with a fake score and, if asked for, an adversarial term on features of the fake score or of the teacher."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.losses.adversarial import discriminator_loss, generator_loss
+from lightning_distill.losses.adversarial import discriminator_loss
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.discriminating import Discriminating
 from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.discriminators import DiscriminatorHeads
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.times import check_coverage
+from lightning_distill.times import TimeDistribution, check_coverage
 
 __all__ = ["AdversarialMethod", "RatioMethod"]
 
 
-class AdversarialMethod(FakeScoreMethod):
+class AdversarialMethod(Discriminating, FakeScoreMethod):
     """Base of methods that may add a GAN (DMD2, arXiv:2405.14867, Section 4.3).
 
         student:      w_g softplus(-D(x_s))
@@ -54,41 +56,23 @@ class AdversarialMethod(FakeScoreMethod):
         assert self.gan is not None
         return self.fake_score if self.gan.features == "fake_score" else self.require_teacher()
 
-    def heads(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Logits of the discriminator heads, (B, n)."""
-        assert self.discriminator is not None
-        return self.discriminator(features)
+    @property
+    def gan_times(self) -> TimeDistribution:
+        """Noise levels of the game: the critic's unless ``gan`` has its own."""
+        assert self.gan is not None
+        return self.gan.times or self.critic_times
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        """Logits at noisy samples, (B, n), by a forward of the feature network up to its last tap."""
+        """As usual; a fake score that is told the student's step is told it here."""
         assert self.gan is not None
-        return self.heads(self.gan.tapped(self.feature_network, x_t, t, cond))
-
-    # ------------------------------------------------------------------------------------------------ student
-    def gan_term(self, x: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The generator's side at a noise level of its own; nothing without ``gan``.
-
-        Args:
-            x: student samples with graph, (B, ...).
-            batch: their conditions; data for the relativistic loss.
-        """
-        if self.gan is None:
-            return {}
-        x_s, s, _ = self.renoise(x, self.gan.times or self.critic_times, "gan")
-        real = self.real_logits(batch, s) if self.gan.kind == "relativistic" else None
-        return {"gan": generator_loss(self.logits(x_s, s, batch.cond), self.gan.kind, real=real)}
-
-    def real_logits(self, batch: Batch, t: Tensor) -> Tensor:
-        """Logits of the batch's data at the given times, with independent noise, (B, n)."""
-        if batch.x0 is None:
-            raise ValueError(
-                "the GAN term compares student samples with real data, but the loader yields batches without x0; use a "
-                "data module with images (for example FashionMNIST), or remove gan for data-free training."
-            )
-        eps = self.draws.normal("gan/real_noise", batch.x0.shape)
-        return self.logits(self.process.add_noise(batch.x0, eps, t), t, batch.cond)
+        with self.told_step() if self.gan.features == "fake_score" else nullcontext():
+            return super().logits(x_t, t, cond)
 
     # ------------------------------------------------------------------------------------------------ critic
+    def gan_weight(self, batch: Batch) -> Tensor | None:
+        """Factor on the game of each of the slice's samples, (B,); None for none."""
+        return None
+
     @property
     def shares_forward(self) -> bool:
         """Whether the critic's own forward has the features of the fake samples."""
@@ -103,10 +87,10 @@ class AdversarialMethod(FakeScoreMethod):
         if self.shares_forward:
             fake, t = self.heads(self.gan.in_passing(prediction.x_t, prediction.features)), prediction.t
         else:
-            x_s, t, _ = self.renoise(self.rollout(batch, grad=False).x0, self.gan.times or self.critic_times, "gan")
+            x_s, t, _ = self.renoise(self.rollout(batch, grad=False).x0, self.gan_times, "gan")
             fake = self.logits(x_s, t, batch.cond)
         real = self.real_logits(batch, t)
-        terms.losses["gan"] = discriminator_loss(real, fake, self.gan.kind)
+        terms.losses["gan"] = discriminator_loss(real, fake, self.gan.kind, weight=self.gan_weight(batch))
         terms.diagnostics["logit_real"], terms.diagnostics["logit_fake"] = real.mean(), fake.mean()
         return terms
 

@@ -9,13 +9,14 @@ optimizer steps through Lightning's wrapper, so ``trainer.global_step`` and ``ma
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
 from lightning_distill.methods.terms import Terms, mean_terms
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.lora import base_state_dict
+from lightning_distill.networks.lora import base_state_dict, enable_activation_checkpointing
 from lightning_distill.networks.roles import Copy, Role, averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 from lightning_distill.optim import default_optimizer, guard_step
@@ -55,6 +56,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         student_scheduler: learning-rate schedule, stepped once per student update.
         gradient_clip_val: largest gradient norm of each optimizer, None for no clipping.
         accumulate_grad_batches: each phase's batch is split into this many micro-batches.
+        activation_checkpointing: trained networks recompute their blocks in the backward pass instead of keeping
+            activations, for about a third more time.
         ema: averages of the student, None for one ``PowerEMA()``, an empty list for none; the first is sampled by
             default.
         max_skipped_steps: non-finite steps in a row after which training stops.
@@ -88,6 +91,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         student_scheduler: LRSchedulerCallable | None = None,
         gradient_clip_val: float | None = 10.0,
         accumulate_grad_batches: int = 1,
+        activation_checkpointing: bool = False,
         ema: list[EMAProfile] | None = None,
         max_skipped_steps: int = 50,
         seed: int = 0,
@@ -115,6 +119,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.scheduler_factories: dict[str, LRSchedulerCallable | None] = {"student": student_scheduler}
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.activation_checkpointing = activation_checkpointing
         self.ema_profiles = [PowerEMA()] if ema is None else list(ema)
         names = [profile.name for profile in self.ema_profiles]
         if len(set(names)) < len(names):
@@ -137,6 +142,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self._data_checks_left = 2
         self._rollouts: dict[tuple[int, int], Rollout] = {}
         self._stepping: tuple[int, Tensor]
+        #: phase whose losses are being computed; strategies read it
+        self.running_phase: str | None = None
         self._teacher_fingerprint: str | None = None
         self._trained: dict[str, list[nn.Parameter]] = {}
 
@@ -148,6 +155,10 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         if self._teacher_source is not None:
             self.teacher = as_denoiser(self._teacher_source).requires_grad_(False).eval()
         self.build_roles()
+        if self.activation_checkpointing:
+            for role in dict.fromkeys(role for roles in self.phases.values() for role in roles):
+                if isinstance(network := getattr(self, role, None), Denoiser):
+                    enable_activation_checkpointing(network)
         for profile in self.ema_profiles:
             self.student_ema[profile.name] = averaged_copy(self.student, profile.name)
         self._trained.clear()
@@ -192,6 +203,10 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             self._trained[name] = [] if network is None else [p for p in network.parameters() if p.requires_grad]
         return self._trained[name]
 
+    def forget_parameters(self) -> None:
+        """Look parameters up again; called when a strategy has replaced them by shards."""
+        self._trained.clear()
+
     def averages(self) -> list[list[nn.Parameter]]:
         """Parameters of each student average, in the order of ``student.parameters()``."""
         return [list(average.parameters()) for average in self.student_ema.values()]
@@ -235,7 +250,13 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         key = (self.draws.slice_index, self.draws.first)
         if not grad and key in self._rollouts:
             return self._rollouts[key]
-        made = backward_simulation(
+        made = self.simulate_student(batch, grad)
+        self._rollouts[key] = made.detached()
+        return made
+
+    def simulate_student(self, batch: Batch, grad: bool) -> Rollout:
+        """A new rollout, see ``rollout``; methods with other rollouts override it."""
+        return backward_simulation(
             self.student,
             batch.cond,
             (batch.size, *self.sample_shape),
@@ -244,8 +265,9 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             self.draws.of_slice(),
             grad,
         )
-        self._rollouts[key] = Rollout(made.x0.detach(), made.step)
-        return made
+
+    def after_phase(self, phase: str) -> None:
+        """Called when a phase's optimizer has stepped; ``self._skipped`` is 1 where the step was skipped."""
 
     # ------------------------------------------------------------------------------------------------ the cycle
     @property
@@ -270,6 +292,13 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
                 entry["lr_scheduler"] = {"scheduler": schedule(entry["optimizer"]), "name": f"lr/{phase}"}
             configured.append(entry)
         return configured
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that cannot train several phases, before anything is built."""
+        if stage == "fit":
+            from lightning_distill.strategies import check_strategy  # which import this module
+
+            check_strategy(self.trainer.strategy, len(self.phases))
 
     def on_fit_start(self) -> None:
         """Warn about averages that will mostly hold the teacher's weights."""
@@ -325,7 +354,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
                 self.draws = Draws(self.streams, update, first, f"{phase}{repeat}", slice_index, self.device)
                 terms = loss_function(batch.rows(micro * size, (micro + 1) * size))
                 loss = self.weighted_sum(phase, terms) / parts
-                self.manual_backward(loss)
+                with self._reduced(micro == parts - 1):
+                    self.manual_backward(loss)
                 total = total + loss.detach()
                 logged.append(terms)
             self._stepping = (index, total)
@@ -336,6 +366,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
                 inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
                 self.trainer.strategy.optimizer_step(inner, closure=lambda: None, model=self)
         optimizer.zero_grad(set_to_none=True)
+        self.after_phase(phase)
         mean = mean_terms(logged)
         mean.diagnostics.update(total=total, grad_norm=self._grad_norm)
         return mean
@@ -367,11 +398,20 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         frozen = [p for p in others if id(p) not in own]
         for parameter in frozen:
             parameter.requires_grad_(False)
+        self.running_phase = phase
         try:
             yield
         finally:
+            self.running_phase = None
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+    def _reduced(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over processes in the last of the backward passes of an optimizer step."""
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
 
     def _check_scaling(self, batch: Batch) -> None:
         if self.check_data and self._data_checks_left and batch.x0 is not None:

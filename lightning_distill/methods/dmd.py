@@ -22,8 +22,9 @@ class DMD(FakeScoreMethod):
 
     Args:
         teacher: the pretrained model.
-        regression_pairs: safetensors file of noise and what the teacher's deterministic sampler made of it, with the
-            guidance of ``guidance``.
+        regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) of noise and what the
+            teacher's deterministic sampler made of it, with the guidance of ``guidance``.
+        regression_conditions: store of the embeddings with which the pairs were made, for text models.
         regression_distance: LPIPS as in the paper (images or decoded latents in [-1, 1]); None is the mean squared
             error.
         weight: lambda, see ``matching_weight``.
@@ -46,6 +47,7 @@ class DMD(FakeScoreMethod):
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
         regression_pairs: str | None = None,
+        regression_conditions: str | None = None,
         regression_distance: PerceptualDistance | None = None,
         weight: str = "dmd_v1",
         fake_score_steps: int = 1,
@@ -54,11 +56,11 @@ class DMD(FakeScoreMethod):
         super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
         if regression_pairs is None:
             raise ValueError(
-                "DMD learns from stored pairs; give regression_pairs=FILE, a safetensors file with noise and x0, or "
-                "use DMD2, which needs none."
+                "DMD learns from stored pairs; give regression_pairs=PATH, a store or safetensors file with noise and "
+                "x0, or use DMD2, which needs none."
             )
         self.weight = weight
-        self.regression = PairRegression(regression_pairs, regression_distance)
+        self.regression = PairRegression(regression_pairs, regression_distance, regression_conditions)
 
     def check_configuration(self) -> None:
         """Pairs lead from noise to data in one step."""

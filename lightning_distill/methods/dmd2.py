@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from lightning_distill.batch import Batch
 from lightning_distill.methods.adversarial import AdversarialMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.regression import PairRegression
+from lightning_distill.methods.rollout import Rollout
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 
@@ -28,7 +31,9 @@ class DMD2(AdversarialMethod):
     Args:
         teacher: the pretrained model.
         weight: factor lambda on the direction; ``dmd`` is 1 / mean |x - y_T| per sample (see ``matching_weight``).
-        regression_pairs: safetensors file of noise and teacher outputs for a warm-up by regression.
+        regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) with noise and teacher
+            outputs, for a warm-up by regression.
+        regression_conditions: store of the embeddings with which they were made, for text models.
         regression_steps: student updates of that warm-up.
         **kwargs: see ``AdversarialMethod`` (``gan``; default weights 1e-3 for ``student/gan`` and 1e-2 for
             ``fake_score/gan``), ``FakeScoreMethod`` and ``DistillationModule``.
@@ -48,23 +53,34 @@ class DMD2(AdversarialMethod):
         *,
         weight: str = "dmd",
         regression_pairs: str | None = None,
+        regression_conditions: str | None = None,
         regression_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
         if regression_steps and regression_pairs is None:
             raise ValueError(
-                f"regression_steps={regression_steps} needs regression_pairs, a file of noise-image pairs."
+                f"regression_steps={regression_steps} needs regression_pairs, a store or file of noise-image pairs."
             )
         self.weight = weight
         self.regression_steps = regression_steps
-        self.regression = None if regression_pairs is None else PairRegression(regression_pairs)
+        self.regression = None
+        if regression_pairs is not None:
+            self.regression = PairRegression(regression_pairs, conditions=regression_conditions)
 
     def student_loss(self, batch: Batch) -> Terms:
         """Score difference at a random time, and the generator's side of the GAN."""
         if self.regression is not None and self.draws.update < self.regression_steps:  # Section 4.1, one-step VP
             return Terms({"regression": self.regression.loss(self, batch.size)})
-        x = self.rollout(batch).x0
-        terms = self.matching(x, self.scores(x, batch), self.weight)
-        terms.losses |= self.gan_term(x, batch)
+        return self.rollout_terms(self.rollout(batch), batch)
+
+    def rollout_terms(self, rollout: Rollout, batch: Batch) -> Terms:
+        """Both terms of a rollout with graph."""
+        x = rollout.x0
+        terms = self.matching(x, self.scores(x, batch), self.weight, self.sample_factor(x, batch))
+        terms.losses |= self.gan_term(x, batch, self.gan_weight(batch))
         return terms
+
+    def sample_factor(self, x: Tensor, batch: Batch) -> Tensor | float:
+        """Further weight of the matching term, broadcastable to the student's samples ``x``; 1 here."""
+        return 1.0

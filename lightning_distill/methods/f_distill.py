@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.adversarial import generator_loss
@@ -12,6 +11,7 @@ from lightning_distill.losses.f_divergences import divergence as find_divergence
 from lightning_distill.losses.f_divergences import log_ratio
 from lightning_distill.methods.adversarial import RatioMethod
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.running import RunningMeans
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import expand
@@ -19,7 +19,7 @@ from lightning_distill.processes import expand
 __all__ = ["FDistill"]
 
 
-class FDistill(RatioMethod):
+class FDistill(RunningMeans, RatioMethod):
     """DMD2 whose direction is weighted by the density ratio: any f-divergence instead of the reverse KL.
 
         grad_theta = E_t[ h(r) lambda_t (y_F(x_t) - y_T(x_t)) dx/dtheta ],     r = p_T,t / p_S,t = exp D(x_t)
@@ -80,9 +80,7 @@ class FDistill(RatioMethod):
         self.ratio_decay = ratio_decay
         self.ratio_min, self.ratio_max = ratio_min, ratio_max
         # sums and counts of r by bin and, in the last column, of h; one made-up sample of 1 each to begin with
-        columns = max(1, ratio_bins) + 1
-        self.register_buffer("ratio_state", torch.ones(2, columns))
-        self.register_buffer("ratio_pending", torch.zeros(2, columns), persistent=False)
+        self.add_running("ratio", max(1, ratio_bins) + 1, ratio_decay)
         self.register_buffer("ratio_edges", torch.empty(0, dtype=torch.float64), persistent=False)
 
     def build_roles(self) -> None:
@@ -116,20 +114,9 @@ class FDistill(RatioMethod):
         r = u.float().exp().clamp(self.ratio_min, self.ratio_max)
         bins = torch.bucketize(t, self.ratio_edges)
         member = (bins[:, None] == torch.arange(self.ratio_state.shape[1] - 1, device=t.device)).to(r)
-        means = self.ratio_state[0] / self.ratio_state[1]
+        means = self.running_means("ratio")
         normalised = r / (member @ means[:-1]) if self.ratio_bins else r
         h = find_divergence(self.divergence).weight(normalised.log())
-        last = torch.stack([h.sum(), torch.full_like(h[0], len(h))])
-        counted = torch.stack([(member * r[:, None]).sum(0), member.sum(0)])
-        self.ratio_pending += torch.cat([counted, last[:, None]], dim=1)
+        sums, counts = (member * r[:, None]).sum(0), member.sum(0)
+        self.note("ratio", torch.cat([sums, h.sum()[None]]), torch.cat([counts, torch.full_like(h[:1], len(h))]))
         return h / means[-1]
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """As usual; after the student's gradients its samples enter the running means, unless its step is skipped."""
-        super().on_before_optimizer_step(optimizer)
-        if self._stepping[0] != list(self.phases).index("student"):
-            return
-        fresh = self.trainer.strategy.reduce(self.ratio_pending, reduce_op="sum")
-        updated = self.ratio_decay * self.ratio_state + fresh
-        self.ratio_state.copy_(torch.where(self._skipped.bool(), self.ratio_state, updated))
-        self.ratio_pending.zero_()

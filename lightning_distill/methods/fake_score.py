@@ -3,50 +3,30 @@
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.guidance import Guidance
+from lightning_distill.generation import default_cond
+from lightning_distill.guidance import Guidance, check_guidance
 from lightning_distill.losses.score_matching import denoising_loss, matching_weight, score_difference
 from lightning_distill.methods.base import DistillationModule, Terms
+from lightning_distill.methods.rollout import Rollout
+from lightning_distill.methods.step_aware import Scores, StepAware
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.oracle import OracleNetwork
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.networks.step_condition import CONDITIONS, StepCondition, entrance
 from lightning_distill.times import TimeDistribution, bounded, check_coverage
 
 __all__ = ["FakeScoreMethod", "Scores"]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Both scores at one noisy version of the student's samples.
-
-    Attributes:
-        x_t: noisy samples, (B, ...).
-        t: their times, (B,).
-        real: y_T, the teacher's guided x0-prediction, (B, ...).
-        fake: y_F, the fake score's.
-        features: tapped activations of the fake score by name.
-    """
-
-    x_t: Tensor
-    t: Tensor
-    real: Tensor
-    fake: Tensor
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def gap(self) -> Tensor:
-        """Mean squared difference of the two, without graph."""
-        return (self.fake - self.real).detach().square().mean()
-
-
-class FakeScoreMethod(DistillationModule):
+class FakeScoreMethod(StepAware, DistillationModule):
     """Base of the distribution-matching family: roles, the two time-scale cycle and the critic's denoising loss.
 
     A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update uses the
@@ -71,6 +51,10 @@ class FakeScoreMethod(DistillationModule):
             none.
         critic_dropout: share of samples whose condition is dropped in the fake score's training, which keeps an
             unconditional branch alive for ``fake_guidance``.
+        critic_condition_on: what the fake score of a multi-step student is told about the step that made a sample:
+            ``none``, the ``step`` itself or its time ``interval``. With ``none`` it learns the mixture of all steps,
+            and the steps need not have the teacher's distribution one by one (see ``networks.step_condition``).
+        rollout_step: whether the random step of a rollout is one per ``batch`` or one per ``sample``.
         fake_score_optimizer: optimizer of the critic (and of discriminator heads); None for fused AdamW.
         fake_score_scheduler: learning-rate schedule of the critic, stepped once per student update.
         **kwargs: see ``DistillationModule``.
@@ -94,6 +78,8 @@ class FakeScoreMethod(DistillationModule):
         fake_guidance: Guidance | None = None,
         critic_guidance: Guidance | None = None,
         critic_dropout: float = 0.0,
+        critic_condition_on: Literal["none", "step", "interval"] = "none",
+        rollout_step: Literal["batch", "sample"] = "batch",
         fake_score_optimizer: OptimizerCallable | None = None,
         fake_score_scheduler: LRSchedulerCallable | None = None,
         **kwargs: Any,
@@ -105,6 +91,11 @@ class FakeScoreMethod(DistillationModule):
             )
         if not 0.0 <= critic_dropout < 1.0:
             raise ValueError(f"critic_dropout={critic_dropout}: give a share between 0 and 1.")
+        if critic_condition_on not in CONDITIONS or rollout_step not in ("batch", "sample"):
+            raise ValueError(
+                f"critic_condition_on={critic_condition_on!r} must be one of {', '.join(CONDITIONS)}, and "
+                f"rollout_step={rollout_step!r} batch or sample."
+            )
         self._fake_score_role = fake_score or Copy()
         self._fake_score_role.check()
         self.guidance = guidance or Guidance(1.0)
@@ -116,6 +107,8 @@ class FakeScoreMethod(DistillationModule):
         self.fake_guidance = fake_guidance or Guidance(1.0)
         self.critic_guidance = critic_guidance or Guidance(1.0)
         self.critic_dropout = critic_dropout
+        self.critic_condition_on = critic_condition_on
+        self.rollout_step = rollout_step
         self.optimizer_factories["fake_score"] = fake_score_optimizer
         self.scheduler_factories["fake_score"] = fake_score_scheduler
         self.fake_score: Denoiser
@@ -128,27 +121,16 @@ class FakeScoreMethod(DistillationModule):
         self.fake_score = self._fake_score_role.build(self.require_teacher(), "fake_score")
         self.matching_times = self._given_matching_times or bounded(self.process, 0.02, 0.98)
         self.critic_times = self._given_critic_times or bounded(self.process, 0.0, 1.0)
+        if self.critic_condition_on != "none":
+            cond = {k: v.to(self.fake_score.device) for k, v in default_cond(self.fake_score, 1).items()}
+            layer, width = entrance(self.fake_score, self.sample_shape, cond)
+            steps = len(self.student_times)
+            self.fake_score.add_module("step_condition", StepCondition(layer, width, self.critic_condition_on, steps))
 
     def check_configuration(self) -> None:
         """Guidance must be possible, and the critic must be trained where scores are compared."""
         super().check_configuration()
-        teacher = self.require_teacher()
-        others = set(teacher.family.null) - {"class_labels"}
-        missing = [key for key in teacher.missing_null() if key != "class_labels"]
-        for guidance in (self.guidance, self.fake_guidance, self.critic_guidance):
-            if not guidance.needs_null:
-                continue
-            name = type(teacher.network).__name__
-            if missing:
-                raise ValueError(
-                    f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
-                    f"unconditional value for {missing[0]!r}; give null_cond=... of the teacher, or use Guidance(1)."
-                )
-            if teacher.num_classes is None and not others:
-                raise ValueError(
-                    f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
-                    "null class; give null_class=... of the teacher, or use Guidance(1)."
-                )
+        check_guidance(self.require_teacher(), self.guidance, self.fake_guidance, self.critic_guidance)
         check_coverage(self.matching_times, self.critic_times, self.process)
 
     @property
@@ -162,7 +144,13 @@ class FakeScoreMethod(DistillationModule):
         return [("student", 0), *critic]
 
     # ------------------------------------------------------------------------------------------------ student
-    def scores(self, x: Tensor, batch: Batch, taps: tuple[str, ...] = ()) -> Scores:
+    def scores(
+        self,
+        x: Tensor,
+        batch: Batch,
+        taps: tuple[str, ...] = (),
+        noisy: tuple[Tensor, Tensor] | None = None,
+    ) -> Scores:
         """Teacher and fake score at the student's samples, noised to a random matching time.
 
         Both have a graph to ``x`` where the method differentiates scores. With ``taps`` the fake score alone has one,
@@ -172,16 +160,19 @@ class FakeScoreMethod(DistillationModule):
             x: student samples, (B, ...).
             batch: their conditions.
             taps: blocks of the (then unguided) fake score whose outputs are wanted.
+            noisy: x_t and t, where they are not ``x`` noised to a matching time.
         """
-        x_t, t, _ = self.renoise(x, self.matching_times, "matching")
+        x_t, t = noisy or self.renoise(x, self.matching_times, "matching")[:2]
         u = self.draws.uniform("guidance", len(x))
         with nullcontext() if self.differentiates_scores else torch.no_grad():
             real = self.guidance(self.require_teacher(), x_t, t, batch.cond, u).x0
             if not taps:
-                fake = self.fake_guidance(self.fake_score, x_t, t, batch.cond, u).x0
+                with self.told_step():
+                    fake = self.fake_guidance(self.fake_score, x_t, t, batch.cond, u).x0
         if not taps:
             return Scores(x_t, t, real, fake)
-        prediction = self.fake_score(x_t, t, batch.cond, taps=taps)
+        with self.told_step():
+            prediction = self.fake_score(x_t, t, batch.cond, taps=taps)
         return Scores(x_t, t, real, prediction.x0, prediction.features)
 
     def matching(self, x: Tensor, scores: Scores, kind: str, factor: Tensor | float = 1.0) -> Terms:
@@ -200,12 +191,32 @@ class FakeScoreMethod(DistillationModule):
     # ------------------------------------------------------------------------------------------------ critic
     def critic_denoising(self, batch: Batch, taps: tuple[str, ...] = ()) -> tuple[Terms, Any]:
         """Denoising loss of the fake score on detached student samples, and the prediction it came from."""
-        x = self.rollout(batch, grad=False).x0
-        x_t, t, eps = self.renoise(x, self.critic_times, "critic")
-        prediction = self._criticised(x_t, t, batch.cond, taps)
+        rollout = self.rollout(batch, grad=False)
+        x_t, t, x, eps, weight = self.critic_samples(rollout)
+        with self.told_step():
+            prediction = self._criticised(x_t, t, batch.cond, taps)
         own = "edm" if self.fake_score.network_process is not None else self.fake_score.prediction_type
-        loss = denoising_loss(prediction, x, eps, self.critic_space or own, self.fake_score.data_scale)
+        loss = denoising_loss(prediction, x, eps, self.critic_space or own, self.fake_score.data_scale, weight)
+        if isinstance(self.fake_score.network, OracleNetwork):
+            self._remember(rollout, batch)
         return Terms({"denoising": loss}), prediction
+
+    def _remember(self, rollout: Rollout, batch: Batch) -> None:
+        """Samples of all ranks enter the bank of an oracle, after it was judged on them."""
+        held: dict[str, Any] = {"x0": rollout.x0, **batch.cond}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered: Any = self.all_gather(held)
+            held = {k: v.flatten(0, 1) for k, v in gathered.items()}
+        self.fake_score.network.observe(held.pop("x0"), held)  # type: ignore[operator]
+
+    def critic_samples(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What the fake score learns from: x_t, t, its targets x0 and eps, and a weight (B,) or None.
+
+        Args:
+            rollout: student samples without graph.
+        """
+        x_t, t, eps = self.renoise(rollout.x0, self.critic_times, "critic")
+        return x_t, t, rollout.x0, eps, None
 
     @property
     def critic_is_plain(self) -> bool:

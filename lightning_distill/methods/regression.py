@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_distill.data.pairs import load_pairs
+from lightning_distill.data.pairs import open_pairs
+from lightning_distill.data.trajectories import StoredTrajectories, check_teacher
 from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 
 if TYPE_CHECKING:
@@ -17,16 +18,26 @@ __all__ = ["PairRegression"]
 class PairRegression:
     """Squared or perceptual distance between the student's first step and what the teacher's solver made.
 
-        mean distance( G(sigma z, t_init), x_ref ),     (z, x_ref) from a file
+        mean distance( G(sigma z, t_init), x_ref ),     (z, x_ref) from a store or a file
 
     Args:
-        path: safetensors file, see ``data.pairs.load_pairs``.
+        path: store of ``lightning-distill trajectories``, or safetensors file, see ``data.pairs.load_pairs``.
         distance: perceptual distance; None is the mean squared error.
+        conditions: store of the embeddings with which the teacher made the pairs, for text models.
+        allow_other_teacher: accept a store whose teacher is not the method's.
     """
 
-    def __init__(self, path: str, distance: PerceptualDistance | None = None) -> None:
-        self.pairs = load_pairs(path)
+    def __init__(
+        self,
+        path: str,
+        distance: PerceptualDistance | None = None,
+        conditions: str | None = None,
+        allow_other_teacher: bool = False,
+    ) -> None:
+        self.path = path
+        self.pairs = open_pairs(path, conditions)
         self.distance = distance
+        self._teacher_known = allow_other_teacher
         if distance is not None:
             distance.check()
 
@@ -36,16 +47,24 @@ class PairRegression:
         Args:
             module: owner of the student.
             n: number of pairs.
+
+        Raises:
+            ValueError: the pairs of a store were made by another teacher.
         """
-        noise, reference = self.pairs.noise, self.pairs.x0
-        assert noise is not None
-        assert reference is not None
-        rows = (module.draws.uniform("pairs", n) * self.pairs.size).long().clamp_max(self.pairs.size - 1).cpu()
-        cond = {k: v[rows].to(module.device) for k, v in self.pairs.cond.items()}
-        start = module.process.prior(noise[rows].to(module.device), module.student_times[0])
+        if not self._teacher_known:  # at the first update: the networks exist now
+            if isinstance(self.pairs, StoredTrajectories):
+                check_teacher(self.pairs.key, module, self.path)
+            self._teacher_known = True
+        total = len(self.pairs)
+        rows = (module.draws.uniform("pairs", n) * total).long().clamp_max(total - 1).cpu()
+        pairs = self.pairs.gather(rows, 0)
+        assert pairs.noise is not None
+        assert pairs.x0 is not None
+        cond = {k: v.to(module.device) for k, v in pairs.cond.items()}
+        start = module.process.prior(pairs.noise.to(module.device), module.student_times[0])
         t = torch.full((n,), module.student_times[0], dtype=torch.float64, device=module.device)
         x = module.student(start, t, cond).x0
-        reference = reference[rows].to(x)
+        reference = pairs.x0.to(x)
         if self.distance is None:
             return (x - reference).square().mean()
         return self.distance(x, reference).mean()

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from lightning_distill.batch import as_batch
 from lightning_distill.generation import default_cond, draw_noise, generate
+from lightning_distill.hybrid import hybrid
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.negative_prompts import negative_prompts
 from lightning_distill.processes import NoiseProcess
 from lightning_distill.times import few_step_times
 
@@ -18,8 +20,11 @@ __all__ = ["StudentSampling"]
 class StudentSampling:
     """What a module with a student, its averages and its time list can do with them."""
 
+    teacher: Denoiser | None
     student: Denoiser
     student_ema: nn.ModuleDict
+    #: factor on the fresh noise between the steps of ``sample``
+    noise_scale: float = 1.0
     sampler: Literal["renoise", "ode"]
     _given_times: list[float] | None
     _given_shape: tuple[int, ...] | None
@@ -69,6 +74,9 @@ class StudentSampling:
         noise: Tensor | None = None,
         weights: str | None = None,
         batch_size: int | None = None,
+        noise_scale: float | None = None,
+        negative: Mapping[str, Any] | None = None,
+        negative_scale: float = 0.5,
     ) -> Tensor:
         """Samples of the student.
 
@@ -80,6 +88,9 @@ class StudentSampling:
             noise: starting noise (n, *shape) instead of the generator's.
             weights: which network; see ``sampling_network``.
             batch_size: samples per network call.
+            noise_scale: gamma, factor on the fresh noise of the renoise sampler; None for the module's own.
+            negative: conditions of negative prompts, see ``networks.negative_prompts``; None for none.
+            negative_scale: how strongly to steer away from them.
 
         Returns:
             x0, (n, *shape), float32.
@@ -88,7 +99,55 @@ class StudentSampling:
         times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
         start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
         conditions = default_cond(network, n) if cond is None else cond
-        return generate(network, start, conditions, times, self.sampler, generator=generator, batch_size=batch_size)
+        options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
+        options["noise_scale"] = self.noise_scale if noise_scale is None else noise_scale
+        if negative is None:
+            return generate(network, start, conditions, times, self.sampler, **options)
+        with negative_prompts(network, conditions, negative, negative_scale) as both:
+            return generate(network, start, both, times, self.sampler, **options)
+
+    def sample_hybrid(
+        self,
+        n: int,
+        cond: Mapping[str, Any] | None = None,
+        *,
+        first: int = 1,
+        teacher_steps: int = 20,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        weights: str | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Samples whose first student steps the teacher takes, which restores diversity; see ``hybrid.hybrid``.
+
+        Args:
+            n: number of samples.
+            cond: conditions, tensors of n rows; None as in ``sample``.
+            first: student steps that the teacher replaces.
+            teacher_steps: steps of the teacher's whole grid.
+            guidance_scale: w of the teacher; None for that of the training.
+            generator: source of all noise.
+            noise: starting noise (n, *shape) instead of the generator's.
+            weights: which network; see ``sampling_network``.
+            batch_size: samples per network call.
+        """
+        network = self.sampling_network(weights)
+        if self.teacher is None:
+            raise ValueError(f"{type(self).__name__} has no teacher, so there is nothing to begin with; use sample().")
+        return hybrid(
+            self.teacher,
+            network,
+            draw_noise((n, *self.sample_shape), generator) if noise is None else noise,
+            default_cond(network, n) if cond is None else cond,
+            self.student_times,
+            first=first,
+            teacher_steps=teacher_steps,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            sampler=self.sampler,
+            generator=generator,
+            batch_size=batch_size,
+        )
 
     @property
     def guidance_scale(self) -> float:

@@ -1,20 +1,15 @@
 """SiD: score identity distillation in one and in few steps (arXiv:2404.04057, arXiv:2505.12674)."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_distill.batch import Batch
-from lightning_distill.generation import default_cond, draw_noise, generate
 from lightning_distill.losses.sid import fisher_loss, fisher_weight
 from lightning_distill.methods.adversarial import AdversarialMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import EDM
-from lightning_distill.times import bounded, few_step_times
+from lightning_distill.times import bounded
 
 __all__ = ["SiD"]
 
@@ -53,7 +48,7 @@ class SiD(AdversarialMethod):
         critic's first update uses the student's samples.
         The critic's times cover the whole range (the paper's critic has lognormal ones, which hardly reach its noisiest
         matching times).
-        ``noise_scale`` belongs to ``sample()``; evaluation and export run the plain sampler.
+        ``noise_scale`` changes sampling and evaluation, not training; no stock scheduler has it, so export refuses it.
         The discriminator of ``gan`` has heads of its own, where SiDA averages the channels of a feature.
     """
 
@@ -95,40 +90,3 @@ class SiD(AdversarialMethod):
         terms.diagnostics |= {"score_gap": scores.gap, "sample_std": x.detach().std()}
         terms.losses |= self.gan_term(x, batch)
         return terms
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        cond: Mapping[str, Any] | None = None,
-        *,
-        num_steps: int | None = None,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        weights: str | None = None,
-        batch_size: int | None = None,
-        noise_scale: float | None = None,
-    ) -> Tensor:
-        """Samples of the student; see ``StudentSampling.sample``.
-
-        Args:
-            n: number of samples.
-            cond: conditions, tensors of n rows.
-            num_steps: steps on the trailing grid; None is the student's own time list.
-            generator: source of all noise.
-            noise: starting noise (n, *shape) instead of the generator's.
-            weights: which network.
-            batch_size: samples per network call.
-            noise_scale: gamma, None for the module's own.
-        """
-        network = self.sampling_network(weights)
-        return generate(
-            network,
-            draw_noise((n, *self.sample_shape), generator) if noise is None else noise,
-            default_cond(network, n) if cond is None else cond,
-            self.student_times if num_steps is None else few_step_times(self.process, num_steps),
-            self.sampler,
-            generator=generator,
-            noise_scale=self.noise_scale if noise_scale is None else noise_scale,
-            batch_size=batch_size,
-        )

@@ -9,19 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from lightning_distill.networks.families import Family, family_of
 from lightning_distill.networks.families.base import SAME
+from lightning_distill.networks.second_time import Times, second_time_of
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
-from lightning_distill.processes import NoiseProcess, change_process, expand
+from lightning_distill.processes import EDM, NoiseProcess, change_process, expand
 
-__all__ = ["Denoiser"]
+__all__ = ["TAPPED", "AllTapsSeen", "Denoiser"]
+
+#: attribute of a network in which the features tapped by the running call are found
+TAPPED = "_lightning_distill_tapped"
 
 #: conditions that enter the network's own layers, hence in its dtype; sizes and masks keep theirs
 _EMBEDDINGS = ("encoder_hidden_states", "pooled_projections", "text_embeds")
 
 
-class _AllTapsSeen(Exception):
+class AllTapsSeen(Exception):
     """Raised by the hook on the last tapped block so that the blocks behind it are not run."""
 
 
@@ -91,6 +96,8 @@ class Denoiser(nn.Module):
         self.null_class = null_class
         #: entry of the zoo that these weights are, unchanged; None for any other network
         self.zoo_name: str | None = None
+        #: dtype the network computes in, where a strategy gives it weights of another; None for that of its weights
+        self.compute_dtype: torch.dtype | None = None
         #: the entry with what the caller said about null conditions and guidance; shared by all roles of a network
         self.family = _bound(family or family_of(network), null_cond or {}, guidance)
         if self.family.eval_only:
@@ -140,7 +147,7 @@ class Denoiser(nn.Module):
             self._tap(taps, features, features_only, stack)
             try:
                 out = self.call_network(packed, second, kwargs)
-            except _AllTapsSeen:
+            except AllTapsSeen:
                 return features
         if missing := [name for name in taps if name not in features]:
             raise ValueError(f"the tapped blocks {missing} were not run by {type(self.network).__name__}.forward.")
@@ -273,6 +280,11 @@ class Denoiser(nn.Module):
         return change_process(t, self.process, self.network_process, self.data_scale)[0]
 
     def _time(self, t: Tensor) -> Tensor:
+        if self.family.integer_time and unpack_dual(t).tangent is not None:
+            raise ValueError(
+                f"{type(self.network).__name__} is told integer times, so its output has no derivative in time; give "
+                "the Denoiser family=dataclasses.replace(family, integer_time=False), which its embedding can read too."
+            )
         inner_t = self._inner_time(t)
         time = self._inner.network_time(inner_t) if self.family.time == "network" else inner_t
         return self.family.network_time(time, self.network)
@@ -292,22 +304,52 @@ class Denoiser(nn.Module):
             time = time.to(dtype if dtype == torch.float64 else torch.float32)
         return time[:, None].expand(-1, x.shape[2]) if self.family.time_per_frame else time
 
-    def _target_time(self, t: Tensor, r: Tensor | None, x: Tensor) -> dict[str, Tensor]:
-        name = self.family.target_time
+    def _target_time(self, t: Tensor, r: Tensor | None, x: Tensor) -> dict[str, Any]:
+        name, installed = self.family.target_time, second_time_of(self.network)
+        two_times = installed is not None and installed.kind is not None
         if r is None:
-            if name is None or not self.family.needs_target:
+            if not two_times and (name is None or not self.family.needs_target):
                 return {}
             r = t
+        r = r.expand(x.shape[0]) if r.ndim == 0 else r
+        if two_times:
+            return self._installed_times(t, r, x)
         if name is None:
             raise ValueError(
                 f"{type(self.network).__name__} takes one time, so r=... has no place to go; use a two-time network "
-                "(AnyFlowTransformer3DModel, or a module of your own with an argument r)."
+                "(AnyFlowTransformer3DModel, or a module of your own with an argument r), or install "
+                "a target time with networks.second_time.add_second_time(network)."
             )
-        r = r.expand(x.shape[0]) if r.ndim == 0 else r
         return {name: self._cast_time(r, x, self._dtype(x))}
 
-    def _guidance(self, guidance: Tensor | None, x: Tensor) -> dict[str, Tensor]:
+    def _installed_times(self, t: Tensor, r: Tensor, x: Tensor) -> dict[str, Any]:
+        installed = second_time_of(self.network)
+        assert installed is not None
+        network_r = None
+        if installed.kind == "gated_copy":
+            if isinstance(self._inner, EDM) and self.family.time == "network":
+                raise ValueError(
+                    f"{type(self.network).__name__} is told ln sigma, which has no value at r = 0; install the target "
+                    "time with kind='zero_init' or 'scaled_difference'."
+                )
+            network_r = self._cast_time(r, x, self._dtype(x))
+        return installed.arguments(Times(self._flow_time(t), self._flow_time(r), network_r), None)
+
+    def _flow_time(self, t: Tensor) -> Tensor:
+        """Sigma / (alpha + sigma) of the data that the network sees; smooth to both ends."""
+        scale = 1.0 if self.network_process is None else self.data_scale
+        alpha, sigma = scale * self.process.alpha(t), self.process.sigma(t)
+        return sigma / (alpha + sigma)
+
+    def _guidance(self, guidance: Tensor | None, x: Tensor) -> dict[str, Any]:
         make, default = self.family.guidance, self.family.guidance_scale
+        installed = second_time_of(self.network)
+        if installed is not None and installed.guidance is not None:
+            w = default if guidance is None else guidance
+            if w is None:
+                return {}
+            w = torch.as_tensor(w, dtype=torch.float32, device=x.device).expand(x.shape[0])
+            return installed.arguments(None, w)
         arguments = None
         if make is not None and (guidance is not None or default is not None):
             w = torch.tensor(default) if guidance is None else guidance
@@ -321,6 +363,8 @@ class Denoiser(nn.Module):
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
         """The network's computing dtype; a few small layers of some classes stay float32 whatever it is."""
+        if (computing := getattr(self, "compute_dtype", None)) is not None:
+            return computing
         wide = getattr(self.network, "_keep_in_fp32_modules", None) or ()
         for name, parameter in self.network.named_parameters():
             if parameter.is_floating_point() and not any(part in name for part in wide):
@@ -357,6 +401,9 @@ class Denoiser(nn.Module):
         return given if family.arguments is None else family.arguments(self.network, x, given)
 
     def _tap(self, taps: Sequence[str], into: dict[str, Tensor], stop: bool, stack: ExitStack) -> None:
+        if taps:
+            self.network.__dict__[TAPPED] = into
+            stack.callback(self.network.__dict__.pop, TAPPED)
         for name in taps:
             try:
                 block = self.network.get_submodule(name)
@@ -369,7 +416,7 @@ class Denoiser(nn.Module):
             def hook(_module: nn.Module, _args: Any, out: Any, name: str = name) -> None:
                 into[name] = out[self.family.block_output] if isinstance(out, tuple) else out
                 if stop and len(into) == len(taps):
-                    raise _AllTapsSeen
+                    raise AllTapsSeen
 
             stack.callback(block.register_forward_hook(hook).remove)
 

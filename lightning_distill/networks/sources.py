@@ -187,7 +187,10 @@ class FolderSource:
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The network with its weights, in eval mode."""
         if self.file is not None:
-            return load_single_file(self.file, self.folder, dtype)
+            network = load_single_file(self.file, self.folder, dtype)
+            # as networks read from a folder remember theirs, for the other components of an export
+            network.register_to_config(_name_or_path=str(self.folder))  # type: ignore[operator]
+            return network
         if not self.network:
             return load_diffusers_network(self.folder, dtype, self.given.variant)
         from safetensors.torch import load_file

@@ -3,6 +3,7 @@
 import importlib
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,21 @@ from safetensors.torch import save_file
 
 from lightning_distill.cli import main, trainer_cli
 from lightning_distill.configs import config_path
+from lightning_distill.data.store import StoreWriter
 from lightning_distill.networks.specs import ZooDenoiser, same_path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
+import tiny_text
+from emoji_package import package
+from recipe_stand_ins import stand_in
 
 ROOT = config_path("quickstart.yaml").parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.yaml"))
 #: folders whose files are complete runs; the others are added to one
 COMPLETE = [f for f in FILES if f.split("/")[0] in ("quickstart.yaml", "method", "teacher", "recipe")]
+#: words that fit a recipe to its tiny model
+FITTING: list[str] = []
 TINY = ["--trainer.fast_dev_run=true", "--data.init_args.batch_size=4"]
 
 
@@ -35,17 +45,35 @@ def files(tmp_path, monkeypatch, request):
         header = struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape)
         Path(f"train-{name}-ubyte").write_bytes(header + array.tobytes())
     monkeypatch.setenv("LIGHTNING_DISTILL_DATA", str(tmp_path))
+    monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "cache"))
     Path("images").mkdir()
     for index in range(16):
         picture = generator.integers(0, 256, (64, 64, 3)).astype(np.uint8)
         Image.fromarray(picture).save(f"images/{index}.png")
     save_file({"noise": torch.randn(16, 1, 8, 8), "x0": 0.5 * torch.randn(16, 1, 8, 8)}, "pairs.safetensors")
+    made = {"kind": "trajectories", "teacher": "", "cond": "none", "num_classes": None, "point_times": []}
+    StoreWriter("trajectories", {**made, "shape": [1, 8, 8], "sigma_data": 0.5}, 16).write(
+        0, {"noise": torch.randn(16, 1, 8, 8), "x0": 0.5 * torch.randn(16, 1, 8, 8)}
+    )
+    texts_and_latents()
     name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    FITTING.clear()
+    if name and name.startswith("recipe/"):
+        FITTING.extend(stand_in(load(name)))
     if name and "class_path: RunDenoiser" in config_path(name).read_text():
         path = load(name)["model"]["init_args"]["teacher"]["init_args"]["path"]
         teacher = ["-c", str(config_path(f"teacher/{Path(path).name}.yaml")), "--data.init_args.batch_size=4"]
         trainer_cli(["fit", *teacher, "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"])
         assert Path(path).is_dir(), "the teacher is the run of the configuration of that name"
+
+
+def texts_and_latents():
+    """Stores of embeddings and of latents, the emoji package and a text model."""
+    package(Path("package"), count=8)
+    tiny_text.bert(Path("text_encoder"))
+    tokens = {"encoder_hidden_states": torch.randn(16, 5, tiny_text.WIDTH)}
+    StoreWriter("store", {}, 16).write(0, tokens)
+    StoreWriter("latents", {}, 16).write(0, {**tokens, "x0": torch.randn(16, 4, 8, 8)})
 
 
 def load(name):
@@ -64,6 +92,9 @@ def added_to(name):
     shape, classes = getattr(source, "shape", (1, 32, 32)), source.num_classes or 0
     network = {"class_path": "ResidualMLP", "init_args": {"shape": list(shape), "width": 8, "depth": 1}}
     network["init_args"]["num_classes"] = classes
+    if hasattr(source, "cond_keys"):  # conditioned on text
+        shape = getattr(source, "shape", (4, 8, 8))
+        network = {"class_path": "diffusers.UNet2DConditionModel", "init_args": text_unet(shape)}
     new = {
         "network": network,
         "process": "FlowMatching",
@@ -72,7 +103,7 @@ def added_to(name):
     }
     spec = {"class_path": "NewDenoiser", "init_args": new}
     model = {"class_path": "TeacherTraining", "init_args": {"network": spec}}
-    if cls == "Prior":  # without data there is nothing to train a teacher on
+    if cls in ("Prior", "CachedConditions"):  # without data there is nothing to train a teacher on
         role = {"class_path": "Explicit", "init_args": {"spec": spec}}
         model = {"class_path": "DMD2", "init_args": {"teacher": spec, "student": role, "fake_score": role}}
     workers = ["--data.init_args.num_workers=0"] if "num_workers" in data["init_args"] else []
@@ -80,8 +111,16 @@ def added_to(name):
     return ["-c", str(config_path(name)), "-c", "model.yaml", *workers]
 
 
+def text_unet(shape):
+    """Settings of a small network that is conditioned on the stand-ins' embeddings."""
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    sizes = {"sample_size": shape[-1], "in_channels": shape[0], "out_channels": shape[0], "block_out_channels": [8]}
+    widths = {"cross_attention_dim": tiny_text.WIDTH, "attention_head_dim": 2, "norm_num_groups": 2}
+    return {**blocks, **sizes, **widths, "layers_per_block": 1}
+
+
 def words(name):
-    return ["-c", str(config_path(name))] if name in COMPLETE else added_to(name)
+    return ["-c", str(config_path(name)), *FITTING] if name in COMPLETE else added_to(name)
 
 
 @pytest.mark.parametrize("name", FILES)

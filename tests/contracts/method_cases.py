@@ -24,13 +24,29 @@ from lightning_distill.batch import Batch
 from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.ema import ConstantEMA, PowerEMA
 from lightning_distill.guidance import Guidance, RandomGuidance
+from lightning_distill.losses.reward_weights import MeanValue
 from lightning_distill.methods import (
+    ACDMD,
+    ADD,
+    ADM,
+    ASD,
+    CDM,
     DMD,
     DMD2,
+    GNDM,
+    LADD,
+    MSD,
+    SCDMD,
+    TDM,
+    VDOT,
     VSD,
+    DecoupledDMD,
     DiffInstruct,
     DistillationModule,
     FDistill,
+    FlashDMD,
+    PhasedDMD,
+    RewardedDMD,
     SiD,
     SwiftBrush,
     TeacherTraining,
@@ -165,6 +181,16 @@ def dmd2(**settings: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda folder: {**common, **{k: v() if inspect.isfunction(v) else v for k, v in settings.items()}}
 
 
+def ladd(**settings: Any) -> Callable[[Path], dict[str, Any]]:
+    common: dict[str, Any] = {
+        "student_optimizer": adam,
+        "discriminator_optimizer": adam,
+        "student_scheduler": decaying,
+        "discriminator_scheduler": decaying,
+    }
+    return lambda folder: {**common, **{k: v() if inspect.isfunction(v) else v for k, v in settings.items()}}
+
+
 def training(**settings: Any) -> Callable[[Path], dict[str, Any]]:
     common: dict[str, Any] = {"student_optimizer": adam, "student_scheduler": decaying, "label_dropout": 0.0}
     return lambda folder: {**common, **settings}
@@ -241,6 +267,40 @@ CASES: list[Case] = [
     Case("expanded_js_teacher_features", UniInstruct, edm_mlp, points, dmd2(
         gan=heads(features="teacher"), divergence="js", student_times=[2.5]
     )),
+    Case("told_step", DMD2, flow_mlp, points, dmd2(num_steps=2, critic_condition_on="step", gan=heads())),
+    Case("told_interval_lora", DMD2, flow_mlp, lambda: without_data(points()), dmd2(
+        num_steps=2, critic_condition_on="interval", fake_score=lambda: Lora(rank=3)
+    )),
+    Case("trajectory", TDM, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2, rollout_step="batch")),
+    Case("trajectory_x0", TDM, vp_mlp, lambda: without_data(points(labelled=True)), dmd2(
+        critic_target="x0", guidance=Guidance(2.0), num_steps=2, rollout_step="batch", times_within="all"
+    )),
+    Case("subintervals", PhasedDMD, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
+    Case("two_schedules", DecoupledDMD, lambda: flow_mlp(4), lambda: points(labelled=True), dmd2(
+        guidance=Guidance(2.0), gan=heads(), num_steps=2
+    )),
+    Case("beside_the_trajectory", CDM, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        guidance=Guidance(2.0), random_steps=0, num_steps=2, critic_pull=0.01
+    )),
+    Case("teacher_heads", LADD, flow_mlp, points, ladd(gan=heads(features="teacher"), r1="approximate")),
+    Case("distance_and_r1", ADD, flow_mlp, points, ladd(gan=heads(features="teacher", kind="hinge"), r1="exact")),
+    Case("back_to_the_step", ACDMD, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
+    Case("next_points", ADM, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        gan=heads(features="teacher", kind="hinge"), guidance=Guidance(2.0), step_share=0.3
+    )),
+    Case("one_against_two", ASD, flow_mlp, lambda: without_data(points()), dmd2(gan=heads(), most_steps=2)),
+    Case("groups", GNDM, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        guidance=Guidance(2.0), group_size=2
+    )),
+    Case("one_student", MSD, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        classes=[[0, 1, 2, 3]]
+    )),
+    Case("weighted", RewardedDMD, flow_mlp, points, dmd2(
+        reward=lambda: MeanValue(), saliency=0.5, gan=heads(), loss_weights={"student/gan": 0.1}
+    )),
+    Case("halves", FlashDMD, flow_mlp, points, dmd2(gan=heads(taps=("input",)), student_times=[0.5], switch=0.6)),
+    Case("endpoints", SCDMD, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
+    Case("transport", VDOT, flow_mlp, lambda: without_data(points()), dmd2(group_size=2)),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),
     Case("vp_dropout", TeacherTraining, vp_mlp, lambda: points(labelled=True), training(label_dropout=0.3)),

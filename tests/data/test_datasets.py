@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,12 @@ from lightning_distill.data import (
 from lightning_distill.data.digits import load_digits
 from lightning_distill.data.fashion import DATA_VARIABLE, load_fashion
 from lightning_distill.data.idx import read_idx
+from lightning_distill.data.store import StoreWriter
 from lightning_distill.data.toy import TOYS, sample_toy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
+import tiny_text
+from emoji_package import package
 
 
 def batches(data: DistillationDataModule) -> list[Batch]:
@@ -400,7 +406,17 @@ def test_configurations_build_and_take_arguments_of_the_base_class(file, tmp_pat
     monkeypatch.setenv(DATA_VARIABLE, str(fashion_files[0]))
     monkeypatch.chdir(tmp_path)
     save_file(pairs(), "pairs.safetensors")
+    made = {"kind": "trajectories", "teacher": "", "cond": "none", "num_classes": None, "point_times": []}
+    StoreWriter("trajectories", {**made, "shape": [1, 4, 4], "sigma_data": 0.5}, 20).write(
+        0, {name: value for name, value in pairs().items() if name != "class_labels"}
+    )
     picture(tmp_path / "images" / "1.png", 100)
+    tokens = {"encoder_hidden_states": torch.randn(20, 3, 8)}
+    StoreWriter("store", {}, 20).write(0, tokens)
+    StoreWriter("latents", {}, 20).write(0, {**tokens, "x0": torch.randn(20, 4, 8, 8)})
+    monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "cache"))
+    package(fashion_files[0] / "package", count=8)
+    tiny_text.bert(tmp_path / "text_encoder")
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
     parser.add_argument("--data", type=DistillationDataModule)

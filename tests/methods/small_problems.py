@@ -142,3 +142,37 @@ def distil(problem, teacher, updates, method=DMD2, **settings):
     if not bool(samples.isfinite().all()):
         return Run(samples, float("inf"), [], module)
     return Run(samples, problem.distance(samples), problem.shares(samples), module)
+
+
+def gradients(module, batch, phase="student", roles=None):
+    """Losses of a phase and the gradients of their weighted sum, with the draws of the first update."""
+    ready(module, f"{phase}0")
+    module._rollouts.clear()
+    terms = getattr(module, f"{phase}_loss")(batch)
+    parameters = [p for role in roles or module.phases[phase] for p in module.role_parameters(role)]
+    found = torch.autograd.grad(module.weighted_sum(phase, terms), parameters, allow_unused=True)
+    return terms.losses, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+
+
+def assert_same_cycle(one, other, batch, tolerance=0.0, terms=None):
+    """Both methods have the same gradients (bit for bit unless given a tolerance) in both phases.
+
+    Args:
+        one: method.
+        other: method.
+        batch: batch.
+        tolerance: relative.
+        terms: names of the student's terms of ``one`` that add up to those of ``other``; None for equal names.
+    """
+    for module in (one, other):
+        module.configure_model()
+        for name in ("student", "fake_score"):
+            shift(getattr(module, name), seed=len(name))
+    for phase in ("student", "fake_score"):
+        (a_losses, a), (b_losses, b) = (gradients(m, batch, phase) for m in (one, other))
+        assert any(bool(g.any()) for g in a)
+        if terms is None or phase == "fake_score":
+            assert a_losses.keys() == b_losses.keys()
+        for g, h in zip(a, b, strict=True):
+            scale = float(h.abs().max())
+            torch.testing.assert_close(g, h, rtol=0, atol=tolerance * max(scale, 1e-12))

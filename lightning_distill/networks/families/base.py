@@ -161,7 +161,7 @@ def example_cond(network: nn.Module, n: int) -> dict[str, Tensor]:
     for key, shape in shapes.items():
         sides = [config[side] if isinstance(side, str) else side for side in shape]
         is_mask = key == "encoder_attention_mask"
-        made[key] = torch.full((n, *sides), is_mask, device=device, dtype=torch.int64 if is_mask else None)
+        made[key] = torch.full((n, *sides), float(is_mask), device=device, dtype=torch.int64 if is_mask else None)
     return made
 
 

@@ -1,0 +1,276 @@
+"""Training from stores: text embeddings alone, or latents with their embeddings (see ``lightning-distill cache``)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_distill.batch import Batch
+from lightning_distill.data.base import DistillationDataModule, Scaling, _OneBatch, check_scaling
+from lightning_distill.data.buckets import BucketLoader
+from lightning_distill.data.loader import ResumableLoader, epoch_generator
+from lightning_distill.data.store import Store, is_store
+from lightning_distill.networks.autoencoders import autoencoder_identity
+from lightning_distill.networks.specs import PretrainedDenoiser
+from lightning_distill.networks.text import text_digest
+
+__all__ = ["CachedConditions", "CachedLatents", "StoreSource", "open_stores"]
+
+_LATENTS = "x0"
+
+
+def open_stores(path: str | Path) -> list[Store]:
+    """The store in a folder, or one per size where the folder holds several.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: a store is not complete, or they hold different tensors.
+    """
+    path = Path(path).expanduser()
+    folders = [path] if is_store(path) else sorted(p for p in path.glob("*") if is_store(p))
+    if not folders:
+        raise FileNotFoundError(
+            f"{path} holds no store; write one with lightning-distill cache --pipeline FOLDER --prompts FILE --out "
+            f"{path}."
+        )
+    stores = [Store(folder) for folder in folders]
+    for store in stores[1:]:
+        if store.names != stores[0].names:
+            raise ValueError(
+                f"the stores {stores[0].folder} and {store.folder} hold different tensors "
+                f"({', '.join(stores[0].names)}; {', '.join(store.names)}); write both with the same command."
+            )
+    return stores
+
+
+class StoreSource:
+    """A ``Source`` over one or several stores, drawn by the weights of their records.
+
+    Of n records with weights w an epoch has n places; place j holds the record in whose interval of the cumulated
+    weights (j + u_epoch) sum(w) / n lies. So a record comes n w / sum(w) times, rounded down or up, in every epoch.
+
+    Args:
+        stores: of one size each, in order.
+        keys: conditions wanted.
+        latents: give out ``x0`` too.
+        seed: of u.
+    """
+
+    def __init__(self, stores: list[Store], keys: list[str], latents: bool, seed: int = 0) -> None:
+        self.stores, self.keys, self.latents, self.seed = stores, keys, latents, seed
+        facts = [store.facts(range(len(store))) for store in stores]
+        #: text of every record, in the order of the stores; empty where none was written
+        self.prompts = [fact.get("prompt", "") for of_store in facts for fact in of_store]
+        self._cumulated = [_cumulated([float(fact.get("weight", 1.0)) for fact in of_store]) for of_store in facts]
+        for store, cumulated in zip(stores, self._cumulated):
+            if cumulated is not None and cumulated[-1] == 0:
+                raise ValueError(f"every record of {store.folder} has the weight 0, so none can be drawn.")
+        self._starts = torch.tensor([0, *[len(store) for store in stores]]).cumsum(0)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of records of each store."""
+        return [len(store) for store in self.stores]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def records(self, indices: Tensor, epoch: int) -> Tensor:
+        """Records at the places ``indices`` of an epoch, (B,), int64, counted over all stores."""
+        stores = torch.searchsorted(self._starts, indices, right=True) - 1
+        out = indices.clone()
+        for index in stores.unique().tolist():
+            if (cumulated := self._cumulated[index]) is not None:
+                start, own = self._starts[index], stores == index
+                u = torch.rand(1, generator=epoch_generator(self.seed, epoch, 1000 + index), dtype=torch.float64)
+                wanted = (indices[own] - start + u) * (cumulated[-1] / len(cumulated))
+                rows = torch.searchsorted(cumulated, wanted, right=True)
+                out[own] = start + rows.clamp_max(len(cumulated) - 1)
+        return out
+
+    def gather(self, indices: Tensor, epoch: int) -> Batch:
+        """Conditions as stored, and latents as float32.
+
+        Raises:
+            ValueError: the places belong to stores of different sizes.
+        """
+        records = self.records(indices, epoch)
+        stores = (torch.searchsorted(self._starts, records, right=True) - 1).unique().tolist()
+        if len(stores) != 1:
+            raise ValueError("a batch of several sizes was asked for; use the data module's own loader.")
+        names = [*self.keys, *([_LATENTS] if self.latents else [])]
+        found = self.stores[stores[0]].gather(records - self._starts[stores[0]], names)
+        x0 = found.pop(_LATENTS).float() if self.latents else None
+        return Batch(cond=found, x0=x0, size=len(indices))
+
+
+def _cumulated(weights: list[float]) -> Tensor | None:
+    """Cumulated weights, float64; None where all are equal."""
+    return None if len(set(weights)) == 1 and weights[0] > 0 else torch.tensor(weights, dtype=torch.float64).cumsum(0)
+
+
+class CachedConditions(DistillationDataModule):
+    """Text embeddings alone, for data-free methods; they draw the noise themselves.
+
+    Args:
+        path: folder of a store, see ``lightning-distill cache``.
+        cond_keys: conditions to give out; None is all of the store's.
+        pipeline: folder of the pipeline whose text encoder must have made the store; None is the teacher's, where that
+            is a pipeline's folder.
+        **kwargs: arguments of ``DistillationDataModule``.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: the store is not complete, lacks a condition, or was made with another text encoder.
+    """
+
+    num_classes = None
+    latents = False
+
+    def __init__(
+        self, path: str, cond_keys: list[str] | None = None, pipeline: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path, self.pipeline = path, pipeline
+        self.stores = open_stores(path)
+        have = [name for name in self.stores[0].names if name != _LATENTS]
+        self.cond_keys = have if cond_keys is None else list(cond_keys)
+        if missing := [key for key in self.cond_keys if key not in have]:
+            raise ValueError(f"the store {path} has no {missing[0]!r}; it has the conditions {', '.join(have)}.")
+
+    def make_source(self) -> StoreSource:
+        """The records of all stores."""
+        return StoreSource(self.stores, self.cond_keys, self.latents, self.seed)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Text of every record."""
+        source = self.source
+        assert isinstance(source, StoreSource)
+        return source.prompts
+
+    def setup(self, stage: str | None = None) -> None:
+        """Compare the store with the teacher's pipeline, and check the scaling of latents."""
+        if stage in (None, "fit"):
+            folder = self.pipeline or _teacher_folder(self.trainer)
+            if folder is not None:
+                self.check_pipeline(folder)
+        super().setup(stage)
+
+    def check_pipeline(self, folder: str | Path) -> None:
+        """Refuse a store that was made with other networks than those of a pipeline.
+
+        Args:
+            folder: of a pipeline; what it does not hold is not compared.
+
+        Raises:
+            ValueError: its text encoder, or its autoencoder where latents are used, is another one.
+        """
+        folder, key = Path(folder).expanduser(), self.stores[0].key
+        text = (folder / "text_encoder").is_dir() and "text_encoder" in key
+        if text and (found := text_digest(folder)) != key["text_encoder"]:
+            raise ValueError(_other("text encoder", self.path, folder, found, key["text_encoder"]))
+        if self.latents and (folder / "vae").is_dir() and "autoencoder_sha256" in key:
+            weights = autoencoder_identity(folder)["autoencoder_sha256"]
+            if weights != key["autoencoder_sha256"]:
+                ours, theirs = next(iter(weights.values()), "none"), next(iter(key["autoencoder_sha256"].values()), "")
+                raise ValueError(_other("autoencoder", self.path, folder, ours, theirs))
+
+    # ------------------------------------------------------------------------------------------------ several sizes
+    def check(self, count: int = 512) -> Scaling | None:
+        """As the parent's; each size for itself."""
+        if len(self.stores) == 1 or not self.latents:
+            return super().check(count) if self.latents else None
+        source, scaling, start = self.source, None, 0
+        assert isinstance(source, StoreSource)
+        for store in self.stores:
+            rows = start + torch.arange(len(store))[:: max(1, len(store) * len(self.stores) // count)]
+            x0 = source.gather(rows, 0).x0
+            assert x0 is not None
+            scaling = check_scaling(x0, self.sigma_data, self.mean, where=str(store.folder))
+            start += len(store)
+        return scaling
+
+    def train_dataloader(self) -> ResumableLoader:
+        """The loader of this rank; with several sizes every batch is of one of them."""
+        loader = super().train_dataloader()
+        if len(self.stores) == 1:
+            return loader
+        return BucketLoader(
+            loader.source,
+            loader.batch_size,
+            sizes=[len(store) for store in self.stores],
+            slices=loader.slices,
+            seed=loader.seed,
+            rank=loader.rank,
+            world_size=loader.world_size,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+        )
+
+    def val_dataloader(self) -> Any:
+        """As the parent's, of the first size."""
+        if len(self.stores) == 1 or (self.trainer is not None and self.trainer.state.fn == "fit"):
+            return super().val_dataloader()
+        return DataLoader(_OneBatch(self.source, min(self.batch_size, len(self.stores[0]))), batch_size=None)
+
+
+class CachedLatents(CachedConditions):
+    """Latents of pictures or videos with their text embeddings.
+
+    Args:
+        path: folder of a store, or of one store per size.
+        sigma_data: standard deviation of the latents about their per-channel mean, as the teacher is scaled.
+        mean: their mean, None to leave it unchecked.
+        cond_keys: conditions to give out; None is all of the store's.
+        pipeline: folder of the pipeline whose text encoder and autoencoder must have made the store; None is the
+            teacher's, where that is a pipeline's folder.
+        **kwargs: arguments of ``DistillationDataModule``.
+
+    Attributes:
+        shape: of the latents; of the first size where there are several.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: the store holds no latents, is not complete, or was made with other networks.
+    """
+
+    latents = True
+
+    def __init__(
+        self,
+        path: str,
+        sigma_data: float = 1.0,
+        mean: float | None = None,
+        cond_keys: list[str] | None = None,
+        pipeline: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(path, cond_keys, pipeline, **kwargs)
+        if _LATENTS not in self.stores[0].names:
+            raise ValueError(
+                f"the store {path} holds no latents; write one with lightning-distill cache --images FOLDER, or use "
+                "CachedConditions for data-free training."
+            )
+        self.sigma_data = sigma_data
+        self.mean = mean
+        self.shape = self.stores[0].shapes[_LATENTS]
+
+
+def _teacher_folder(trainer: Any) -> Path | None:
+    """Folder of the pipeline that the module's teacher comes from, where that is known."""
+    module = None if trainer is None else trainer.lightning_module
+    spec = getattr(module, "_teacher_source", None)
+    if not isinstance(spec, PretrainedDenoiser):
+        return None
+    local = spec._local()
+    return local if local is not None and (local / "model_index.json").is_file() else None
+
+
+def _other(what: str, path: str, folder: Path, found: str, recorded: str) -> str:
+    return (
+        f"the store {path} was made with another {what} (sha256 {recorded[:12]}) than that of {folder} (sha256 "
+        f"{found[:12]}); write it again with lightning-distill cache --pipeline {folder}."
+    )

@@ -1,0 +1,178 @@
+"""LoRA students as files that ``pipeline.load_lora_weights`` reads.
+
+    style      keys                                                     scale alpha / rank
+    diffusers  transformer.<layer>.lora_A.weight, .lora_B.weight        multiplied into B
+    kohya      lora_unet_<layer_with_underscores>.lora_down.weight, ..  .alpha beside the weights
+
+A LoRA file has no room for the sampler, so the scheduler lies beside it and the card states every argument of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_distill.export.cards import finish, student_config, text_usage
+from lightning_distill.export.folders import atomic_folder, check_target, read_source, source_of, source_vae
+from lightning_distill.export.pipeline import call_size, stock_student
+from lightning_distill.export.stock import stock_parts
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.lora import AdapterDenoiser
+
+__all__ = ["LORA_STYLES", "export_lora", "lora_tensors"]
+
+LORA_STYLES = ("diffusers", "kohya")
+
+_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safetensors"}
+
+
+def export_lora(
+    denoiser: Denoiser,
+    times: Sequence[float],
+    sampler: str,
+    out_dir: str | Path,
+    *,
+    style: Literal["diffusers", "kohya"] = "diffusers",
+    source: str | Path | None = None,
+    shape: Sequence[int] | None = None,
+    guidance: float | None = None,
+    card: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the adapter of a LoRA student, its scheduler and a card.
+
+    Args:
+        denoiser: the student, or one of its averages.
+        times: descending native times of ``denoiser.process``.
+        sampler: ``renoise`` or ``ode``.
+        out_dir: folder to create.
+        style: names of the tensors; see the top of this file.
+        source: pipeline folder of the base model, for size, licence and name; None for the one the network was read
+            from, if any.
+        shape: of one sample, which gives the call its height, width and frames; None for the network's own.
+        guidance: scale told to a network that embeds it; None for the student's.
+        card: JSON values for the model card, for example ``title``.
+        license: SPDX name in the card's header; None for that of the source, apache-2.0 without a source.
+        dtype: floating-point type of the saved tensors, None for float32.
+        overwrite: replace an earlier export in ``out_dir``.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: the student is no adapter, its pipeline reads no LoRA files, or as ``export_pipeline``.
+        FileExistsError: ``out_dir`` exists and is not to be overwritten.
+    """
+    if style not in LORA_STYLES:
+        raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(LORA_STYLES)}.")
+    if not isinstance(denoiser, AdapterDenoiser):
+        raise ValueError(
+            "this student is a full network, not an adapter; export the pipeline, or train with student: Lora(...)."
+        )
+    check_target(Path(out_dir), overwrite)
+    root = source_of(denoiser.network) if source is None else Path(source).expanduser()
+    process, times, start = stock_student(denoiser, times)
+    shape = denoiser.sample_shape if shape is None else shape
+    network = _original_class(denoiser)
+    scale = denoiser.family.guidance_scale if guidance is None else guidance
+    parts = stock_parts(
+        network, process, denoiser.prediction_type, times, sampler, None, start, source=root, guidance=scale
+    )
+    _check_reader(parts.pipeline, parts.entry is not None and parts.entry.kohya, style)
+    config = student_config(network, process, denoiser.prediction_type, times, sampler, card, dtype)
+    vae = None if root is None else source_vae(root)
+    modules = {parts.network_name: network, "scheduler": parts.scheduler}
+    facts = None if root is None else read_source(root)
+    config |= {
+        "pipeline": parts.pipeline.__name__,
+        "scheduler": type(parts.scheduler).__name__,
+        "component": parts.network_name,
+        "call": parts.call,
+        "takes_generator": parts.takes_generator,
+        "size": call_size(parts, modules, vae, shape),
+        "shape": None if shape is None else list(shape),
+        "lora_file": _FILES[style],
+        "lora_scale": 1.0,
+        "lora_rank": denoiser.config.r,
+    }
+    dtype_name, base = config["dtype"], "BASE_MODEL" if facts is None else facts.name
+    load = (
+        f"from diffusers import {config['pipeline']}, {config['scheduler']}\n\n"
+        f'pipe = {config["pipeline"]}.from_pretrained("{base}", torch_dtype=torch.{dtype_name})\n'
+        f'pipe.scheduler = {config["scheduler"]}.from_pretrained(".", subfolder="scheduler")  # this folder\n'
+        f'pipe.load_lora_weights(".", weight_name="{config["lora_file"]}")  # lora_scale 1.0'
+    )
+    with atomic_folder(Path(out_dir), overwrite) as folder:
+        tensors = lora_tensors(denoiser, parts.network_name, style, dtype or torch.float32)
+        save_file(tensors, folder / config["lora_file"], metadata={"format": "pt"})
+        parts.scheduler.save_pretrained(folder / "scheduler")
+        usage = text_usage(config, parts, load)
+        usage += " The adapter was trained at lora_scale 1.0; pipe.fuse_lora() adds it to the weights."
+        finish(folder, config, usage, license, "diffusers", facts, "adapter")
+    return Path(out_dir)
+
+
+def lora_tensors(
+    denoiser: AdapterDenoiser, component: str, style: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The tensors of a LoRA file.
+
+    Args:
+        denoiser: the student.
+        component: name of the network in the pipeline, ``transformer`` or ``unet``.
+        style: ``diffusers`` or ``kohya``.
+        dtype: of the tensors.
+
+    Returns:
+        contiguous copies on the CPU by key.
+    """
+    made: dict[str, Tensor] = {}
+    for key, value in denoiser.adapter_state_dict().items():
+        layer, _, which = key.removesuffix(".weight").rpartition(".")
+        scale = float(denoiser.bank.layers[layer].scaling[denoiser.adapter_name])
+        value = value.detach().cpu()
+        if style == "diffusers":
+            value = value * scale if which == "lora_B" and scale != 1.0 else value
+            made[f"{component}.{layer}.{which}.weight"] = value.to(dtype).contiguous().clone()
+            continue
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        side = {"lora_A": "lora_down", "lora_B": "lora_up"}[which]
+        made[f"{flat}.{side}.weight"] = value.to(dtype).contiguous().clone()
+        made[f"{flat}.alpha"] = torch.tensor(scale * denoiser.config.r, dtype=dtype)
+    return made
+
+
+def _original_class(denoiser: AdapterDenoiser) -> Any:
+    """The network without adapters and without weights, for what its class and configuration say."""
+    if denoiser.config.use_dora:
+        raise ValueError(
+            "this adapter also learned magnitudes (DoRA), which LoRA files have no names for; export the pipeline, "
+            "whose weights hold the adapter."
+        )
+    cls: Any = type(denoiser.network)
+    if not hasattr(cls, "from_config"):
+        raise ValueError(
+            f"{cls.__name__} has no stock diffusers pipeline to load a LoRA file into; use export_weights."
+        )
+    with torch.device("meta"):
+        return cls.from_config(denoiser.network.config)
+
+
+def _check_reader(pipeline: Any, kohya: bool, style: str) -> None:
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(
+            f"{pipeline.__name__} of diffusers reads no LoRA files; export the pipeline, whose weights hold the "
+            "adapter."
+        )
+    if style == "kohya" and not kohya:
+        raise ValueError(
+            f"{pipeline.__name__} does not read layer names of this model with underscores (kohya's scripts name other "
+            "layers for it); export the LoRA file with diffusers' names."
+        )

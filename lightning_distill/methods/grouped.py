@@ -1,0 +1,67 @@
+"""Samples in groups that share their conditions and their noise levels, as a part of methods that compare them."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_distill.batch import Batch
+from lightning_distill.times import TimeDistribution
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import DistillationModule
+
+    _Base = DistillationModule
+else:
+    _Base = object
+
+__all__ = ["Grouped"]
+
+
+class Grouped(_Base):
+    """Consecutive ``group_size`` samples of a batch form a group, with the conditions of its first.
+
+    Groups do not cross ranks or micro-batches, so that splitting a batch into whole groups changes nothing.
+    """
+
+    group_size: int
+    matching_times: TimeDistribution
+
+    def first_of_group(self, value: Tensor) -> Tensor:
+        """Each row replaced by that of its group's first, (B, ...)."""
+        if self.group_size == 1:
+            return value
+        self._check_groups(len(value))
+        return value[:: self.group_size].repeat_interleave(self.group_size, dim=0)
+
+    def group_mean(self, value: Tensor) -> Tensor:
+        """Each number replaced by the mean of its group, (B,)."""
+        if self.group_size == 1:
+            return value
+        self._check_groups(len(value))
+        return value.view(-1, self.group_size).mean(1).repeat_interleave(self.group_size)
+
+    def grouped(self, batch: Batch) -> Batch:
+        """The batch with common conditions in every group."""
+        if self.group_size == 1:
+            return batch
+        cond: dict[str, Any] = {
+            k: self.first_of_group(v) if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in batch.cond.items()
+        }
+        return Batch(cond=cond, x0=batch.x0, size=batch.size)
+
+    def group_noisy(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """x_t and t, (B,), as in ``renoise`` at matching times, with one time per group."""
+        t = self.first_of_group(self.times(f"{name}/time", self.matching_times, len(x)))
+        return self.process.add_noise(x, self.draws.normal(f"{name}/noise", x.shape), t), t
+
+    def check_group_size(self) -> None:
+        """Raise unless it is a number of samples."""
+        if self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size}: a group has at least one sample.")
+
+    def _check_groups(self, n: int) -> None:
+        if n % self.group_size:
+            raise ValueError(
+                f"{n} samples do not make whole groups of {self.group_size}; give a batch (per micro-batch and rank) "
+                f"that is a multiple of group_size={self.group_size}."
+            )

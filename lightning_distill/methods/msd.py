@@ -1,0 +1,54 @@
+"""MSD: several students, each for its own conditions (arXiv:2410.23274)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_distill.methods.dmd2 import DMD2
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import Experts
+from lightning_distill.networks.roles import Role
+from lightning_distill.networks.specs import DenoiserSpec
+
+__all__ = ["MSD"]
+
+
+class MSD(DMD2):
+    """Multi-student distillation: DMD2 with a student and a fake score for each group of classes.
+
+    At generation one student runs, at the cost of one; together they have the capacity of all. Students may be smaller
+    than the teacher (``student=Explicit(...)``).
+
+    Args:
+        teacher: the pretrained, class-conditional model.
+        classes: the classes of each student, a partition; None is one student for all, DMD2.
+        student: how each student is made, None for a copy.
+        fake_score: how each fake score is made, None for a copy.
+        **kwargs: see ``DMD2``; ``gan`` reads the teacher's features.
+
+    Notes:
+        Batches hold all classes, and each network learns from its own part of them; the paper trains one after the
+        other, each on whole batches.
+        The paper's score-matching start of smaller students is ``TeacherTraining``'s task, whose result
+        ``FromCheckpoint`` reads.
+    """
+
+    paper = "2410.23274"
+    learns_from = "teacher alone; data for gan"
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        classes: Sequence[Sequence[int]] | None = None,
+        student: Role | None = None,
+        fake_score: Role | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if classes is not None and len(classes) > 1:
+            student, fake_score = (Experts(classes=classes, role=role) for role in (student, fake_score))
+        super().__init__(teacher, student=student, fake_score=fake_score, **kwargs)
+        if self.gan is not None and classes is not None and self.gan.features == "fake_score":
+            raise ValueError(
+                "MSD has several fake scores, whose features cannot be read in one call; give "
+                "gan=Adversary(features='teacher')."
+            )

@@ -1,0 +1,85 @@
+"""Rewarded DMD: samples with a high reward count more (Reward Forcing, arXiv:2512.04678)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.losses.reward_weights import exponential_weight, saliency_map
+from lightning_distill.methods.dmd2 import DMD2
+from lightning_distill.methods.running import RunningMeans
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.processes import expand
+
+__all__ = ["RewardedDMD"]
+
+
+class RewardedDMD(RunningMeans, DMD2):
+    """DMD2 whose matching term is weighted by exp(beta R(x)) / E exp(beta R), without gradient through the reward.
+
+        grad_theta = E_t[ w(x) lambda_t (y_F(x_t) - y_T(x_t)) dx/dtheta ],     w = exp(beta R(x)) / mean
+
+    Args:
+        teacher: the pretrained model.
+        reward: module, called with the student's samples (B, ...) and their conditions, that gives (B,); for latent
+            students it decodes by itself.
+        beta: inverse temperature; 0 is DMD2.
+        saliency: share of |dR/dx|, a map of mean 1 per sample, in the weight of each element (Stream-R1's idea).
+        reward_decay: factor on the weight of past samples per update in the mean of exp(beta R), in [0, 1).
+        **kwargs: see ``DMD2``.
+
+    Notes:
+        A weight on the loss does not move its fixed point: where student and teacher agree the gradient is zero for
+        every sample. It decides what is learned first, and what a student without the capacity for all learns at all.
+        To reach the teacher's distribution tilted by exp(beta R), the reward must enter the target.
+        The paper's weight is not normalised and changes the learning rate with it; here it has mean 1 over the samples
+        of past updates.
+    """
+
+    paper = "2512.04678"
+    learns_from = "teacher, a reward; data for gan"
+
+    reward_state: Tensor
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        reward: nn.Module | None = None,
+        beta: float = 2.0,
+        saliency: float = 0.0,
+        reward_decay: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, **kwargs)
+        if reward is None:
+            raise ValueError("RewardedDMD needs reward=..., a module that gives a number for each sample.")
+        if not 0.0 <= saliency <= 1.0 or not 0.0 <= reward_decay < 1.0:
+            raise ValueError(f"saliency={saliency} is a share from 0 to 1, and reward_decay={reward_decay} below 1.")
+        self.reward = reward.requires_grad_(False).eval()
+        self.beta = beta
+        self.saliency = saliency
+        self.add_running("reward", 1, reward_decay)
+
+    def train(self, mode: bool = True) -> "RewardedDMD":
+        """As usual; the reward stays in eval mode."""
+        super().train(mode)
+        self.reward.eval()
+        return self
+
+    def sample_factor(self, x: Tensor, batch: Batch) -> Tensor | float:
+        """exp(beta R) over its mean, times the map of the saliency."""
+        samples = x.detach()
+        with torch.no_grad():
+            rewards = self.reward(samples, batch.cond)
+        if rewards.shape != (len(x),):
+            raise ValueError(f"the reward gave shape {tuple(rewards.shape)} for {len(x)} samples; it gives one each.")
+        weight = exponential_weight(rewards, self.beta)
+        mean = self.running_means("reward")
+        self.note("reward", weight.sum()[None], torch.full_like(weight[:1], len(weight)))
+        factor = expand(weight / mean, x)
+        if self.saliency:
+            factor = factor * (1.0 + self.saliency * (saliency_map(self.reward, samples, batch.cond) - 1.0))
+        return factor

@@ -1,0 +1,65 @@
+"""Means over the samples of past updates, as a part of methods that normalise weights by them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import DistillationModule
+
+    _Base = DistillationModule
+else:
+    _Base = object
+
+__all__ = ["RunningMeans"]
+
+
+class RunningMeans(_Base):
+    """Weighted sums and counts, kept in checkpoints and equal on all ranks.
+
+    A loss that divides by the mean of its own batch gives each sample another gradient when the batch is split over
+    ranks or micro-batches. These are the means of the samples before the update; those of the update enter after the
+    student's gradients, unless its step is skipped.
+    """
+
+    _running: dict[str, float]
+
+    def add_running(self, name: str, columns: int, decay: float) -> None:
+        """Make the buffers ``<name>_state`` and ``<name>_pending``, (2, columns): sums and counts.
+
+        Args:
+            name: of the means.
+            columns: number of means; each begins with one made-up sample of 1.
+            decay: factor on the weight of past samples per update, in [0, 1).
+        """
+        self.register_buffer(f"{name}_state", torch.ones(2, columns))
+        self.register_buffer(f"{name}_pending", torch.zeros(2, columns), persistent=False)
+        self.__dict__.setdefault("_running", {})[name] = decay
+
+    def running_means(self, name: str) -> Tensor:
+        """The means, (columns,)."""
+        state = self.get_buffer(f"{name}_state")
+        return state[0] / state[1]
+
+    def note(self, name: str, sums: Tensor, counts: Tensor) -> None:
+        """Add samples of this update.
+
+        Args:
+            name: of the means.
+            sums: sums of their values, (columns,).
+            counts: their numbers, (columns,).
+        """
+        self.get_buffer(f"{name}_pending").add_(torch.stack([sums, counts]))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """As usual, and the samples noted by the student's loss enter the means."""
+        super().on_before_optimizer_step(optimizer)
+        if self._stepping[0] != list(self.phases).index("student"):
+            return
+        for name, decay in self._running.items():
+            state, pending = self.get_buffer(f"{name}_state"), self.get_buffer(f"{name}_pending")
+            fresh = self.trainer.strategy.reduce(pending, reduce_op="sum")
+            state.copy_(torch.where(self._skipped.bool(), state, decay * state + fresh))
+            pending.zero_()

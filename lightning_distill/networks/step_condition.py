@@ -1,0 +1,156 @@
+"""Tells a fake score which of the student's steps made a sample.
+
+One fake score for all steps learns the mixture of their outputs, and a student whose steps have that mixture in common
+is a fixed point although no single step has the teacher's distribution. A critic that knows the step has no such fixed
+point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.seeding import seeded
+
+__all__ = ["CONDITIONS", "StepCondition", "entrance"]
+
+CONDITIONS = ("none", "step", "interval")
+
+_READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Found(Exception):
+    """Raised by the hook on the first layer that reads the sample."""
+
+    def __init__(self, name: str, width: int) -> None:
+        self.name, self.width = name, width
+
+
+def entrance(denoiser: Denoiser, shape: Sequence[int], cond: Mapping[str, Any] | None = None) -> tuple[str, int]:
+    """The first linear or convolution layer that reads the noisy sample, found by running the network up to it.
+
+    Args:
+        denoiser: the network.
+        shape: of one sample, without the batch dimension.
+        cond: conditioning of one sample, tensors with a batch dimension of 1.
+
+    Returns:
+        name of the layer below ``denoiser.network``, and its number of output features or channels.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    x = torch.zeros(1, *shape, device=denoiser.device, requires_grad=True)
+    t = torch.tensor(denoiser.process.t_max / 2, dtype=torch.float64, device=denoiser.device)
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].requires_grad:
+            width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            raise _Found(name, int(width))  # type: ignore[arg-type]
+
+    flags = [(p, p.requires_grad) for p in denoiser.network.parameters()]
+    handles = []
+    for name, layer in denoiser.network.named_modules():
+        if isinstance(layer, _READERS):
+            handles.append(layer.register_forward_pre_hook(lambda m, args, name=name: hook(m, args, name)))
+    try:
+        for parameter, _ in flags:  # else the time embedding would have a graph as well
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            denoiser(x, t, cond)
+    except _Found as found:
+        return found.name, found.width
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    raise ValueError(
+        f"{type(denoiser.network).__name__} has no linear or convolution layer that reads its samples, so it cannot be "
+        "told the student's step; use critic_condition_on=none."
+    )
+
+
+class StepCondition(nn.Module):
+    """A learned vector per student step, added to the output of the layer through which samples enter a network.
+
+        h = W x_t + b + e_k,        e_k = 0 at initialisation
+
+    which is a further input channel that says k. It works on every network whose first layer is linear or a
+    convolution, and on adapters; the layer is only touched within ``told``.
+
+    Args:
+        layer: name of that layer, see ``entrance``.
+        width: its output features or channels.
+        kind: ``step`` looks e_k up by the step's index; ``interval`` computes it from the step's two times, so that
+            time lists may vary from batch to batch.
+        num_steps: number of steps, for ``step``.
+        hidden: features of the two-layer network of ``interval``.
+    """
+
+    def __init__(
+        self, layer: str, width: int, kind: Literal["step", "interval"], num_steps: int, hidden: int = 64
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.kind = kind
+        self.embedding: nn.Module
+        with seeded(0):
+            if kind == "step":
+                self.embedding = nn.Embedding(num_steps, width)
+                nn.init.zeros_(self.embedding.weight)
+            else:
+                last = nn.Linear(hidden, width)
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+                self.embedding = nn.Sequential(nn.Linear(16, hidden), nn.SiLU(), last)
+
+    def vectors(self, step: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        """e_k, (B, width).
+
+        Args:
+            step: indices of the steps, (B,).
+            start: times at which they begin, as shares of t_max, (B,).
+            end: times at which they end, as shares of t_max, (B,).
+        """
+        if self.kind == "step":
+            return self.embedding(step)
+        waves = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0], device=start.device)
+        angles = torch.cat([start.float()[:, None] * waves, end.float()[:, None] * waves], dim=1)
+        return self.embedding(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+    @contextmanager
+    def told(self, denoiser: Denoiser, step: Tensor, start: Tensor, end: Tensor) -> Iterator[None]:
+        """Within it, calls of ``denoiser`` know the step of each sample; batches of two branches know it for both.
+
+        Args:
+            denoiser: the network that this condition was made for.
+            step: see ``vectors``.
+            start: see ``vectors``.
+            end: see ``vectors``.
+        """
+
+        def add(_layer: nn.Module, _args: Any, out: Tensor) -> Tensor:
+            e = self.vectors(step, start, end).to(out.dtype)
+            if len(out) % len(e):
+                raise ValueError(
+                    f"a call with {len(out)} rows cannot be told the steps of {len(e)} samples; networks that fold "
+                    "frames into the batch need critic_condition_on=none."
+                )
+            e = e.repeat(len(out) // len(e), 1)
+            # channels come second in maps and last in vectors and tokens
+            channels_last = isinstance(_layer, nn.Linear)
+            middle = [1] * (out.ndim - 2)
+            return out + (e.view(len(e), *middle, -1) if channels_last else e.view(len(e), -1, *middle))
+
+        handle = denoiser.network.get_submodule(self.layer).register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()

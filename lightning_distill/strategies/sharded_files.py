@@ -1,0 +1,149 @@
+"""Sharded checkpoints: a folder of ``.distcp`` files, to which every process writes its part, and ``meta.pt``.
+
+The folder holds exactly what a single file does, under names that do not depend on the number of processes:
+
+    state_dict.<tensor>                          weights, averages, buffers
+    optimizer_<i>.<parameter>.<key>              state of optimizer i, for example exp_avg
+    meta.pt                                      everything else, with the parameter groups of the optimizers
+
+so either form can be made from the other (``lightning-distill convert``) and be read by any number of processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+__all__ = [
+    "assemble",
+    "from_single",
+    "is_sharded",
+    "optimizer_key",
+    "read_meta",
+    "split",
+    "stored_tensors",
+    "to_single",
+    "write_meta",
+]
+
+META = "meta.pt"
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a path is a complete sharded checkpoint; ``meta.pt`` is written last."""
+    return (Path(path) / META).is_file()
+
+
+def optimizer_key(index: int, parameter: str, key: str) -> str:
+    """Name of one tensor of an optimizer's state."""
+    return f"optimizer_{index}.{parameter}.{key}"
+
+
+def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and the rest.
+
+    Args:
+        checkpoint: what a single file holds; its header names the parameters of each optimizer in order.
+
+    Raises:
+        ValueError: written before checkpoints named these parameters.
+    """
+    names = checkpoint.get("lightning_distill", {}).get("parameters")
+    states = checkpoint.get("optimizer_states", [])
+    if names is None and states:
+        raise ValueError(
+            "this checkpoint does not name the parameters of its optimizers (it was written by an earlier version); "
+            "resume it once with the version at hand and convert what that writes."
+        )
+    tensors = {f"state_dict.{name}": value for name, value in checkpoint["state_dict"].items()}
+    rest: list[dict[str, Any]] = []
+    for index, optimizer in enumerate(states):
+        plain: dict[int, dict[str, Any]] = {}
+        for number, state in optimizer["state"].items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[optimizer_key(index, names[index][number], key)] = value
+                else:
+                    plain.setdefault(number, {})[key] = value
+        rest.append({"state": plain, "param_groups": optimizer["param_groups"]})
+    meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    return tensors, {**meta, "optimizer_states": rest}
+
+
+def assemble(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``split``."""
+    names = meta.get("lightning_distill", {}).get("parameters") or []
+    state_dict, states = {}, []
+    numbers = [{name: i for i, name in enumerate(group)} for group in names]
+    for optimizer in meta.get("optimizer_states", []):
+        state = {number: dict(values) for number, values in optimizer["state"].items()}
+        states.append({"state": state, "param_groups": optimizer["param_groups"]})
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "state_dict":
+            state_dict[rest] = tensor
+        else:
+            index = int(kind.removeprefix("optimizer_"))
+            parameter, _, key = rest.rpartition(".")
+            states[index]["state"].setdefault(numbers[index][parameter], {})[key] = tensor
+    for optimizer in states:
+        optimizer["state"] = dict(sorted(optimizer["state"].items()))
+    return {**meta, "state_dict": state_dict, "optimizer_states": states}
+
+
+def stored_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Name, shape and dtype of every tensor in a sharded checkpoint, as tensors without values."""
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What is not a tensor; plain values only.
+
+    Raises:
+        ValueError: the folder is no complete sharded checkpoint.
+    """
+    if not is_sharded(path):
+        raise ValueError(
+            f"{path} is no complete sharded checkpoint ({META} is missing); give the folder that a run with "
+            "strategy role_fsdp2 wrote."
+        )
+    meta: dict[str, Any] = torch.load(Path(path) / META, map_location="cpu", weights_only=True)
+    return meta
+
+
+def write_meta(meta: Mapping[str, Any], path: str | Path) -> None:
+    """Write what is not a tensor, which makes the folder a checkpoint."""
+    torch.save(dict(meta), Path(path) / META)
+
+
+def from_single(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Write a sharded checkpoint from what a single file holds, in one process."""
+    tensors, meta = split(checkpoint)
+    folder.mkdir(parents=True)
+    try:
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+        write_meta(meta, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def to_single(folder: Path) -> dict[str, Any]:
+    """What a single file would hold, from a sharded checkpoint, in one process."""
+    meta = read_meta(folder)
+    tensors = {name: torch.empty_like(entry, device="cpu") for name, entry in stored_tensors(folder).items()}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return assemble(tensors, meta)

@@ -1,0 +1,135 @@
+"""Which parts of a distillation module are sharded, and how: one FSDP2 group per network and per block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.denoiser import TAPPED, AllTapsSeen, Denoiser
+from lightning_distill.networks.lora import AdapterDenoiser
+
+__all__ = ["block_names", "distribute_like", "networks_of", "reshard", "role_modules", "shard_network", "unsharded"]
+
+#: blocks with parameters that the network's own forward reads past the block, which a shard of its own would hide
+_READ_FROM_OUTSIDE = {"DiTTransformer2DModel": ("transformer_blocks.0",)}
+
+
+def role_modules(module: DistillationModule) -> dict[str, nn.Module]:
+    """Teacher, trained roles, declared targets and averages, by name; roles the configuration leaves out are not."""
+    names = ["teacher", *(role for roles in module.phases.values() for role in roles), *module.targets]
+    found = {name: getattr(module, name, None) for name in dict.fromkeys(names)}
+    found |= {f"student_ema.{name}": average for name, average in module.student_ema.items()}
+    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
+def networks_of(part: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a role that are called as a whole and have parameters, outermost first.
+
+    For a denoiser its network and what has been added beside it. The backbone of an adapter is its owner's, and the
+    adapter is a part of the backbone.
+
+    Args:
+        part: a role.
+    """
+    for name, child in part.named_children():
+        if isinstance(part, AdapterDenoiser) and name in ("adapter", "network"):
+            continue
+        if type(child).forward is nn.Module.forward or isinstance(child, (Denoiser, nn.ModuleList, nn.ModuleDict)):
+            yield from networks_of(child)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def block_names(denoiser: Denoiser) -> list[str]:
+    """Blocks of a denoiser's network that can be groups of their own."""
+    outside: set[str] = set()
+    for cls in type(denoiser.network).__mro__:
+        outside |= set(_READ_FROM_OUTSIDE.get(cls.__name__, ()))
+    return [name for name in denoiser.block_names() if name not in outside]
+
+
+def shard_network(network: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, **options: Any) -> None:
+    """Shard a network over the processes of a mesh, block by block and then what is left; once only.
+
+    Args:
+        network: called as a whole.
+        blocks: names of its submodules that are gathered and freed one at a time.
+        mesh: one dimension to shard over, or (replicas, shards).
+        **options: of ``fully_shard``.
+    """
+    if isinstance(network, FSDPModule):
+        return
+    for name in blocks:
+        block = network.get_submodule(name)
+        if any(True for _ in block.parameters()):
+            _show_taps(block, network, f"{name}.")
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, **options)
+            block.register_forward_hook(_hide_taps)
+    # the root too: nothing may stay whole after a forward without backward
+    _show_taps(network, network, "")
+    fully_shard(network, mesh=mesh, reshard_after_forward=True, **options)
+    network.register_forward_hook(_hide_taps)
+
+
+_WITH_TAPS = object()
+
+
+def _show_taps(part: nn.Module, network: nn.Module, inside: str) -> None:
+    """Return the features tapped inside of a part along with its output, so that FSDP sees them leave.
+
+    FSDP gathers a part's parameters again when a gradient reaches its output; a tap is a second way out. A forward that
+    ends at its last tap ends here, before it would leave FSDP in the middle of things.
+    """
+    forward = part.forward
+
+    def with_taps(*args: Any, **kwargs: Any) -> Any:
+        try:
+            out = forward(*args, **kwargs)
+        except AllTapsSeen:
+            if inside:
+                raise
+            out = None
+        tapped = {name: t for name, t in network.__dict__.get(TAPPED, {}).items() if name.startswith(inside)}
+        return (_WITH_TAPS, out, tapped) if tapped else out
+
+    part.__dict__["forward"] = with_taps
+
+
+def _hide_taps(_part: nn.Module, _args: Any, out: Any) -> Any:
+    return out[1] if isinstance(out, tuple) and len(out) == 3 and out[0] is _WITH_TAPS else out
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered parameters that a forward without a backward, or one that stopped at a tap, has left behind."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of a tensor on the CPU; a collective for a sharded one."""
+    gather = getattr(tensor, "full_tensor", None)
+    return (tensor if gather is None else gather()).detach().cpu()
+
+
+@torch.no_grad()
+def distribute_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This process' part of a tensor that every process has, placed as another; without communication.
+
+    Args:
+        whole: of the global shape of ``like``.
+        like: a sharded tensor, or an ordinary one.
+    """
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None:
+        return whole.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = distribute_tensor(whole.to(mesh.device_type), mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return placed.to(like.device)

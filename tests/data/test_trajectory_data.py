@@ -1,0 +1,215 @@
+"""Training batches from a store of trajectories, and the refusal of another teacher's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning import Trainer
+
+from lightning_distill.batch import Batch
+from lightning_distill.cli import main
+from lightning_distill.data import Pairs, Prior, Trajectories
+from lightning_distill.data.store import Store, StoreWriter
+from lightning_distill.data.trajectories import StoredTrajectories
+from lightning_distill.generation import default_cond, generate
+from lightning_distill.methods import DMD2, PairRegression
+from lightning_distill.networks.small import ResidualMLP
+from lightning_distill.networks.specs import NewDenoiser, ZooDenoiser
+from lightning_distill.processes import VariancePreserving
+from lightning_distill.times import few_step_times
+from lightning_distill.trajectories import record_noise
+
+
+def write(folder, *more, num=96, teacher="digits"):
+    words = ["--teacher", teacher, "--num", str(num), "--steps", "8", "--shard-size", "32", "--out", str(folder)]
+    assert main(["trajectories", *words, *more]) == 0
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """One store of each kind, made by the shipped teacher of digits."""
+    root = tmp_path_factory.mktemp("stores")
+    return {
+        "pairs": write(root / "pairs", num=512),
+        "points": write(root / "points", "--records", "points", "--points", "4"),
+        "guided": write(root / "guided", "--records", "guided", "--points", "2", "--guidance", "1", "4"),
+    }
+
+
+def fit(model, data, updates=1):
+    trainer = Trainer(
+        max_steps=updates,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, data)
+    return model
+
+
+def method(teacher=None, **settings):
+    return DMD2(teacher or ZooDenoiser("digits"), ema=[], **{"fake_score_steps": 1, **settings})
+
+
+class Kept(DMD2):
+    """Keeps the slices of its batches."""
+
+    def student_loss(self, batch):
+        self.kept = batch
+        return super().student_loss(batch)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+def test_batches_hold_what_was_stored(stores):
+    data = Trajectories(stores["guided"], batch_size=8, seed=3)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batch, rows = next(iter(loader)), loader.indices(0)[0]
+    stored = Store(stores["guided"]).gather(rows)
+    assert batch.size == 8
+    for name in ("x0", "noise", "states"):
+        value = getattr(batch, name)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, stored[name].float())
+    assert batch.states.shape == (8, 2, 1, 8, 8)
+    assert set(batch.predictions) == {"guided", "unguided", "scale"}
+    for name, value in batch.predictions.items():
+        assert torch.equal(value, stored[name].float())
+    assert torch.equal(batch.cond["class_labels"], rows % 10)
+    assert set(batch.cond) == {"class_labels"}
+    assert batch.times.tolist() == few_step_times(ZooDenoiser("digits").build().process, 2)
+    assert (data.shape, data.num_classes, data.sigma_data) == ((1, 8, 8), 10, 0.752)
+    assert Trajectories(stores["guided"], sigma_data=0.7).sigma_data == 0.7
+
+
+def test_pairs_are_what_the_teacher_makes(stores):
+    source, digits = StoredTrajectories(stores["pairs"]), ZooDenoiser("digits").build()
+    batch = source.gather(torch.arange(16), 0)
+    noise = record_noise(0, 0, 16, (1, 8, 8), torch.float16)
+    assert torch.equal(batch.noise, noise)
+    want = generate(digits, noise, default_cond(digits, 16), few_step_times(digits.process, 8), "dpmpp_2m")
+    torch.testing.assert_close(batch.x0, want.half().float(), rtol=0, atol=0)
+    assert batch.states is None
+    assert batch.times is None
+    assert batch.predictions == {}
+
+
+def test_slices_and_maps_of_batches_keep_all_fields(stores):
+    whole = StoredTrajectories(stores["guided"]).gather(torch.arange(10), 0)
+    part = whole.rows(3, 5)
+    assert part.size == 2
+    assert torch.equal(part.states, whole.states[3:5])
+    assert torch.equal(part.predictions["scale"], whole.predictions["scale"][3:5])
+    assert torch.equal(part.times, whole.times)
+    doubled = whole.map(lambda value: 2 * value)
+    for name in ("x0", "noise", "states", "times"):
+        assert torch.equal(getattr(doubled, name), 2 * getattr(whole, name))
+    assert torch.equal(doubled.predictions["guided"], 2 * whole.predictions["guided"])
+    assert torch.equal(doubled.cond["class_labels"], 2 * whole.cond["class_labels"])
+    assert doubled.size == 10
+    assert Batch(states=torch.zeros(3, 2, 1)).size == 3
+
+
+def test_a_method_sees_its_slice_of_everything(stores):
+    module = Kept(ZooDenoiser("digits"), ema=[], fake_score_steps=1)
+    data = Trajectories(stores["guided"], batch_size=6)
+    fit(module, data)
+    assert module.kept.size == 6
+    assert module.kept.states.shape == (6, 2, 1, 8, 8)
+    assert module.kept.predictions["scale"].shape == (6,)
+    assert module.kept.times.shape == (2,)
+
+
+# ------------------------------------------------------------------------------------------- the teacher
+def other_teacher():
+    return NewDenoiser(
+        lambda: ResidualMLP((1, 8, 8), width=8, depth=1, num_classes=10),
+        ZooDenoiser("digits").build().process,
+        "flow_prediction",
+        sigma_data=0.752,
+        null_class=10,
+    )
+
+
+def test_trajectories_of_another_teacher_are_refused(stores):
+    message = r"were made by another teacher \(sha256 fa5858f00780\) than the method's .*allow_other_teacher=true"
+    module = method(other_teacher())
+    with pytest.raises(ValueError, match=message):
+        fit(module, Trajectories(stores["pairs"], batch_size=4))
+    assert module.skipped_steps.sum() == 0
+    assert fit(method(other_teacher()), Trajectories(stores["pairs"], batch_size=4, allow_other_teacher=True))
+    assert fit(method(), Trajectories(stores["pairs"], batch_size=4))
+
+
+def test_states_of_another_process_are_refused_and_pairs_are_not(stores):
+    teacher = ZooDenoiser("digits", method_process=VariancePreserving(zero_terminal_snr=True))
+    with pytest.raises(
+        ValueError, match=r"process FlowMatching\(\), but the teacher works in VariancePreserving\(beta_"
+    ):
+        fit(method(teacher), Trajectories(stores["points"], batch_size=4))
+    assert fit(method(teacher), Trajectories(stores["pairs"], batch_size=4))
+
+
+def test_stores_that_do_not_fit_are_refused(stores, tmp_path):
+    StoreWriter(tmp_path / "other", {"kind": "cache"}, 1).write(0, {"x0": torch.zeros(1, 2)})
+    with pytest.raises(ValueError, match=r"holds no trajectories .*kind='cache'"):
+        Trajectories(str(tmp_path / "other"))
+    with pytest.raises(FileNotFoundError, match=r"is not a store: it has no store\.json"):
+        Trajectories(str(tmp_path))
+    with pytest.raises(ValueError, match="made with the conditions 'classes', not with a store"):
+        Trajectories(stores["pairs"], conditions=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"is a store; read it with Trajectories\(path=...\)"):
+        Pairs(stores["pairs"])
+    wrong = Trajectories(stores["pairs"], sigma_data=2.0)
+    with pytest.raises(ValueError, match="Trajectories has a standard deviation of"):
+        wrong.setup("fit")
+
+
+def test_conditions_are_read_from_their_own_store(tmp_path):
+    for name, labels in (("cache", [7, 1, 4]), ("foreign", [7, 1, 5])):
+        writer = StoreWriter(tmp_path / name, {"kind": "cache", "labels": labels}, 3)
+        writer.write(0, {"class_labels": torch.tensor(labels)})
+    cache = str(tmp_path / "cache")
+    made = write(tmp_path / "made", "--cond", cache, num=7)
+    source = StoredTrajectories(made, conditions=cache)
+    batch = source.gather(torch.tensor([6, 2, 0, 4]), 0)
+    assert batch.cond["class_labels"].tolist() == [7, 4, 7, 1]
+    with pytest.raises(ValueError, match=r"conditions of the trajectories in .* \(class_labels\) lie in the store"):
+        Trajectories(made)
+    with pytest.raises(ValueError, match="were made with other conditions than those in"):
+        Trajectories(made, conditions=str(tmp_path / "foreign"))
+    fit(method(), Trajectories(made, conditions=cache, batch_size=4))
+
+
+# ----------------------------------------------------------------------------------------- regression
+def test_regression_reads_a_store_and_refuses_another_teachers(stores):
+    module = method(other_teacher(), regression_pairs=stores["pairs"], regression_steps=1)
+    with pytest.raises(ValueError, match="were made by another teacher"):
+        fit(module, Prior(num_classes=10, batch_size=4))
+    module = method(other_teacher())
+    module.configure_model()
+    tolerant = PairRegression(stores["pairs"], allow_other_teacher=True)
+    assert tolerant.loss(module, 4) > 0
+
+
+def test_a_warm_up_on_the_teachers_pairs_brings_the_student_closer_to_them(stores):
+    """One step of the untrained student misses the teacher's end points; 40 updates of regression halve the error."""
+    module = method(
+        regression_pairs=stores["pairs"],
+        regression_steps=40,
+        student_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+    )
+    module.configure_model()
+    batch = StoredTrajectories(stores["pairs"]).gather(torch.arange(256), 0)
+
+    @torch.no_grad()
+    def error():
+        x = generate(module.student, batch.noise, batch.cond, module.student_times)
+        return float((x - batch.x0).square().mean())
+
+    before = error()
+    fit(module, Prior(num_classes=10, batch_size=64), 40)
+    assert error() < 0.6 * before

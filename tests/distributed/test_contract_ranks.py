@@ -1,0 +1,102 @@
+"""Two processes with half the batch each train what one process trains with the whole batch, for every method.
+
+One pair of processes runs all cases of all strategies (see ``rank_runs``). By default every method runs once, under the
+two strategies in turn, and what is special in a configuration under both; ``slow`` runs everything.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rank_runs import CASES, named, start, train  # noqa: E402
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore"),
+]
+
+STRATEGIES = ["role_ddp", "role_fsdp2"]
+PLAIN = "ddp_find_unused_parameters_true"
+CONTROL = "without_averaging"
+#: shared backbones, taps that end a forward, micro-batches, a condition beside the network, gradients of gradients,
+#: statistics over all samples, blocks
+SPECIAL = ["lora", "gan_teacher", "accumulate", "told_interval_lora", "distance_and_r1", "js", "unet_gan", "dit_lora"]
+
+
+def sample() -> list[tuple[str, str]]:
+    """Strategy and case: every method once, what is special twice."""
+    first = list({case.method: case.name for case in reversed(CASES)}.values())
+    known = {case.name for case in CASES}
+    chosen = [(strategy, name) for name in SPECIAL if name in known for strategy in STRATEGIES]
+    chosen += [(STRATEGIES[i % 2], name) for i, name in enumerate(sorted(first)) if name not in SPECIAL]
+    return [*chosen, (PLAIN, "gan_fake_score"), (PLAIN, "accumulate"), (CONTROL, "one_step")]
+
+
+def everything() -> list[tuple[str, str]]:
+    return [(strategy, case.name) for strategy in [*STRATEGIES, PLAIN] for case in CASES]
+
+
+def runs(folder: Path, plan: list[tuple[str, str]]) -> Path:
+    by_strategy: dict[str, list[str]] = {}
+    for strategy, name in plan:
+        by_strategy.setdefault(strategy, []).append(name)
+    start(folder, json.dumps(by_strategy), timeout=1500)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    return runs(tmp_path_factory.mktemp("sample"), sample())
+
+
+@pytest.fixture(scope="module")
+def all_runs(tmp_path_factory):
+    return runs(tmp_path_factory.mktemp("all"), everything())
+
+
+def distances(folder: Path, strategy: str, name: str) -> tuple[dict[str, float], float]:
+    """By tensor, how far two processes are from one, relative to its size; and how far they are from each other."""
+    error = folder / strategy / f"{name}.error"
+    assert not error.exists(), error.read_text()
+    first, second = (torch.load(folder / strategy / f"{name}{end}") for end in (".pt", ".second.pt"))
+    (case,) = named([name])
+    one = train(case, folder / "one" / strategy / name)
+    assert one.keys() == first.keys()
+    assert any(key.startswith("student.") for key in one)
+    far = {
+        key: float((first[key].double() - value.double()).abs().max()) / max(1.0, float(value.abs().max()))
+        for key, value in one.items()
+    }
+    apart = max(float((first[key].double() - second[key].double()).abs().max()) for key in one)
+    return far, apart
+
+
+def check(folder: Path, strategy: str, name: str) -> None:
+    far, apart = distances(folder, strategy, name)
+    worst = max(far, key=far.__getitem__)
+    assert far[worst] < 1e-5, f"{worst} is off by {far[worst]:.1e}"
+    assert apart == 0.0
+
+
+@pytest.mark.parametrize(("strategy", "name"), [pair for pair in sample() if pair[0] != CONTROL])
+def test_two_processes_train_what_one_does(sampled, strategy, name):
+    check(sampled, strategy, name)
+
+
+def test_the_comparison_can_fail(sampled):
+    far, apart = distances(sampled, CONTROL, "one_step")
+    assert max(far.values()) > 1e-3
+    assert apart > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "name"), everything())
+def test_every_case_on_two_processes(all_runs, strategy, name):
+    check(all_runs, strategy, name)

@@ -29,8 +29,7 @@ def default_cond(denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Tensor
         first: index of the first sample.
     """
     if denoiser.num_classes is None:
-        examples = example_cond(denoiser.network, n) if denoiser.family.required else {}
-        return {key: value.float() if value.dtype == torch.bool else value for key, value in examples.items()}
+        return example_cond(denoiser.network, n) if denoiser.family.required else {}
     return {"class_labels": torch.arange(first, first + n) % denoiser.num_classes}
 
 

@@ -50,7 +50,8 @@ def export_module(
         fresh: compare in a new process; else in this one.
 
     Returns:
-        the folder, and the largest difference (see ``verify_export``).
+        the folder, and the largest difference (see ``verify_export``): at most 1e-5, or 5e-2 where our frozen weights
+        are in half precision and the pipeline's in float32.
 
     Raises:
         ValueError: nothing in diffusers reproduces the student.
@@ -88,12 +89,18 @@ def export_module(
         base = None if lora is None else source or _base_pipeline(module, network, Path(temporary) / "base")
         embedded: dict[str, Any] = {"cond": cond} if size else {"class_labels": cond.get("class_labels")}
         try:
-            difference = verify_export(folder, x0, base=base, fresh=fresh, **embedded)
+            difference = verify_export(folder, x0, base=base, fresh=fresh, tolerance=_tolerance(network), **embedded)
         except (ValueError, RuntimeError) as error:
             raise RuntimeError(
                 f"{folder} was written, but the stock pipeline does not reproduce the student: {error}"
             ) from None
     return folder, difference
+
+
+def _tolerance(network: Denoiser) -> float:
+    """Largest accepted difference: frozen weights in half precision round what stock diffusers computes in float32."""
+    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in network.network.parameters())
+    return 5e-2 if narrow else 1e-5
 
 
 def _base_pipeline(module: DistillationModule, network: Denoiser, folder: Path) -> Path:

@@ -8,6 +8,7 @@ from lightning_distill.methods.base import DistillationModule, Rollout, Terms
 from lightning_distill.methods.cdm import CDM
 from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.diff_instruct import DiffInstruct
+from lightning_distill.methods.disback import DisBack
 from lightning_distill.methods.dmd import DMD
 from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.f_distill import FDistill
@@ -46,6 +47,7 @@ __all__ = [
     "AdversarialMethod",
     "DecoupledDMD",
     "DiffInstruct",
+    "DisBack",
     "DistillationModule",
     "FDistill",
     "FakeScoreMethod",

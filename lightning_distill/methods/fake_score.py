@@ -144,6 +144,10 @@ class FakeScoreMethod(StepAware, DistillationModule):
         return [("student", 0), *critic]
 
     # ------------------------------------------------------------------------------------------------ student
+    def real_score(self) -> Denoiser:
+        """The network whose score the student is to have: the teacher, unless the target moves."""
+        return self.require_teacher()
+
     def scores(
         self,
         x: Tensor,
@@ -165,7 +169,7 @@ class FakeScoreMethod(StepAware, DistillationModule):
         x_t, t = noisy or self.renoise(x, self.matching_times, "matching")[:2]
         u = self.draws.uniform("guidance", len(x))
         with nullcontext() if self.differentiates_scores else torch.no_grad():
-            real = self.guidance(self.require_teacher(), x_t, t, batch.cond, u).x0
+            real = self.guidance(self.real_score(), x_t, t, batch.cond, u).x0
             if not taps:
                 with self.told_step():
                     fake = self.fake_guidance(self.fake_score, x_t, t, batch.cond, u).x0

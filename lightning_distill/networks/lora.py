@@ -392,22 +392,27 @@ def without_adapters(network: nn.Module) -> nn.Module:
     return _plain_copy(network, None)
 
 
-def merged_network(denoiser: Denoiser) -> nn.Module:
+def merged_network(denoiser: Denoiser, dtype: torch.dtype | None = None) -> nn.Module:
     """A deep copy of the network a role runs, as an ordinary module: its adapter is added to the weights.
 
     For a role without adapter it is the plain copy of its network.
 
     Args:
         denoiser: any role.
+        dtype: floating-point type of the copy, None for that of the backbone. A backbone in bfloat16 would round away
+            most of a small adapter: merge it in float32.
 
     Returns:
         a network of the original class, equal in output up to rounding, ready for ``save_pretrained``.
     """
-    return _plain_copy(denoiser.network, denoiser.adapter_name if isinstance(denoiser, AdapterDenoiser) else None)
+    name = denoiser.adapter_name if isinstance(denoiser, AdapterDenoiser) else None
+    return _plain_copy(denoiser.network, name, dtype)
 
 
-def _plain_copy(network: nn.Module, name: str | None) -> nn.Module:
+def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None = None) -> nn.Module:
     network = copy.deepcopy(network)
+    if dtype is not None:
+        nn.Module.to(network, dtype)  # past diffusers' own, which warns
     bank = network.__dict__.pop(_BANK, None)
     if bank is None:
         return network

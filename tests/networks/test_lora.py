@@ -21,6 +21,7 @@ from lightning_distill.networks.lora import (
     trainable_parameters,
     without_adapters,
 )
+from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.processes import FlowMatching
 
 
@@ -429,3 +430,20 @@ def test_deep_copies_keep_views_and_backbone_together():
 def test_checkpointing_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match="Plain has no activation checkpointing"):
         enable_activation_checkpointing(teacher_of("plain"))
+
+
+def test_a_small_adapter_survives_merging_into_a_half_precision_backbone():
+    source = Denoiser(ResidualMLP((2,), 16, 1).to(torch.bfloat16), FlowMatching(), "flow_prediction")
+    adapter = add_adapter(source, rank=2)
+    with torch.no_grad():
+        for _, parameter in adapter.adapter_parameters():
+            parameter.normal_(std=0.005)
+    layer = adapter.bank.layers["blocks.0.inner"]
+    change = layer.get_delta_weight(adapter.adapter_name).float()
+    before = layer.get_base_layer().weight.detach().float()
+    merged = merged_network(adapter, torch.float32).blocks[0].inner.weight
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged - before, change, rtol=1e-2, atol=1e-7)
+    rounded = merged_network(adapter).blocks[0].inner.weight.float()
+    assert (rounded - before - change).norm() > 0.5 * change.norm()
+    assert layer.get_base_layer().weight.dtype == torch.bfloat16, "the backbone is as it was"

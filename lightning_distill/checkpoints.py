@@ -57,9 +57,7 @@ def parameter_names(module: DistillationModule) -> list[list[str]]:
     """Checkpoint names of the parameters of each phase's optimizer, in the optimizer's order."""
     keys = checkpoint_keys(module)
     names = {id(tensor): name for name, tensor in _named_tensors(module) if name in keys}
-    return [
-        [names[id(p)] for role in roles for p in module.role_parameters(role)] for roles in module.phases.values()
-    ]
+    return [[names[id(p)] for role in roles for p in module.role_parameters(role)] for roles in module.phases.values()]
 
 
 def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:

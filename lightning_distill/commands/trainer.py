@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_distill import checkpoints
 from lightning_distill.environment import environment
@@ -95,10 +96,15 @@ class TrainerCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse to write into the folder of an earlier run, unless that run goes on; loggers delete what they find."""
+        resumed = self._get(self.config, "ckpt_path")
+        if resumed and Path(resumed).is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"ckpt_path={resumed} is a sharded checkpoint, which only strategy role_fsdp2 reads; make it one file "
+                f"with lightning-distill convert {resumed} OUT.ckpt, and give that."
+            )
         if self.trainer.logger is None and not self.trainer.checkpoint_callbacks:
             return
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir).absolute()
-        resumed = self._get(self.config, "ckpt_path")
         if not any((folder / "checkpoints").glob("*.ckpt")):
             return
         if resumed not in _KEYWORDS and (
@@ -162,6 +168,11 @@ def _check_checkpoint(path: Path) -> None:
         raise FileNotFoundError(
             f"ckpt_path={path} does not exist; give the checkpoint of an earlier run, for example "
             "runs/NAME/version_0/checkpoints/last.ckpt."
+        )
+    if path.is_dir() and not (path / "meta.pt").is_file():
+        raise ValueError(
+            f"ckpt_path={path} is a folder, but no complete sharded checkpoint (meta.pt is missing); give a .ckpt "
+            "file, or the folder that a run with strategy role_fsdp2 wrote."
         )
     if path.is_file() and "lightning_distill" not in checkpoints.read_checkpoint(path):
         raise ValueError(

@@ -262,7 +262,7 @@ class CachedLatents(CachedConditions):
 def _teacher_folder(trainer: Any) -> Path | None:
     """Folder of the pipeline that the module's teacher comes from, where that is known."""
     module = None if trainer is None else trainer.lightning_module
-    spec = getattr(module, "_teacher_source", None)
+    spec = getattr(module, "teacher_source", None)
     if not isinstance(spec, PretrainedDenoiser):
         return None
     local = spec._local()

@@ -14,6 +14,7 @@ from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.f_distill import FDistill
 from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
 from lightning_distill.methods.flash_dmd import FlashDMD
+from lightning_distill.methods.gdd import GDD, GDDI
 from lightning_distill.methods.gndm import GNDM
 from lightning_distill.methods.ladd import ADD, LADD
 from lightning_distill.methods.msd import MSD
@@ -37,6 +38,8 @@ __all__ = [
     "CDM",
     "DMD",
     "DMD2",
+    "GDD",
+    "GDDI",
     "GNDM",
     "LADD",
     "MSD",

@@ -107,7 +107,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: give 1 or more.")
         if isinstance(teacher, DenoiserSpec):
             teacher.check()
-        self._teacher_source = teacher
+        #: what was given as teacher, a spec or a denoiser; past the registration of submodules, where it is ``teacher``
+        self.__dict__["teacher_source"] = teacher
         self._student_role = student or Copy()
         self._student_role.check()
         self._num_steps = num_steps
@@ -152,8 +153,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         """Build every network once: teacher, student, the method's own roles, averages."""
         if self._built:
             return
-        if self._teacher_source is not None:
-            self.teacher = as_denoiser(self._teacher_source).requires_grad_(False).eval()
+        if self.teacher_source is not None:
+            self.teacher = as_denoiser(self.teacher_source).requires_grad_(False).eval()
         self.build_roles()
         if self.activation_checkpointing:
             for role in dict.fromkeys(role for roles in self.phases.values() for role in roles):

@@ -67,7 +67,7 @@ class LADD(Discriminating, DistillationModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
-        if gan is None or gan.features != "teacher":
+        if gan is None or gan.features == "fake_score":
             raise ValueError(
                 f"{type(self).__name__} reads features of the frozen teacher; give gan=Adversary(taps=[...], "
                 "features='teacher')."

@@ -21,9 +21,9 @@ class SCDMD(DMD2):
         SC = mean | Phi(t -> s) x_t - sg[ Phi(m -> s) Phi(t -> m) x_t ] |^2,     t > m > s
 
     Phi is the deterministic step of the student. m is the next time of the student's list and s the one after it, so
-    that any sub-list of the list is a good schedule; below the last step m lies half-way to 0.
+    that any sub-list of the list is a good schedule. The last step has nothing to be consistent with.
 
-    All settings are those of ``DMD2``; the default weight of ``student/consistency`` is 1.
+    All settings are those of ``DMD2``; the default weight of ``student/consistency`` is .1.
 
     Notes:
         The rollout's own prediction is the long step. The weight and the choice of times are ours, the paper's were not
@@ -31,7 +31,7 @@ class SCDMD(DMD2):
     """
 
     learns_from = "teacher alone; data for gan"
-    default_loss_weights: ClassVar[Mapping[str, float]] = {**DMD2.default_loss_weights, "student/consistency": 1.0}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {**DMD2.default_loss_weights, "student/consistency": 0.1}
 
     def rollout_terms(self, rollout: Rollout, batch: Batch) -> Terms:
         """DMD2's terms and the defect of composition."""
@@ -43,7 +43,8 @@ class SCDMD(DMD2):
         """SC of a rollout with graph."""
         times = torch.tensor([*self.student_times, 0.0, 0.0], dtype=torch.float64, device=rollout.x0.device)
         middle, end = times[rollout.steps + 1], times[rollout.steps + 2]
-        middle = torch.where(middle > 0, middle, 0.5 * rollout.prediction.t)
+        # a step of length 0 for the last: the defect is then 0, and every update costs the same
+        middle = torch.where(middle > 0, middle, rollout.prediction.t)
         with torch.no_grad():
             x_m = transport(rollout.prediction, middle)
             composed = transport(self.student(x_m, middle, batch.cond), end)

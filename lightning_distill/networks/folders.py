@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_distill.networks.json_files import read_json
 from lightning_distill.networks.schedulers import read_scheduler
+from lightning_distill.networks.weightless import is_weightless, skeleton
 
 __all__ = [
     "WEIGHTS_VARIABLE",
@@ -44,6 +45,8 @@ def load_diffusers_network(folder: Path, dtype: torch.dtype = torch.float32, var
         dtype: of the weights.
         variant: ``fp16`` for ``*.fp16.safetensors``; None for plain files, or the only variant there is.
     """
+    if is_weightless():
+        return _empty_network(folder, dtype)
     variant = check_diffusers_weights(folder, variant)
     network: nn.Module = diffusers_class(folder).from_pretrained(
         str(folder), torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
@@ -61,6 +64,8 @@ def load_single_file(file: Path, folder: Path, dtype: torch.dtype = torch.float3
     """
     from safetensors.torch import load_file
 
+    if is_weightless():
+        return _empty_network(folder, dtype)
     cls = diffusers_class(folder)
     network: nn.Module
     try:
@@ -77,6 +82,18 @@ def load_single_file(file: Path, folder: Path, dtype: torch.dtype = torch.float3
         raise ValueError(
             f"{file} does not fit {cls.__name__} as described in {folder / 'config.json'}: {reason}"
         ) from None
+    return network.eval()
+
+
+def _empty_network(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The network that a folder's ``config.json`` describes, without weights, in the dtypes it would be loaded in."""
+    cls = diffusers_class(folder)
+    with skeleton():
+        network: nn.Module = cls.from_config(cls.load_config(str(folder), local_files_only=True))
+    wide = getattr(cls, "_keep_in_fp32_modules", None) or ()
+    for name, module in network.named_modules():
+        if not any(part in name.split(".") for part in wide):
+            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
     return network.eval()
 
 

@@ -4,6 +4,7 @@ peft puts the low-rank layers into the teacher's own network; each role is a *vi
 switches its adapter on for the length of one call:
 
     y = W x + (alpha / rank) B A x,        B = 0 at initialisation        (arXiv:2106.09685, Eq. 3)
+    y = m (W + s B A) x / |W + s B A|,     m = |W| at initialisation      (DoRA, arXiv:2402.09353, Eq. 5; norms by row)
 
 At rest every adapter is off, so the teacher, and anything else that calls the network, runs the original
 weights. Switching sets two plain attributes on the low-rank layers and puts them back; ``requires_grad`` is
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.specs import seeded
+from lightning_distill.networks.quantisation import QuantisedLinear, dequantise, plain_tensors
+from lightning_distill.networks.seeding import seeded
+from lightning_distill.networks.weightless import where
 
 __all__ = [
     "AdapterBank",
@@ -48,6 +51,8 @@ __all__ = [
 
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BANK = "_lightning_distill_adapters"
+#: what an adapter consists of in each layer; magnitudes with DoRA only
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
 class AdapterBank:
@@ -173,8 +178,7 @@ class AdapterDenoiser(Denoiser):
         for path, layer in bank.layers.items():
             if name in layer.lora_A:
                 leaf = _descend(self.adapter, path)
-                leaf._modules["lora_A"] = layer.lora_A[name]
-                leaf._modules["lora_B"] = layer.lora_B[name]
+                leaf._modules |= {part: getattr(layer, part)[name] for part in _PARTS if name in getattr(layer, part)}
         # travels with the weights: the same tensors with another alpha are another network
         self.register_buffer("lora_alpha", torch.tensor(float(self.config.lora_alpha)))
         self.train(source.training)
@@ -206,7 +210,9 @@ class AdapterDenoiser(Denoiser):
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Adapter tensors by ``<layer>.lora_A.weight``, what diffusers' ``save_lora_weights`` takes."""
-        return dict(self.adapter.state_dict())
+        state = self.adapter.state_dict()
+        # peft's files name magnitudes without the ending
+        return {key.replace("_magnitude_vector.weight", "_magnitude_vector"): value for key, value in state.items()}
 
 
 def _descend(root: nn.Module, path: str) -> nn.Module:
@@ -225,6 +231,7 @@ def add_adapter(
     alpha: float | None = None,
     target_modules: Sequence[str] | None = None,
     dropout: float = 0.0,
+    dora: bool = False,
     exact_names: bool = False,
     trainable: bool = True,
     seed: int = 0,
@@ -241,6 +248,7 @@ def add_adapter(
         target_modules: endings of layer names, None for the defaults of the model class (every
             linear and convolution layer for a class without defaults).
         dropout: dropout on the adapter's input, [0, 1).
+        dora: learn the norm of every row of the weights beside their direction (DoRA).
         exact_names: ``target_modules`` are full names of layers.
         trainable: whether its parameters require gradients.
         seed: of the random A; ranks of a distributed run get equal weights.
@@ -256,19 +264,24 @@ def add_adapter(
             "an adapter starts from the frozen backbone, but the source is the adapter "
             f"{source.adapter_name!r}; give the denoiser that owns the backbone, or use add_adapter_copy."
         )
-    if rank < 1 or not 0.0 <= dropout < 1.0:
-        raise ValueError(f"Lora(rank={rank}, dropout={dropout}): rank must be >= 1 and dropout in [0, 1).")
+    check_adapter(rank, dropout, dora)
     network = source.network
     bank = adapter_bank(network) or AdapterBank()
     name = _free_name(bank) if name is None else name.replace(".", "_")
     if name in bank.configs:
         raise ValueError(f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}.")
     paths = _target_paths(network, target_modules or source.family.lora_targets, exact_names)
+    if dora and (grouped := [p for p in paths if getattr(network.get_submodule(p), "groups", 1) > 1]):
+        raise ValueError(
+            f"Lora(dora=True) cannot adapt {grouped[0]!r} of {type(network).__name__}, a convolution in groups; leave "
+            "it out with target_modules, or set dora=False."
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         target_modules=paths,
         lora_dropout=dropout,
+        use_dora=dora,
     )
     _inject(network, bank, name, config, trainable, seed)
     return AdapterDenoiser(source, name)
@@ -295,6 +308,17 @@ def add_adapter_copy(source: AdapterDenoiser, name: str, *, trainable: bool = Fa
     view = AdapterDenoiser(source, name)
     view.load_state_dict(source.state_dict())
     return view.train(trainable and source.training)
+
+
+def check_adapter(rank: int, dropout: float, dora: bool) -> None:
+    """Raise for settings that no adapter can have."""
+    if rank < 1 or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"Lora(rank={rank}, dropout={dropout}): rank must be >= 1 and dropout in [0, 1).")
+    if dora and dropout:
+        raise ValueError(
+            f"Lora(dora=True, dropout={dropout}): a row is scaled as a whole, also what dropout would leave out; set "
+            "dropout=0 or dora=False."
+        )
 
 
 def _free_name(bank: AdapterBank) -> str:
@@ -340,8 +364,9 @@ def _inject(network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig
     # peft reads a list as endings, a pattern as full names
     exact = copy.copy(config)
     exact.target_modules = "|".join(re.escape(path) for path in config.target_modules or ())
-    with seeded(seed), warnings.catch_warnings():
+    with seeded(seed), where(network), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
+        warnings.filterwarnings("ignore", message=".*without `get_apply_tensor_subclass`")  # nothing merges in place
         inject_adapter_in_model(exact, network, name)
     bank.configs[name] = config
     bank.collect(network)
@@ -350,12 +375,23 @@ def _inject(network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig
     for parameter in network.parameters():
         parameter.requires_grad_(flags.get(id(parameter), False))
     for layer in bank.layers.values():
-        for part in (layer.lora_A, layer.lora_B):
-            if name in part:
-                wide = layer.get_base_layer().weight.dtype == torch.float64
-                part[name].to(torch.float64 if wide else torch.float32).requires_grad_(trainable)
+        dtype = torch.float64 if layer.get_base_layer().weight.dtype == torch.float64 else torch.float32
+        for part in _PARTS:
+            if name in getattr(layer, part):
+                getattr(layer, part)[name].to(dtype).requires_grad_(trainable)
+        if name in layer.lora_magnitude_vector:
+            _measure_rows(layer, name, dtype)
     if checkpointing:
         _checkpoint_with(network, bank)
+
+
+def _measure_rows(layer: Any, name: str, dtype: torch.dtype) -> None:
+    """Magnitudes of the weight as the adapter's forward computes its norms: their ratio is exactly 1."""
+    base, part = layer.get_base_layer(), layer.lora_magnitude_vector[name]
+    weight = base.dequantize() if isinstance(base, QuantisedLinear) else base.weight
+    with torch.no_grad():
+        weight = weight.detach().to(dtype)
+        part.weight.copy_(part.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
 
 
 # ---------------------------------------------------------------------------------------- checkpointing
@@ -413,6 +449,7 @@ def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None 
     network = copy.deepcopy(network)
     if dtype is not None:
         nn.Module.to(network, dtype)  # past diffusers' own, which warns
+    dequantise(network)
     bank = network.__dict__.pop(_BANK, None)
     if bank is None:
         return network
@@ -421,6 +458,10 @@ def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None 
         if name in layer.lora_A:
             with torch.no_grad():
                 weight = base.weight.to(layer.lora_A[name].weight.dtype) + layer.get_delta_weight(name)
+                if name in layer.lora_magnitude_vector:
+                    magnitude = layer.lora_magnitude_vector[name].weight.flatten()
+                    scale = magnitude / weight.flatten(1).norm(dim=1)
+                    weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
                 base.weight.copy_(weight)
         parent, _, child = path.rpartition(".")
         network.get_submodule(parent)._modules[child] = base
@@ -433,12 +474,12 @@ def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None 
 def base_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """The network's state under its original names, adapters left out: what identifies a frozen source.
 
+    Quantised weights are listed as the tensors they consist of.
+
     Args:
         network: any network, with or without adapters.
     """
-    bank = adapter_bank(network)
-    if bank is None:
-        return dict(network.state_dict())
+    bank = adapter_bank(network) or AdapterBank()
     state = {}
     for key, value in network.state_dict().items():
         path, _, rest = key.rpartition(".base_layer.")
@@ -446,7 +487,7 @@ def base_state_dict(network: nn.Module) -> dict[str, Tensor]:
             key = f"{path}.{rest}"
         elif any(key.startswith(f"{layer}.lora_") for layer in bank.layers):
             continue
-        state[key] = value
+        state |= {f"{key}.{part}" if part else key: tensor for part, tensor in plain_tensors(value).items()}
     return state
 
 

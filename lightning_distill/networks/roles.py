@@ -23,6 +23,7 @@ from lightning_distill.networks.lora import (
     AdapterDenoiser,
     add_adapter,
     add_adapter_copy,
+    check_adapter,
     load_role_state,
     merged_network,
     role_state,
@@ -94,6 +95,8 @@ class Lora(Role):
         target_modules: endings of layer names, None for the defaults of the model class.
         dropout: dropout on the adapter's input, [0, 1).
         seed: of the adapter's random half.
+        dora: learn the norm of every row of the weights beside their direction (DoRA, arXiv:2402.09353); not with
+            dropout.
     """
 
     shares_weights: ClassVar[bool] = True
@@ -105,18 +108,17 @@ class Lora(Role):
         target_modules: Sequence[str] | None = None,
         dropout: float = 0.0,
         seed: int = 0,
+        dora: bool = False,
     ) -> None:
         self.rank = rank
         self.alpha = alpha
         self.target_modules = None if target_modules is None else list(target_modules)
         self.dropout = dropout
         self.seed = seed
+        self.dora = dora
 
     def check(self) -> None:  # noqa: D102
-        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"Lora(rank={self.rank}, dropout={self.dropout}): rank must be >= 1 and dropout in [0, 1)."
-            )
+        check_adapter(self.rank, self.dropout, self.dora)
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         return add_adapter(
@@ -126,6 +128,7 @@ class Lora(Role):
             alpha=self.alpha,
             target_modules=self.target_modules,
             dropout=self.dropout,
+            dora=self.dora,
             seed=self.seed,
         )
 
@@ -225,6 +228,7 @@ class FromCheckpoint(Role):
             rank=state[downs[0]].shape[0],
             alpha=state["lora_alpha"].item(),
             target_modules=paths,
+            dora=any(key.endswith(".lora_magnitude_vector.weight") for key in state),
             exact_names=True,
         )
         load_role_state(adapter, state, origin)

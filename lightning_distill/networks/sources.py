@@ -25,6 +25,7 @@ from lightning_distill.networks.folders import (
 )
 from lightning_distill.networks.schedulers import read_sampling_process, read_scheduler
 from lightning_distill.networks.seeding import seeded
+from lightning_distill.networks.weightless import is_weightless, skeleton
 from lightning_distill.prediction import PREDICTION_TYPES
 from lightning_distill.processes import FlowMatching, NoiseProcess
 
@@ -168,8 +169,10 @@ class FolderSource:
         return FAMILIES.get(str(read_json(self.folder / "config.json").get("_class_name")))
 
     def check(self) -> None:
-        """Find missing, pickled or damaged weight files from their headers."""
-        if self.network:
+        """Find missing, pickled or damaged weight files from their headers; a plan needs no weights."""
+        if is_weightless():
+            _ = resolve(self.network, nn.Module, self.card_file) if self.network else diffusers_class(self.folder)
+        elif self.network:
             resolve(self.network, nn.Module, self.card_file)
             check_safetensors(self._weights())
         elif self.file is not None:
@@ -195,8 +198,10 @@ class FolderSource:
             return load_diffusers_network(self.folder, dtype, self.given.variant)
         from safetensors.torch import load_file
 
-        with seeded(0):
+        with seeded(0), skeleton():
             network = construct(self.network, nn.Module, self.card_file)
+        if is_weightless():
+            return network.to(dtype).eval()
         try:
             network.load_state_dict(load_file(self._weights()))
         except RuntimeError as error:

@@ -121,7 +121,7 @@ class GradientReducer:
             bucket.work.wait()
             bucket.flat = bucket.work = None
 
-    def _hook(self, index: int):  # noqa: ANN202  (a hook of torch)
+    def _hook(self, index: int):
         def ready(_parameter: Tensor) -> None:
             if self._active:
                 self._arrived(index)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,8 @@ class RoleFSDP2(ModelParallelStrategy):
                 )
         elif module.teacher is not None:
             module.teacher_fingerprint()  # while it is whole
+        # networks end in views (chunks, transpositions), and nothing here changes an output in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._shard(module)
         super().setup(trainer)
 
@@ -152,14 +155,13 @@ class RoleFSDP2(ModelParallelStrategy):
         for name, part in parts.items():
             offloaded = name.split(".")[0] in self.offload
             for network in networks_of(part):
-                own = isinstance(part, Denoiser) and network is part.network
-                blocks = block_names(part) if own and self.shard_blocks else []
-                options = {"offload_policy": self._offload_policy(offloaded)}
-                if own:
-                    options["mp_policy"] = MixedPrecisionPolicy(
-                        self.compute_dtype, self.reduce_dtype, cast_forward_inputs=False
-                    )
-                shard_network(network, blocks, self.mesh, **options)
+                blocks, precision = [], MixedPrecisionPolicy()
+                if isinstance(part, Denoiser) and network is part.network:
+                    blocks = block_names(part) if self.shard_blocks else []
+                    # times stay float32: the denoiser casts the rest itself
+                    precision = MixedPrecisionPolicy(self.compute_dtype, self.reduce_dtype, cast_forward_inputs=False)
+                policy = self._offload_policy(offloaded)
+                shard_network(network, blocks, self.mesh, mp_policy=precision, offload_policy=policy)
         if getattr(module, "r1", "none") == "exact":  # its gradient is differentiated again, which needs the weights
             for part in module.modules():
                 if isinstance(part, FSDPModule):

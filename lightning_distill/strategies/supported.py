@@ -31,8 +31,8 @@ def check_strategy(strategy: Any, phases: int) -> None:
             raise ValueError(f"{_REASONS[kind.__name__]}; use strategy=role_fsdp2, which shards network by network.")
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, RoleFSDP2):
         raise ValueError(
-            f"{name} leaves it to the module to shard itself, and no method does; use strategy=role_fsdp2, which shards "
-            "every network of a method."
+            f"{name} leaves it to the module to shard itself, and no method does; use strategy=role_fsdp2, which "
+            "shards every network of a method."
         )
     if isinstance(strategy, DDPStrategy) and not isinstance(strategy, RoleDataParallel) and phases > 1:
         options = strategy._ddp_kwargs

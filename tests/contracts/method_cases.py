@@ -33,6 +33,8 @@ from lightning_distill.methods import (
     CDM,
     DMD,
     DMD2,
+    GDD,
+    GDDI,
     GNDM,
     LADD,
     MSD,
@@ -56,6 +58,7 @@ from lightning_distill.methods import (
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import ring4
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.frozen_features import FrozenFeatures
 from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
 from lightning_distill.networks.specs import seeded
@@ -182,6 +185,11 @@ def dmd2(**settings: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda folder: {**common, **{k: v() if inspect.isfunction(v) else v for k, v in settings.items()}}
 
 
+def small_features() -> FrozenFeatures:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, padding=1), nn.SiLU())
+    return FrozenFeatures(random_weights(network), ["1", "3"])
+
+
 def ladd(**settings: Any) -> Callable[[Path], dict[str, Any]]:
     common: dict[str, Any] = {
         "student_optimizer": adam,
@@ -302,6 +310,10 @@ CASES: list[Case] = [
     Case("halves", FlashDMD, flow_mlp, points, dmd2(gan=heads(taps=("input",)), student_times=[0.5], switch=0.6)),
     Case("endpoints", SCDMD, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
     Case("transport", VDOT, flow_mlp, lambda: without_data(points()), dmd2(group_size=2)),
+    Case("clean_images", GDD, vp_unet, images, ladd(features=small_features, student_times=[0.5])),
+    Case("clean_images_frozen", GDDI, vp_unet, images, ladd(
+        features=small_features, student_times=[0.5], kind="hinge", r1="approximate"
+    )),
     Case("blended_target", DisBack, flow_mlp, lambda: without_data(points()), dmd2(blend=0.5, blend_updates=5)),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),

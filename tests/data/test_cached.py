@@ -153,7 +153,7 @@ def test_another_text_encoder_or_autoencoder_is_refused(tmp_path):
     def of_teacher(folder, kind=CachedLatents):
         data = kind(path)
         teacher = PretrainedDenoiser(str(folder))
-        module = SimpleNamespace(_teacher_source=teacher)
+        module = SimpleNamespace(teacher_source=teacher)
         data.trainer = SimpleNamespace(lightning_module=module)
         return data
 

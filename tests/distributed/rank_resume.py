@@ -11,10 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from rank_runs import named, train  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rank_runs import named, train
 
-from lightning_distill.strategies import RoleDataParallel, RoleFSDP2  # noqa: E402
+from lightning_distill.strategies import RoleDataParallel, RoleFSDP2
 
 CASES = ["gan_fake_score", "told_interval_lora"]
 STEPS = 4
@@ -27,7 +27,9 @@ STRATEGIES = {
 }
 
 
-def run(name: str, folder: Path, strategy: Any, rank: int, world: int, ckpt_path: Path | None = None, save: bool = True):
+def run(
+    name: str, folder: Path, strategy: Any, rank: int, world: int, ckpt_path: Path | None = None, save: bool = True
+):
     """A run of all steps that saves its checkpoints at each second one."""
     (case,) = named([name])
     saving = ModelCheckpoint(dirpath=folder, every_n_train_steps=STOP, save_top_k=-1, filename="{step}")

@@ -23,7 +23,7 @@ from method_cases import BATCH, CASES, Case, trainer  # noqa: E402
 
 from lightning_distill.data import InMemory, ResumableLoader  # noqa: E402
 from lightning_distill.methods import DistillationModule  # noqa: E402
-from lightning_distill.strategies import RoleDataParallel  # noqa: E402
+from lightning_distill.strategies import RoleDataParallel, RoleFSDP2  # noqa: E402
 
 STEPS = 3
 
@@ -33,6 +33,14 @@ class WithoutAveraging(RoleDataParallel):
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
         self._reducing = None
+
+
+#: strategies that have no name of their own
+MADE = {
+    "without_averaging": WithoutAveraging,
+    "replicated": lambda: RoleFSDP2(replicas=2),
+    "whole_networks": lambda: RoleFSDP2(shard_blocks=False, reduce_dtype="float32"),
+}
 
 
 def smooth_adam(parameters: Any) -> torch.optim.Optimizer:
@@ -50,9 +58,7 @@ def build(case: Case, folder: Path, **overrides: Any) -> DistillationModule:
 
 def loader(case: Case, module: DistillationModule, rank: int, world: int) -> ResumableLoader:
     source = InMemory(case.data())
-    return ResumableLoader(
-        source, BATCH // world, slices=module.slices_per_cycle, seed=3, rank=rank, world_size=world
-    )
+    return ResumableLoader(source, BATCH // world, slices=module.slices_per_cycle, seed=3, rank=rank, world_size=world)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,12 +82,12 @@ def named(names: list[str]) -> list[Case]:
     return [case for case in CASES if case.name in names]
 
 
-def start(folder: Path, *words: str, script: str = __file__, timeout: float = 400.0) -> str:
+def start(*words: str | Path, script: str | Path = __file__, timeout: float = 400.0) -> str:
     """Run this script, or another, in two processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *launcher, script, str(folder), *words],
+        [sys.executable, *launcher, str(script), *map(str, words)],
         env=environment,
         capture_output=True,
         text=True,
@@ -101,7 +107,7 @@ def main(folder: Path, plan: dict[str, list[str]]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for case in named(names):
             try:
-                chosen = WithoutAveraging() if strategy == "without_averaging" else strategy
+                chosen = MADE.get(strategy, lambda strategy=strategy: strategy)()
                 state = train(case, out / f"files{rank}", chosen, rank, world)
             except Exception:
                 (out / f"{case.name}.error").write_text(f"rank {rank}: {traceback.format_exc()}")

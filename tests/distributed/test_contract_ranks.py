@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rank_runs import CASES, named, start, train  # noqa: E402
+from rank_runs import CASES, named, start, train
 
 pytestmark = [
     pytest.mark.distributed,
@@ -25,6 +25,7 @@ pytestmark = [
 STRATEGIES = ["role_ddp", "role_fsdp2"]
 PLAIN = "ddp_find_unused_parameters_true"
 CONTROL = "without_averaging"
+OTHERS = [("replicated", "gan_fake_score"), ("whole_networks", "dit_lora")]
 #: shared backbones, taps that end a forward, micro-batches, a condition beside the network, gradients of gradients,
 #: statistics over all samples, blocks
 SPECIAL = ["lora", "gan_teacher", "accumulate", "told_interval_lora", "distance_and_r1", "js", "unet_gan", "dit_lora"]
@@ -36,7 +37,7 @@ def sample() -> list[tuple[str, str]]:
     known = {case.name for case in CASES}
     chosen = [(strategy, name) for name in SPECIAL if name in known for strategy in STRATEGIES]
     chosen += [(STRATEGIES[i % 2], name) for i, name in enumerate(sorted(first)) if name not in SPECIAL]
-    return [*chosen, (PLAIN, "gan_fake_score"), (PLAIN, "accumulate"), (CONTROL, "one_step")]
+    return [*chosen, (PLAIN, "gan_fake_score"), (PLAIN, "accumulate"), *OTHERS, (CONTROL, "one_step")]
 
 
 def everything() -> list[tuple[str, str]]:

@@ -10,11 +10,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rank_resume import CASES, STOP, run  # noqa: E402
-from rank_runs import start  # noqa: E402
+from rank_resume import CASES, STOP, run
+from rank_runs import start
 
-from lightning_distill.cli import main  # noqa: E402
-from lightning_distill.commands.convert import convert  # noqa: E402
+from lightning_distill.cli import main
+from lightning_distill.commands.convert import convert
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     for name in CASES:
         torch.save(run(name, root / f"{name}-one", "auto", 0, 1), root / f"{name}-one.pt")
         convert(root / f"{name}-one" / f"step={STOP}.ckpt", root / f"{name}-one" / "sharded.ckpt")
-    start(root, script=str(Path(__file__).parent / "rank_resume.py"))
+    start(root, script=Path(__file__).parent / "rank_resume.py")
     return root
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -121,10 +123,10 @@ def test_degraded_gaussians_lie_between_teacher_and_student(ring4_problem):
     module = gaussian_problem(
         0.7, -0.5, fake=(1.0, 0.7), method=DisBack, waypoints=3, degradation_updates=40, backtracking_updates=10
     )
-    module.optimizer_factories["fake_score"] = lambda p: torch.optim.SGD(p, lr=0.05)
+    module.optimizer_factories["fake_score"] = lambda p: torch.optim.SGD(p, lr=0.004)
     ring4_problem.fit(module, 41, Batch(size=512), batch_size=128)
     means = [1.0, *(float(w.network.mean) for w in module.waypoints), -0.5]
-    assert all(a > b + 0.02 for a, b in zip(means, means[1:])), means
+    assert all(a > b + 0.02 for a, b in pairwise(means)), means
 
 
 # ------------------------------------------------------------------------------------------------ blend

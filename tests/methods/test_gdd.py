@@ -1,0 +1,110 @@
+"""GDD: a discriminator on clean images, and students of which a part stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from small_problems import ready
+from torch import nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.methods import GDD, GDDI
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.frozen_features import FrozenFeatures
+from lightning_distill.networks.small import small_unet
+from lightning_distill.processes import FlowMatching
+from lightning_distill.randomness import Draws
+
+
+def extractor():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 6, 3, 2, padding=1))
+
+
+def features(**settings):
+    return FrozenFeatures(extractor(), ["0", "2"], **settings)
+
+
+def unet():
+    torch.manual_seed(0)
+    network = small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8)
+    return Denoiser(network, FlowMatching(), "flow_prediction", sigma_data=0.5)
+
+
+# ------------------------------------------------------------------------------------------------ features
+def test_features_are_those_of_the_prepared_images():
+    frozen, network = features(size=4, mean=[0.1, 0.2, 0.3], std=0.5), extractor()
+    images = torch.randn(2, 1, 8, 8, requires_grad=True)
+    found = frozen(images)
+    small = F.interpolate(images.expand(-1, 3, -1, -1), (4, 4), mode="bilinear", antialias=True)
+    prepared = (small - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.5
+    torch.testing.assert_close(found["0"], network[0](prepared))
+    torch.testing.assert_close(found["2"], network(prepared))
+    assert torch.autograd.grad(found["2"].sum(), images)[0].abs().sum() > 0
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen.train().network.training
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_come_from_a_file(tmp_path, suffix):
+    other = {k: v + 1 for k, v in extractor().state_dict().items()}
+    path = tmp_path / f"weights.{suffix}"
+    save_file(other, path) if suffix == "safetensors" else torch.save(other, path)
+    frozen = features(weights=str(path))
+    assert all(torch.equal(v, other[k]) for k, v in frozen.network.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        features(weights="nothing.pt")
+    with pytest.raises(ValueError, match="Sequential has no submodule '9' to tap; some of its own: 0, 1, 2"):
+        FrozenFeatures(extractor(), ["9"])
+
+
+# ------------------------------------------------------------------------------------------------ the game
+def test_both_sides_see_clean_images():
+    module = ready(GDD(unet(), features=features(), width=4))
+    batch = Batch(x0=0.5 * torch.randn(4, 1, 8, 8))
+    heads = module.discriminator
+    x = module.rollout(batch)
+    student = module.student_loss(batch).losses
+    assert set(student) == {"gan"}
+    torch.testing.assert_close(student["gan"], F.softplus(-heads(module.features(x.x0))).mean(), atol=1e-3, rtol=1e-3)
+    module.draws = Draws(module.streams, 0, 0, "discriminator0")
+    losses = module.discriminator_loss(batch).losses
+    assert set(losses) == {"gan", "r1"}
+    real = batch.x0.clone().requires_grad_()
+    on_real, on_fake = heads(module.features(real)), heads(module.features(x.x0.detach()))
+    torch.testing.assert_close(
+        losses["gan"], F.softplus(-on_real).mean() + F.softplus(on_fake).mean(), atol=1e-3, rtol=1e-3
+    )
+    (slope,) = torch.autograd.grad(on_real.sum(), real)
+    torch.testing.assert_close(losses["r1"], slope.square().sum((1, 2, 3)).mean(), atol=1e-3, rtol=1e-2)
+
+
+def trained(module):
+    return {n for n, p in module.student.network.named_parameters() if p.requires_grad}
+
+
+def test_the_trained_part_is_the_one_asked_for():
+    everything = trained(ready(GDD(unet(), features=features())))
+    without = trained(ready(GDDI(unet(), features=features())))
+    kept = everything - without
+    assert kept == {n for n in everything if "conv" in n or "_proj" in n}
+    assert 0 < len(without) < len(everything)
+    assert any("norm" in n for n in without)
+    assert any("to_q" in n for n in without)
+    chosen = trained(ready(GDD(unet(), features=features(), freeze=["^down_blocks"])))
+    assert chosen == {n for n in everything if not n.startswith("down_blocks")}
+    module = ready(GDDI(unet(), features=features()))
+    assert {id(p) for p in module.role_parameters("student")} == {
+        id(p) for n, p in module.student.network.named_parameters() if n in without
+    }
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="GDD needs features"):
+        GDD(unet())
+    with pytest.raises(ValueError, match="matches no parameter of UNet2DModel"):
+        ready(GDD(unet(), features=features(), freeze=["nothing"]))
+    with pytest.raises(ValueError, match="leaves nothing of the student"):
+        ready(GDD(unet(), features=features(), freeze=["."]))

@@ -52,9 +52,16 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/make_tables.py --check
 
+# what needs no data set and no GPU; benchmarks/ has more: compare.py fashion, emoji.py, throughput.py --device cuda
 bench: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/callbacks.py
 	$(BIN)/python benchmarks/compare.py digits --configs method/dmd2_digits.yaml
+	$(BIN)/python benchmarks/toy.py
+	$(BIN)/python benchmarks/tangents.py
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/support.py
 	$(BIN)/python benchmarks/make_tables.py
 
 docs: $(STAMP)

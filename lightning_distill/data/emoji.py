@@ -6,7 +6,7 @@ that is computed once. Nothing is downloaded; ``npm pack emoji-datasource-google
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.data.base import DistillationDataModule, bytes_to_unit
-from lightning_distill.data.encoding import Encoders, Plan, fill, make_parts
+from lightning_distill.data.encoding import Encoders, Plan, fill, make_parts, write_null
 from lightning_distill.data.fashion import DATA_VARIABLE
 from lightning_distill.data.pictures import read_picture
 from lightning_distill.data.prompts import Prompt
@@ -130,6 +130,8 @@ def caption_store(
 ) -> Store:
     """Embeddings of captions from the cache, computed where they are not there yet.
 
+    Beside the store lies ``null_cond.safetensors``, the embedding of the empty prompt: ``null_cond=...`` of a network.
+
     Args:
         captions: N texts.
         text_encoder: folder of a plain text model.
@@ -145,6 +147,8 @@ def caption_store(
     name = f"captions-{derive_seed(json.dumps(part.key, sort_keys=True)):016x}"
     (part,) = make_parts(cache_folder(cache) / name, encoders, part.records)
     fill(Plan(encoders, [part], shard_size=512, batch_size=batch_size))
+    # networks refuse what they do not take, and none that is conditioned on tokens takes their mean
+    write_null(part.folder, replace(encoders, keys=(TOKENS, MASK)).text(), None)
     return Store(part.folder)
 
 
@@ -166,6 +170,7 @@ class Emoji(DistillationDataModule):
     """Emoji over white, (3, size, size) in [-1, 1], with the embeddings of their names.
 
     A part of the names is held out, with all their skin tones, to measure what the model makes of unseen captions.
+    The captions of both parts, in the order of a store, are ``[p.caption for p in emoji_pictures(root)]``.
 
     Args:
         root: folder of the npm package ``emoji-datasource-google``; None reads ``LIGHTNING_DISTILL_DATA``.

@@ -163,3 +163,10 @@ class DisBack(DMD2):
             if done == round((index + 1) * self.degradation_updates / (self.num_waypoints + 1)):
                 for kept, now in zip(waypoint.parameters(), self.fake_score.parameters()):
                     kept.copy_(now)
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:
+        """As usual, while the target is not the teacher itself."""
+        counts = super().forward_counts()
+        if self.num_waypoints or self.blended is not None:
+            counts["student"]["teacher"] -= 1
+        return counts

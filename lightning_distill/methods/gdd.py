@@ -59,19 +59,21 @@ class GDD(LADD):
             )
         super().__init__(teacher, gan=ImageAdversary(features, kind, width), r1=r1, **kwargs)
         self.features = features
-        self.freeze = list(self.default_freeze if freeze is None else freeze)
+        self.frozen_patterns = list(self.default_freeze if freeze is None else freeze)
 
     def build_roles(self) -> None:
         """Student with its frozen part, and heads on the features of its samples."""
         super().build_roles()
         network = self.student.network
-        matched = [name for name, _ in network.named_parameters() if any(re.search(p, name) for p in self.freeze)]
-        if self.freeze and not matched:
-            raise ValueError(f"freeze={self.freeze} matches no parameter of {type(network).__name__}.")
+        matched = [
+            name for name, _ in network.named_parameters() if any(re.search(p, name) for p in self.frozen_patterns)
+        ]
+        if self.frozen_patterns and not matched:
+            raise ValueError(f"freeze={self.frozen_patterns} matches no parameter of {type(network).__name__}.")
         for name in matched:
             network.get_parameter(name).requires_grad_(False)
         if not any(p.requires_grad for p in self.student.parameters()):
-            raise ValueError(f"freeze={self.freeze} leaves nothing of the student to train.")
+            raise ValueError(f"freeze={self.frozen_patterns} leaves nothing of the student to train.")
 
     @property
     def gan_times(self) -> TimeDistribution:

@@ -2,11 +2,10 @@
 
 from typing import Any, Literal
 
-import torch
-
 from lightning_distill.batch import Batch
 from lightning_distill.losses.score_matching import denoising_loss
 from lightning_distill.methods.base import DistillationModule, Terms
+from lightning_distill.methods.dropping import drop_conditions
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 from lightning_distill.processes import EDM
@@ -21,13 +20,14 @@ class TeacherTraining(DistillationModule):
         E_{x0, eps, t} || target - network(alpha_t x0 + sigma_t eps, t, c) ||^2
 
     One class serves flow matching (arXiv:2210.02747), EDM (arXiv:2206.00364) and VP diffusion (arXiv:2006.11239,
-    arXiv:2202.00512): the spec's noise process and prediction type decide the target. Class labels are dropped at
-    random so that the network can be guided (arXiv:2207.12598).
+    arXiv:2202.00512): the spec's noise process and prediction type decide the target. Conditions (class labels, text)
+    are dropped at random so that the network can be guided (arXiv:2207.12598).
 
     Args:
         network: the network to train.
-        label_dropout: share of samples whose class becomes the null class; nothing is dropped for networks without
-            one (give ``null_class`` where the class does not know it).
+        label_dropout: share of samples whose conditions become what stands for none: the null class, the embedding of
+            the empty prompt. Nothing is dropped where a condition has no such value (give ``null_class`` or
+            ``null_cond`` of the network where its class does not know it).
         training_times: distribution of t; None is uniform, for EDM ``LogNormal(-1.2, 1.2)``.
         loss_space: space of the squared error (see ``denoising_loss``); None is the network's own prediction type, or
             ``edm`` for a network with a process of its own.
@@ -81,11 +81,10 @@ class TeacherTraining(DistillationModule):
         return Terms({"denoising": denoising_loss(prediction, batch.x0, eps, space, self.student.data_scale)})
 
     def _drop_labels(self, batch: Batch) -> dict[str, Any]:
-        if self.label_dropout == 0.0 or not batch.cond or self.student.num_classes is None:
+        if self.student.missing_null(batch.cond):
             return batch.cond
-        drop = self.draws.uniform("label_dropout", batch.size) < self.label_dropout
-        null = self.student.null_cond(batch.cond)
-        return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in batch.cond.items()}
+        u = self.draws.uniform("label_dropout", batch.size)
+        return drop_conditions(self.student, batch.cond, u, self.label_dropout)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Denoising error of the validation loader's data."""

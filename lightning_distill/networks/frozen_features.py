@@ -88,7 +88,7 @@ class FrozenFeatures(nn.Module):
         found: dict[str, Tensor] = {}
         handles = [
             self.network.get_submodule(tap).register_forward_hook(
-                lambda _m, _a, out, tap=tap: found.__setitem__(tap, out)  # type: ignore[misc]
+                lambda _m, _a, out, tap=tap: found.__setitem__(tap, out)
             )
             for tap in self.taps
         ]

@@ -271,7 +271,7 @@ def add_adapter(
     if name in bank.configs:
         raise ValueError(f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}.")
     paths = _target_paths(network, target_modules or source.family.lora_targets, exact_names)
-    if dora and (grouped := [p for p in paths if getattr(network.get_submodule(p), "groups", 1) > 1]):
+    if dora and (grouped := [p for p in paths if getattr(_layer(network, p), "groups", 1) > 1]):
         raise ValueError(
             f"Lora(dora=True) cannot adapt {grouped[0]!r} of {type(network).__name__}, a convolution in groups; leave "
             "it out with target_modules, or set dora=False."
@@ -319,6 +319,11 @@ def check_adapter(rank: int, dropout: float, dora: bool) -> None:
             f"Lora(dora=True, dropout={dropout}): a row is scaled as a whole, also what dropout would leave out; set "
             "dropout=0 or dora=False."
         )
+
+
+def _layer(network: nn.Module, path: str) -> nn.Module:
+    module = network.get_submodule(path)
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _free_name(bank: AdapterBank) -> str:
@@ -447,9 +452,9 @@ def merged_network(denoiser: Denoiser, dtype: torch.dtype | None = None) -> nn.M
 
 def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None = None) -> nn.Module:
     network = copy.deepcopy(network)
+    dequantise(network, dtype)
     if dtype is not None:
         nn.Module.to(network, dtype)  # past diffusers' own, which warns
-    dequantise(network)
     bank = network.__dict__.pop(_BANK, None)
     if bank is None:
         return network

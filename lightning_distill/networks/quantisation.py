@@ -6,7 +6,7 @@ own layers would keep the dequantised weight of every layer for the backward pas
 again, and adapters cost what they cost on a backbone that is stored in full.
 
     kind   bytes per weight    stored as
-    int8   1 + 4 / columns     integers, one float32 scale per row
+    int8   1 + 5 / columns     integers, one float32 scale per row
     fp8    1 + 4 / columns     float8_e4m3fn, one float32 scale per row
     nf4    0.516               4-bit normal floats in blocks of 64 (arXiv:2305.14314), scales in 8 bits
 """
@@ -29,6 +29,7 @@ __all__ = [
     "check_quantisation",
     "dequantise",
     "plain_tensors",
+    "quantisable",
     "quantise",
     "quantised_bytes",
     "require_torchao",
@@ -139,8 +140,8 @@ def _fits(linear: nn.Linear, kind: str) -> bool:
     return numel >= SMALLEST and (kind != "nf4" or numel % (_NF4_BLOCK * _NF4_SCALES) == 0)
 
 
-def _targets(network: nn.Module, kind: str, blocks: Iterable[str]) -> dict[str, nn.Linear]:
-    """Linear layers below the given paths (everywhere without any) that are large enough, by name."""
+def quantisable(network: nn.Module, kind: str, blocks: Iterable[str] = ()) -> dict[str, nn.Linear]:
+    """The layers that ``quantise`` replaces, by name: below the given paths (everywhere without any), large enough."""
     prefixes = tuple(f"{block}." for block in blocks)
     return {
         name: module
@@ -166,7 +167,7 @@ def quantise(network: nn.Module, kind: str, blocks: Iterable[str] = ()) -> int:
         ImportError: torchao is missing.
     """
     check_quantisation(kind)
-    targets = _targets(network, kind, blocks)
+    targets = quantisable(network, kind, blocks)
     if not targets:
         raise ValueError(
             f"quantize={kind!r}: {type(network).__name__} has no linear layer in its blocks of {SMALLEST} weights or "
@@ -181,13 +182,18 @@ def quantise(network: nn.Module, kind: str, blocks: Iterable[str] = ()) -> int:
     return len(targets)
 
 
-def dequantise(network: nn.Module) -> None:
-    """Replace quantised layers by ordinary ones with the weights they compute with, in place."""
+def dequantise(network: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace quantised layers by ordinary ones with the weights they compute with, in place.
+
+    Args:
+        network: any network.
+        dtype: of these weights, None for that of the layers they were made from.
+    """
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, QuantisedLinear):
                 plain = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
-                plain.weight = nn.Parameter(child.dequantize(), requires_grad=False)
+                plain.weight = nn.Parameter(child.dequantize(dtype), requires_grad=False)
                 if child.bias is not None:
                     plain.bias = child.bias
                 module._modules[name] = plain.train(child.training)
@@ -201,26 +207,23 @@ def plain_tensors(tensor: Tensor) -> dict[str, Tensor]:
     parts = {}
     for name in flatten()[0]:
         for inner, value in plain_tensors(getattr(tensor, name)).items():
+            value = value.reshape(()).clone() if value.numel() == 1 else value  # a view with any stride
             parts[f"{name}.{inner}" if inner else name] = value
     return parts
 
 
-def quantised_bytes(kind: str, rows: int, columns: int) -> int:
+def quantised_bytes(kind: str, rows: int, columns: int, itemsize: int = 4) -> int:
     """Bytes of a weight (rows, columns) stored as ``kind``, as ``plain_tensors`` of it count.
 
     Args:
         kind: one of ``KINDS``.
         rows: output features.
         columns: input features.
+        itemsize: bytes per element of the dtype it is stored from.
     """
     numel = rows * columns
-    if kind != "nf4":
-        return numel + 4 * rows
+    if kind != "nf4":  # a scale per row; int8 also has a zero point
+        return numel + (5 if kind == "int8" else 4) * rows
     scales = numel // _NF4_BLOCK
-    # 4-bit codes, 8-bit scales, the scales' own float32 factors, their mean, the table of 16 values
-    return numel // 2 + scales + 4 * (scales // _NF4_SCALES) + 4 + 64
-
-
-def quantisable(network: nn.Module, kind: str, blocks: Iterable[str]) -> dict[str, nn.Linear]:
-    """The layers that ``quantise`` would replace, by name."""
-    return _targets(network, kind, blocks)
+    # 4-bit codes, 8-bit scales; the scales' own factors, their mean and the table of 16 values in the weight's dtype
+    return numel // 2 + scales + itemsize * (scales // _NF4_SCALES + 1 + 16)

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_distill.networks.families import Family, register
 
-__all__ = ["ResidualMLP", "small_dit", "small_unet"]
+__all__ = ["ResidualMLP", "small_dit", "small_text_unet", "small_unet"]
 
 
 class _TimeFeatures(nn.Module):
@@ -175,6 +175,61 @@ def small_unet(
         num_class_embeds=num_classes + 1 if num_classes else None,
         norm_num_groups=norm_num_groups,
         attention_head_dim=attention_head_dim,
+    )
+
+
+def small_text_unet(
+    sample_size: int = 32,
+    in_channels: int = 3,
+    cross_attention_dim: int = 384,
+    block_out_channels: Sequence[int] = (16, 32, 64, 64),
+    cross_attention_levels: int = 2,
+    layers_per_block: int = 1,
+    norm_num_groups: int = 8,
+    num_heads: int = 2,
+    pooling_heads: int = 4,
+) -> UNet2DConditionModel:
+    """A text-conditional UNet of 2.4 M parameters for small pictures, in pixel space.
+
+    The coarsest levels attend to the tokens, and an attention pool of the tokens is added to the time embedding, so that
+    every residual block is told the subject. Nothing but ``encoder_hidden_states`` is needed at a call, hence stock
+    Stable Diffusion pipelines sample it (``prompt_embeds=..., output_type="latent"``; the latents are the pixels). They
+    pass no mask: train it without one, on embeddings that are zero where they are padded.
+
+    Args:
+        sample_size: height and width, divisible by 2^(levels - 1).
+        in_channels: channels of the samples, in and out.
+        cross_attention_dim: width of the text embeddings.
+        block_out_channels: channels of each level, finest first, divisible by ``norm_num_groups`` and ``num_heads``.
+        cross_attention_levels: how many levels attend to the text, counted from the coarsest.
+        layers_per_block: residual blocks per level.
+        norm_num_groups: groups of the group norms.
+        num_heads: attention heads.
+        pooling_heads: heads of the pool over the tokens; ``cross_attention_dim`` is divisible by it.
+
+    Raises:
+        ValueError: more levels are to attend than there are.
+    """
+    channels = tuple(block_out_channels)
+    plain = len(channels) - cross_attention_levels
+    if not 0 <= plain < len(channels):
+        raise ValueError(
+            f"small_text_unet(cross_attention_levels={cross_attention_levels}): of {len(channels)} levels 1 to "
+            f"{len(channels)} can attend to the text."
+        )
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=in_channels,
+        out_channels=in_channels,
+        block_out_channels=channels,
+        layers_per_block=layers_per_block,
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * cross_attention_levels,
+        up_block_types=("CrossAttnUpBlock2D",) * cross_attention_levels + ("UpBlock2D",) * plain,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=num_heads,  # the number of heads: diffusers keeps the name of an old mistake
+        norm_num_groups=norm_num_groups,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=pooling_heads,
     )
 
 

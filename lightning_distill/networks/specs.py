@@ -9,15 +9,17 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import nn
 
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.folders import WEIGHTS_VARIABLE
+from lightning_distill.networks.folders import WEIGHTS_VARIABLE, check_safetensors
+from lightning_distill.networks.quantisation import check_quantisation, quantise
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.sources import FolderSource, Given, check_prediction_type, same_path
+from lightning_distill.networks.weightless import is_weightless, skeleton, weightless
 from lightning_distill.processes import NoiseProcess
 
 __all__ = [
@@ -35,7 +37,13 @@ __all__ = [
 
 
 class DenoiserSpec(ABC):
-    """How to make one denoiser."""
+    """How to make one denoiser.
+
+    Attributes:
+        plannable: whether ``build`` makes a network without weights inside of ``weightless.weightless()``.
+    """
+
+    plannable: ClassVar[bool] = False
 
     @abstractmethod
     def build(self) -> Denoiser:
@@ -59,8 +67,9 @@ def as_denoiser(source: DenoiserSpec | Denoiser) -> Denoiser:
     if isinstance(source, Denoiser):
         return source
     if isinstance(source, DenoiserSpec):
-        source.check()
-        return source.build()
+        with weightless(is_weightless() and source.plannable):
+            source.check()
+            return source.build()
     raise TypeError(
         f"expected a Denoiser or a spec such as PretrainedDenoiser(path), got {type(source).__name__}; wrap "
         "a network as Denoiser(network, process, prediction_type)."
@@ -78,7 +87,11 @@ class NewDenoiser(DenoiserSpec):
         sigma_data: standard deviation of the data, per element.
         null_class: label that means "no class".
         seed: of the initial weights.
+        null_cond: safetensors file with what means "no condition", a row (1, ...) per condition: the embedding of the
+            empty prompt, which ``lightning-distill cache`` writes beside its store; needed to drop and guide text.
     """
+
+    plannable = True
 
     def __init__(
         self,
@@ -89,6 +102,7 @@ class NewDenoiser(DenoiserSpec):
         sigma_data: float = 1.0,
         null_class: int | None = None,
         seed: int = 0,
+        null_cond: str | None = None,
     ) -> None:
         self.network = network
         self.process = process
@@ -97,6 +111,7 @@ class NewDenoiser(DenoiserSpec):
         self.sigma_data = sigma_data
         self.null_class = null_class
         self.seed = seed
+        self.null_cond = null_cond
 
     def check(self) -> None:  # noqa: D102
         check_prediction_type(self.prediction_type)
@@ -105,9 +120,20 @@ class NewDenoiser(DenoiserSpec):
                 "NewDenoiser(network=...) got a finished module; in YAML name a class (for example "
                 "diffusers.UNet2DModel), in Python give a function that makes the module, not a function's result."
             )
+        if self.null_cond is not None:
+            file = Path(self.null_cond).expanduser()
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"NewDenoiser(null_cond={self.null_cond!r}): there is no such file; lightning-distill cache writes "
+                    "it beside the store of the embeddings."
+                )
+            check_safetensors(file)
 
     def build(self) -> Denoiser:  # noqa: D102
-        with seeded(self.seed):
+        from safetensors.torch import load_file
+
+        null_cond = None if self.null_cond is None else load_file(Path(self.null_cond).expanduser())
+        with seeded(self.seed), skeleton():
             network = self.network()
         return Denoiser(
             network,
@@ -116,6 +142,7 @@ class NewDenoiser(DenoiserSpec):
             network_process=self.network_process,
             sigma_data=self.sigma_data,
             null_class=self.null_class,
+            null_cond=null_cond,
         )
 
 
@@ -192,7 +219,11 @@ class PretrainedDenoiser(DenoiserSpec):
         config_path: folder with the ``config.json`` (or the whole pipeline without weights) of a single file.
         shape: of one sample, for schedulers whose shift depends on it (FLUX.1, Qwen-Image, LTX); None for the
             network's own, or for the largest size the scheduler names.
+        quantize: store the weights of the blocks' linear layers as ``int8``, ``fp8`` or ``nf4`` (4 bits), for a teacher
+            whose roles are adapters; a full copy starts from the rounded weights. Needs the extra ``quant``.
     """
+
+    plannable = True
 
     def __init__(
         self,
@@ -211,6 +242,7 @@ class PretrainedDenoiser(DenoiserSpec):
         revision: str | None = None,
         config_path: str | None = None,
         shape: list[int] | None = None,
+        quantize: str | None = None,
     ) -> None:
         self.path = str(path)
         self.subfolder = subfolder
@@ -227,9 +259,11 @@ class PretrainedDenoiser(DenoiserSpec):
         self.revision = revision
         self.config_path = config_path
         self.shape = shape
+        self.quantize = quantize
 
     def check(self) -> None:  # noqa: D102
         _dtype(self.dtype)
+        check_quantisation(self.quantize)
         local = self._local()
         if local is None:
             if not self.allow_download:
@@ -268,6 +302,8 @@ class PretrainedDenoiser(DenoiserSpec):
         )
         if inner is None:
             denoiser.process = source.process_at(denoiser.sample_shape)
+        if self.quantize is not None:
+            quantise(network, self.quantize, denoiser.family.blocks)
         return denoiser
 
     def _local(self) -> Path | None:
@@ -341,6 +377,8 @@ class ZooDenoiser(DenoiserSpec):
         method_process: noise process that the method works in; ``FlowMatching()`` makes a flow-matching teacher of any
             entry, exactly.
     """
+
+    plannable = True
 
     def __init__(self, name: str, method_process: NoiseProcess | None = None) -> None:
         self.name = name

@@ -21,10 +21,11 @@ _READ_FROM_OUTSIDE = {"DiTTransformer2DModel": ("transformer_blocks.0",)}
 
 
 def role_modules(module: DistillationModule) -> dict[str, nn.Module]:
-    """Teacher, trained roles, declared targets and averages, by name; roles the configuration leaves out are not."""
+    """Teacher, trained roles, targets, averages and further denoisers, by name; not those that a configuration lacks."""
     names = ["teacher", *(role for roles in module.phases.values() for role in roles), *module.targets]
     found = {name: getattr(module, name, None) for name in dict.fromkeys(names)}
     found |= {f"student_ema.{name}": average for name, average in module.student_ema.items()}
+    found |= {name: part for name, part in module.named_children() if isinstance(part, Denoiser)}
     return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
 

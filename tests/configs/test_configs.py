@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_distill.cli import main, trainer_cli
 from lightning_distill.configs import config_path
+from lightning_distill.data.emoji import emoji_pictures
 from lightning_distill.data.store import StoreWriter
+from lightning_distill.networks.small import small_text_unet
 from lightning_distill.networks.specs import ZooDenoiser, same_path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
@@ -74,6 +77,10 @@ def texts_and_latents():
     tokens = {"encoder_hidden_states": torch.randn(16, 5, tiny_text.WIDTH)}
     StoreWriter("store", {}, 16).write(0, tokens)
     StoreWriter("latents", {}, 16).write(0, {**tokens, "x0": torch.randn(16, 4, 8, 8)})
+    captions = [{"prompt": picture.caption} for picture in emoji_pictures("package")]
+    wide = {"encoder_hidden_states": torch.randn(len(captions), 4, 384)}
+    StoreWriter("caches/emoji", {}, len(captions)).write(0, wide, captions)
+    save_file({"encoder_hidden_states": torch.randn(1, 4, 384)}, "caches/emoji/null_cond.safetensors")
 
 
 def load(name):
@@ -189,3 +196,10 @@ def test_the_teacher_network_is_the_shipped_one():
     assert same_path(trained.process, shipped.process)
     assert trained.prediction_type == shipped.prediction_type
     assert (trained.sigma_data, trained.null_class) == (shipped.sigma_data, shipped.null_class)
+
+
+def test_the_network_of_the_emoji_teacher_is_the_one_of_the_package():
+    spec = load("teacher/emoji.yaml")["model"]["init_args"]["network"]["init_args"]["network"]
+    made = UNet2DConditionModel(**spec["init_args"])
+    settings = [json.loads(network.to_json_string()) for network in (made, small_text_unet())]
+    assert settings[0] == settings[1]

@@ -1,0 +1,445 @@
+"""What a run needs in memory, before anything is allocated.
+
+Every network is built without weights from its configuration, and every phase of the method, forward and backward, is
+run on tensors that have a shape, a dtype and no memory, while the sizes of all storages that are alive are added up. So
+the plan holds for any method, role and model class, and counts what formulas forget: who keeps a graph, what a
+checkpoint recomputes, low-precision copies of weights under mixed precision, gradients.
+
+    need = weights + averages + optimizer states + max over phases (gradients and activations) + reserve
+
+Gradients are freed at the end of each phase, so only one phase's are alive at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_distill.batch import Batch
+from lightning_distill.generation import default_cond
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.lora import AdapterDenoiser
+from lightning_distill.networks.quantisation import quantisable, quantised_bytes
+from lightning_distill.networks.weightless import weightless
+from lightning_distill.randomness import RandomStreams
+
+__all__ = ["GIB", "PRECISIONS", "RESERVE", "PhasePlan", "Plan", "RolePlan", "plan"]
+
+GIB = 2**30
+#: context of the device, workspaces of its libraries, fragmentation
+RESERVE = GIB
+
+#: Trainer precision -> dtype of autocast, dtype of all weights
+PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
+    "32-true": (None, None),
+    "bf16-mixed": (torch.bfloat16, None),
+    "16-mixed": (torch.float16, None),
+    "bf16-true": (None, torch.bfloat16),
+    "16-true": (None, torch.float16),
+}
+
+#: tokens of a prompt as the stock pipelines encode it, by model class
+_TEXT_TOKENS = {
+    "UNet2DConditionModel": 77,
+    "PixArtTransformer2DModel": 300,
+    "SD3Transformer2DModel": 333,
+    "SanaTransformer2DModel": 300,
+    "LTXVideoTransformer3DModel": 128,
+}
+#: of all other classes
+_MANY_TOKENS = 512
+
+#: functions that CUDA's autocast runs in float32 and that keep what they are given
+_WIDE = frozenset(
+    "group_norm layer_norm softmax log_softmax softplus exp log pow rsqrt reciprocal norm sum prod cumsum normalize "
+    "mse_loss l1_loss smooth_l1_loss cosine_similarity".split()
+)
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """What one network adds; bytes.
+
+    Attributes:
+        name: role.
+        parameters: number of parameters that no earlier role holds.
+        trained: how many of them are trained.
+        weights: bytes of parameters and buffers by dtype; ``int8``, ``fp8`` and ``nf4`` with their scales.
+        gradients: of the trained parameters.
+        optimizer: state of its optimizer after the first step.
+        shared: whether it runs on the weights of an earlier role.
+        quantisable: bytes of the frozen weights that ``quantize`` could store in fewer bits, and what int8 would take.
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    weights: dict[str, int]
+    gradients: int = 0
+    optimizer: int = 0
+    shared: bool = False
+    quantisable: tuple[int, int] = (0, 0)
+
+    @property
+    def total(self) -> int:
+        """Bytes that stay for the whole run."""
+        return sum(self.weights.values()) + self.optimizer
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What one phase adds; bytes.
+
+    Attributes:
+        name: phase.
+        kept: alive when the backward pass begins: what was saved for it, and inputs.
+        peak: largest sum of activations and gradients alive at any time.
+    """
+
+    name: str
+    kept: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of one run on one device.
+
+    Attributes:
+        roles: networks, in the order in which they are built.
+        phases: updates of a cycle.
+        batch_size: samples in one forward (a micro-batch).
+        precision: of the Trainer.
+        checkpointing: whether trained networks recompute their activations.
+        step: largest temporary memory of an optimizer's step, bytes.
+        optimizers: class names.
+    """
+
+    roles: tuple[RolePlan, ...]
+    phases: tuple[PhasePlan, ...]
+    batch_size: int
+    precision: str
+    checkpointing: bool
+    step: int = 0
+    optimizers: tuple[str, ...] = field(default=())
+
+    @property
+    def resident(self) -> int:
+        """Bytes of weights, averages and optimizer states."""
+        return sum(role.total for role in self.roles)
+
+    @property
+    def largest_phase(self) -> PhasePlan:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    @property
+    def need(self) -> int:
+        """Bytes that the device must have, reserve included."""
+        gradients = max((role.gradients for role in self.roles), default=0)
+        return self.resident + max(self.largest_phase.peak, gradients + self.step) + RESERVE
+
+
+# ------------------------------------------------------------------------------------------------ counting
+class _Live(TorchDispatchMode):
+    """Sums up the storages that are alive; those made before count nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def ignore(self, tensors: Iterator[Tensor]) -> None:
+        """Storages of these tensors are not counted."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        size = self._known[storage] = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+class _WideFunctions(TorchFunctionMode):
+    """What CUDA's autocast does and the CPU's does not: normalisations, softmax and sums run in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _WIDE and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
+
+
+class _PlannedStreams(RandomStreams):
+    """Noise without memory. Rollouts stop at the first step: the last step needs most, whichever it is."""
+
+    def __init__(self, streams: RandomStreams, fakes: FakeTensorMode) -> None:
+        super().__init__(streams.seed)
+        self.fakes = fakes
+
+    def normal(self, stream: str, update: int, first: int, shape: Sequence[int], device: Any = "cpu", dtype: Any = None) -> Tensor:  # noqa: D102
+        with self.fakes:
+            return torch.empty(tuple(shape), dtype=dtype or torch.float32)
+
+    def integer(self, stream: str, update: int, high: int) -> int:  # noqa: D102
+        return 0
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+def plan(
+    build: Callable[[], DistillationModule],
+    batch_size: int = 1,
+    precision: str = "bf16-mixed",
+    *,
+    text_tokens: int | None = None,
+    checkpointing: bool | None = None,
+    device: str = "cuda",
+) -> Plan:
+    """Plan a run of a method.
+
+    Args:
+        build: makes the method; its teacher must be a spec, of which no weights are read.
+        batch_size: samples of one forward: those per update divided by ``accumulate_grad_batches``.
+        precision: of the Trainer, one of ``PRECISIONS``.
+        text_tokens: length of prompts, None for that of the stock pipeline.
+        checkpointing: switch activation checkpointing on or off, None for what the method says.
+        device: ``cuda`` or ``cpu``, which differ in what they compute in float32 under mixed precision.
+
+    Raises:
+        ValueError: unknown precision, or a method that decides something by the values of its tensors.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} cannot be planned; choose one of {', '.join(PRECISIONS)}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give at least 1 sample.")
+    with weightless():
+        module = build()
+        if checkpointing is not None:
+            module.activation_checkpointing = checkpointing
+        module.configure_model()
+    autocast, narrow = PRECISIONS[precision]
+    if narrow is not None:
+        nn.Module.to(module, narrow)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    _forget_values(module, fakes)
+    roles = _roles(module)
+    optimizers = [entry["optimizer"] for entry in module.configure_optimizers()]
+    roles, step = _with_optimizers(module, roles, optimizers, fakes)
+    phases = tuple(_phases(module, fakes, batch_size, autocast, text_tokens, device))
+    names = tuple(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
+    on = module.activation_checkpointing
+    return Plan(tuple(roles), phases, batch_size, precision, on, step, names)
+
+
+def _forget_values(module: DistillationModule, fakes: FakeTensorMode) -> None:
+    """Replace all parameters, and the buffers of networks, by tensors without memory; shared ones stay shared."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    cpu = torch.device("cpu")
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            plain = tensor.detach()
+            if plain.is_meta:
+                new: Tensor = fakes.fake_tensor_converter.from_meta_and_device(fakes, plain, cpu)
+            else:
+                new = fakes.from_tensor(plain)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = (tensor, nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new)
+        return made[id(tensor)][1]
+
+    for part in module.modules():
+        for held in (part._parameters, {} if part is module else part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = fake(tensor)  # type: ignore[index]
+    module.forget_parameters()
+
+
+def _networks(module: DistillationModule) -> Iterator[tuple[str, nn.Module]]:
+    """Every network of the method by role: teacher, trained ones, targets, averages, and what else it holds."""
+    names = ["teacher", *dict.fromkeys(role for roles in module.phases.values() for role in roles), *module.targets]
+    children = dict(module.named_children())
+    for name in dict.fromkeys([*names, *children]):
+        part = children.get(name)
+        if isinstance(part, nn.ModuleDict):
+            yield from ((f"{name}.{key}", inner) for key, inner in part.items())
+        elif part is not None:
+            yield name, part
+
+
+def _roles(module: DistillationModule) -> list[RolePlan]:
+    trained = {id(p) for roles in module.phases.values() for role in roles for p in module.role_parameters(role)}
+    # adapters and averages live in the teacher's backbone, but belong to their roles
+    owners: dict[int, str] = {}
+    networks = list(_networks(module))
+    for name, network in sorted(networks, key=lambda item: not isinstance(item[1], AdapterDenoiser)):
+        for tensor in (*network.parameters(), *network.buffers()):
+            owners.setdefault(id(tensor), name)
+    counted: set[int] = set()
+    roles = []
+    for name, network in networks:
+        own = [t for t in (*network.parameters(), *network.buffers()) if owners[id(t)] == name]
+        own = [t for t in own if not (id(t) in counted or counted.add(id(t)))]  # type: ignore[func-returns-value]
+        kinds, planned = _stored(network), {}
+        weights: dict[str, int] = {}
+        for tensor in own:
+            kind, size = kinds.get(id(tensor), (str(tensor.dtype).removeprefix("torch."), tensor.nbytes))
+            weights[kind] = weights.get(kind, 0) + size
+        if isinstance(network, Denoiser) and not any(id(t) in trained for t in own):
+            planned = {id(m.weight): m.weight for m in quantisable(network.network, "int8", network.family.blocks).values()}
+        full = [t for i, t in planned.items() if i not in kinds and owners.get(i) == name]
+        roles.append(
+            RolePlan(
+                name,
+                sum(t.numel() for t in own if isinstance(t, nn.Parameter)),
+                sum(t.numel() for t in own if id(t) in trained),
+                weights,
+                sum(t.nbytes for t in own if id(t) in trained),
+                shared=isinstance(network, AdapterDenoiser),
+                quantisable=(sum(t.nbytes for t in full), sum(quantised_bytes("int8", *t.shape) for t in full)),
+            )
+        )
+    return roles
+
+
+def _stored(network: nn.Module) -> dict[int, tuple[str, int]]:
+    """Kind and bytes of the weights that are to be quantised."""
+    found = {}
+    for part in network.modules():
+        if (kind := part.__dict__.get("planned_kind")) is not None:
+            weight = part.weight
+            assert isinstance(weight, Tensor)
+            found[id(weight)] = (kind, quantised_bytes(kind, *weight.shape, itemsize=weight.element_size()))
+    return found
+
+
+def _with_optimizers(
+    module: DistillationModule, roles: list[RolePlan], optimizers: Sequence[Optimizer], fakes: FakeTensorMode
+) -> tuple[list[RolePlan], int]:
+    """The roles with their optimizers' states, and the largest temporary memory of a step."""
+    largest = 0
+    states: dict[str, int] = {}
+    for optimizer, names in zip(optimizers, module.phases.values(), strict=True):
+        size, temporary = _state_bytes(optimizer, fakes)
+        largest = max(largest, temporary)
+        states[names[0]] = states.get(names[0], 0) + size
+    return [RolePlan(**{**vars(role), "optimizer": states.get(role.name, 0)}) for role in roles], largest
+
+
+def _state_bytes(optimizer: Optimizer, fakes: FakeTensorMode) -> tuple[int, int]:
+    """Bytes of the state, from one step without memory, and of what that step needs for itself."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if (own := getattr(optimizer, "state_bytes", None)) is not None:
+        widest = max((p.numel() for p in parameters), default=0)
+        return own(), 16 * widest  # one parameter at a time, in float32
+    for parameter in parameters:
+        with fakes:
+            parameter.grad = torch.empty_like(parameter)
+    live = _Live()
+    live.ignore(t for p in parameters for t in (p, p.grad) if t is not None)
+    with live, fakes:
+        optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in tree_leaves(dict(state)) if isinstance(t, Tensor)]
+    size = sum(t.nbytes for t in tensors)
+    optimizer.state.clear()
+    for parameter in parameters:
+        parameter.grad = None
+    return size, max(0, live.peak - size)
+
+
+# ------------------------------------------------------------------------------------------------ phases
+def _phases(
+    module: DistillationModule,
+    fakes: FakeTensorMode,
+    batch_size: int,
+    autocast: torch.dtype | None,
+    text_tokens: int | None,
+    device: str,
+) -> Iterator[PhasePlan]:
+    batch = _batch(module, fakes, batch_size, text_tokens)
+    module.streams = _PlannedStreams(module.streams, fakes)
+    module.train()
+    for phase in module.phases:
+        parameters = [p for role in module.phases[phase] for p in module.role_parameters(role)]
+        live = _Live()
+        live.ignore(iter([*module.parameters(), *module.buffers()]))
+        try:
+            with module.probing("plan"), module._only(phase), _precision(autocast, device), live:
+                terms = getattr(module, f"{phase}_loss")(batch)
+                loss = module.weighted_sum(phase, terms)
+                kept = live.now
+                # not loss.backward(), which a function mode would handle, switched off while checkpoints recompute
+                torch.autograd.backward(loss)
+        except Exception as error:
+            if "DataDependent" not in type(error).__name__ and "DynamicOutputShape" not in type(error).__name__:
+                raise
+            raise ValueError(
+                f"{type(module).__name__} decides something by the values of its tensors in the {phase} phase "
+                f"({str(error).splitlines()[0]}), so its memory can only be measured, not planned."
+            ) from error
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+        yield PhasePlan(phase, kept, live.peak)
+
+
+@contextmanager
+def _precision(autocast: torch.dtype | None, device: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if autocast is not None:
+            # Lightning's contexts keep no casts either: a cast weight lives as long as its use
+            stack.enter_context(torch.autocast("cpu", autocast, cache_enabled=False))
+            wide: AbstractContextManager[Any] = _WideFunctions() if device == "cuda" else nullcontext()
+            stack.enter_context(wide)
+        yield
+
+
+def _batch(module: DistillationModule, fakes: FakeTensorMode, size: int, text_tokens: int | None) -> Batch:
+    """Conditions, with prompts of the right length, and data of the right shape."""
+    network = module.student
+    cond = default_cond(network, size)
+    tokens = text_tokens or _TEXT_TOKENS.get(network.family.model_class, _MANY_TOKENS)
+    made: dict[str, Any] = {}
+    for key, value in cond.items():
+        shape = list(value.shape)
+        if key in ("encoder_hidden_states", "encoder_attention_mask"):
+            shape[1] = tokens
+        made[key] = value if shape == list(value.shape) and not _is_fake(value) else value.new_ones(shape)
+    with fakes:
+        x0 = torch.empty(size, *module.sample_shape)
+    return Batch(cond=made, x0=x0)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return hasattr(tensor, "fake_mode")

@@ -88,6 +88,32 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def strategies() -> str:
+    """Bytes between processes per optimizer step."""
+    result = _load("reduce_bytes")
+    if result is None:
+        return "(run `python benchmarks/reduce_bytes.py` to fill this table)"
+    lines = [
+        "| strategy | roles | network that steps | bytes of its parameters | bytes moved per step |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        roles = "LoRA" if row["method"].endswith("lora") else "copies"
+        lines.append(
+            f"| `{row['strategy']}` | {roles} | {row['phase']} | {row['parameter_bytes']:,} | {row['bytes']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def cost() -> str:
+    """What the callbacks of the quick start cost."""
+    result = _load("callbacks")
+    if result is None:
+        return "(run `python benchmarks/callbacks.py` to fill this line)"
+    parts = ", ".join(f"{name} {seconds / result['cpu_seconds']:.1%}" for name, seconds in result["callbacks"].items())
+    return f"In the quick start all of them together take {result['share']:.0%} of the CPU seconds ({parts})."
+
+
 def support() -> str:
     """docs/support_matrix.md: what was trained and exported, family by family."""
     from lightning_distill.export.entries import ENTRIES
@@ -167,7 +193,12 @@ def main() -> None:
     args = parser.parse_args()
     readme = ROOT / "README.md"
     text = before = readme.read_text()
-    for name, part in (("quickstart", quickstart()), ("methods", methods())):
+    for name, part in (
+        ("quickstart", quickstart()),
+        ("methods", methods()),
+        ("strategies", strategies()),
+        ("cost", cost()),
+    ):
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, rest = text.split(begin)
         text = head + begin + "\n" + part + "\n" + end + rest.split(end)[1]

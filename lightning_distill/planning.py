@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -63,10 +63,7 @@ _TEXT_TOKENS = {
 _MANY_TOKENS = 512
 
 #: functions that CUDA's autocast runs in float32 and that keep what they are given
-_WIDE = frozenset(
-    "group_norm layer_norm softmax log_softmax softplus exp log pow rsqrt reciprocal norm sum prod cumsum normalize "
-    "mse_loss l1_loss smooth_l1_loss cosine_similarity".split()
-)
+_WIDE = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (torch, "softmax"))
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,13 @@ class PhasePlan:
         name: phase.
         kept: alive when the backward pass begins: what was saved for it, and inputs.
         peak: largest sum of activations and gradients alive at any time.
+        gradients: alive while the optimizer steps.
     """
 
     name: str
     kept: int
     peak: int
+    gradients: int
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,7 @@ class Plan:
     @property
     def need(self) -> int:
         """Bytes that the device must have, reserve included."""
-        gradients = max((role.gradients for role in self.roles), default=0)
-        return self.resident + max(self.largest_phase.peak, gradients + self.step) + RESERVE
+        return self.resident + max(max(phase.peak, phase.gradients + self.step) for phase in self.phases) + RESERVE
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -186,14 +184,29 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-class _WideFunctions(TorchFunctionMode):
-    """What CUDA's autocast does and the CPU's does not: normalisations, softmax and sums run in float32."""
+@contextmanager
+def _wide_functions() -> Iterator[None]:
+    """What CUDA's autocast does and the CPU's does not: normalisations and softmax run in float32.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _WIDE and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_widened, (args, kwargs))
-        return func(*args, **kwargs)
+    The functions are exchanged: a function mode is off within ``backward``, where checkpoints recompute.
+    """
+    originals = [(holder, name, getattr(holder, name)) for holder, name in _WIDE]
+
+    def wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(_widened, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return run
+
+    try:
+        for holder, name, function in originals:
+            setattr(holder, name, wide(function))
+        yield
+    finally:
+        for holder, name, function in originals:
+            setattr(holder, name, function)
 
 
 def _widened(value: Any) -> Any:
@@ -208,7 +221,9 @@ class _PlannedStreams(RandomStreams):
         super().__init__(streams.seed)
         self.fakes = fakes
 
-    def normal(self, stream: str, update: int, first: int, shape: Sequence[int], device: Any = "cpu", dtype: Any = None) -> Tensor:  # noqa: D102
+    def normal(  # noqa: D102
+        self, stream: str, update: int, first: int, shape: Sequence[int], device: Any = "cpu", dtype: Any = None
+    ) -> Tensor:
         with self.fakes:
             return torch.empty(tuple(shape), dtype=dtype or torch.float32)
 
@@ -316,7 +331,7 @@ def _roles(module: DistillationModule) -> list[RolePlan]:
         for tensor in own:
             kind, size = kinds.get(id(tensor), (str(tensor.dtype).removeprefix("torch."), tensor.nbytes))
             weights[kind] = weights.get(kind, 0) + size
-        if isinstance(network, Denoiser) and not any(id(t) in trained for t in own):
+        if isinstance(network, Denoiser) and network is module.teacher:
             planned = {id(m.weight): m.weight for m in quantisable(network.network, "int8", network.family.blocks).values()}
         full = [t for i, t in planned.items() if i not in kinds and owners.get(i) == name]
         roles.append(
@@ -399,8 +414,7 @@ def _phases(
                 terms = getattr(module, f"{phase}_loss")(batch)
                 loss = module.weighted_sum(phase, terms)
                 kept = live.now
-                # not loss.backward(), which a function mode would handle, switched off while checkpoints recompute
-                torch.autograd.backward(loss)
+                loss.backward()
         except Exception as error:
             if "DataDependent" not in type(error).__name__ and "DynamicOutputShape" not in type(error).__name__:
                 raise
@@ -411,7 +425,7 @@ def _phases(
         finally:
             for parameter in parameters:
                 parameter.grad = None
-        yield PhasePlan(phase, kept, live.peak)
+        yield PhasePlan(phase, kept, live.peak, sum(p.nbytes for p in parameters))
 
 
 @contextmanager
@@ -420,7 +434,7 @@ def _precision(autocast: torch.dtype | None, device: str) -> Iterator[None]:
         if autocast is not None:
             # Lightning's contexts keep no casts either: a cast weight lives as long as its use
             stack.enter_context(torch.autocast("cpu", autocast, cache_enabled=False))
-            wide: AbstractContextManager[Any] = _WideFunctions() if device == "cuda" else nullcontext()
+            wide: AbstractContextManager[Any] = _wide_functions() if device == "cuda" else nullcontext()
             stack.enter_context(wide)
         yield
 

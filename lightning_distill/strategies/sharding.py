@@ -21,7 +21,7 @@ _READ_FROM_OUTSIDE = {"DiTTransformer2DModel": ("transformer_blocks.0",)}
 
 
 def role_modules(module: DistillationModule) -> dict[str, nn.Module]:
-    """Teacher, trained roles, targets, averages and further denoisers, by name; not those that a configuration lacks."""
+    """Teacher, trained roles, targets, averages and further denoisers by name, where the configuration has them."""
     names = ["teacher", *(role for roles in module.phases.values() for role in roles), *module.targets]
     found = {name: getattr(module, name, None) for name in dict.fromkeys(names)}
     found |= {f"student_ema.{name}": average for name, average in module.student_ema.items()}

@@ -312,7 +312,7 @@ CASES: list[Case] = [
     Case("transport", VDOT, flow_mlp, lambda: without_data(points()), dmd2(group_size=2)),
     Case("clean_images", GDD, vp_unet, images, ladd(features=small_features, student_times=[0.5])),
     Case("clean_images_frozen", GDDI, vp_unet, images, ladd(
-        features=small_features, student_times=[0.5], kind="hinge", r1="approximate"
+        features=small_features, student_times=[0.5], kind="hinge", r1="exact"
     )),
     Case("blended_target", DisBack, flow_mlp, lambda: without_data(points()), dmd2(blend=0.5, blend_updates=5)),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),

@@ -3,8 +3,8 @@
     python benchmarks/emoji.py --package package --text-encoder ENCODER --out runs/emoji_benchmark
 
 ``package`` is the unpacked npm package emoji-datasource-google, ``ENCODER`` the folder of a plain text model
-(docs/text_to_emoji.md). The configurations are configs/teacher/emoji.yaml and configs/method/dmd2_emoji*.yaml with as many
-updates as fit into the given CPU seconds of one thread. The same command goes on after an interruption.
+(docs/text_to_emoji.md). The configurations are configs/teacher/emoji.yaml and configs/method/dmd2_emoji*.yaml, with as
+many updates as fit into the given CPU seconds of one thread. The same command goes on after an interruption.
 
 The figures are of captions whose emoji no network has seen: caption retrieval (R@1 of a probe that learned from the
 training pictures, beside the ceiling of the real pictures and chance), KID and a Frechet distance in named features.
@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,13 +77,10 @@ class CpuSeconds(Callback):
         """Begin to count."""
         self._last = time.process_time()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count before the callbacks that save."""
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count one update."""
+        """Count one update; Lightning runs the callbacks that save after all others."""
         now = time.process_time()
         self.per_update.append(now - self._last)
         self.seconds += now - self._last
@@ -279,7 +277,8 @@ def evaluate(args: argparse.Namespace, store: Store) -> dict[str, Any]:
     components = Components(seen_features)
     reference = components.statistics(real)
     rows: list[dict[str, Any]] = []
-    for sampler in samplers(args):
+    everyone = samplers(args)
+    for sampler in everyone:
         figures: dict[str, list[float]] = {"recall": [], "kid": [], "fd": []}
         for draw in range(args.draws):
             made = extract(network, sampler.sample(held.cond[TOKENS], SEED + draw), 64)
@@ -295,7 +294,9 @@ def evaluate(args: argparse.Namespace, store: Store) -> dict[str, Any]:
     for row in rows:
         row["progress"] = kid_progress(row, rows)
     some = seen_features[: len(real)]
-    draw_picture(args, held_data, plain, held.cond[TOKENS], held.x0)
+    chosen = plain[torch.linspace(0, len(plain) - 1, min(args.columns, len(plain))).long()]
+    captions = [held_data.captions[i] for i in chosen.tolist()]
+    draw_picture(args.picture, captions, held.x0[chosen], held.cond[TOKENS][chosen], everyone)
     return {
         "rows": rows,
         "ceiling": found.ceiling,
@@ -322,32 +323,25 @@ def kid_progress(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> f
         return None
 
 
-def draw_picture(args: argparse.Namespace, data: Emoji, plain: Tensor, tokens: Tensor, real: Tensor) -> None:
-    """Held-out captions in columns; real pictures, teacher and students in rows, all from the same noise."""
+def draw_picture(
+    file: Path, captions: Sequence[str], real: Tensor, tokens: Tensor, everyone: Sequence[Sampler]
+) -> None:
+    """Captions in columns; real pictures, teacher and students in rows, all from the same noise."""
     from matplotlib.figure import Figure
 
-    chosen = plain[torch.linspace(0, len(plain) - 1, min(args.columns, len(plain))).long()]
-    everyone = samplers(args)
     ranked = sorted(everyone, key=lambda s: (s.who == "teacher" and len(s.times) == 1, -len(s.times), s.who))
-    panels = {"real": real[chosen]} | {s.name: s.sample(tokens[chosen], SEED) for s in ranked}
-    figure = Figure(figsize=(1.15 * len(chosen) + 1.2, 1.12 * len(panels) + 0.5), layout="constrained")
-    axes = figure.subplots(len(panels), len(chosen), squeeze=False)
+    panels = {"real": real} | {s.name: s.sample(tokens, SEED) for s in ranked}
+    figure = Figure(figsize=(1.15 * len(captions) + 0.4, 1.12 * len(panels) + 0.5), layout="constrained")
+    axes = figure.subplots(len(panels), len(captions), squeeze=False)
     for line, (title, images) in zip(axes, panels.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
             axis.imshow(image.clamp(-1, 1).permute(1, 2, 0).mul(0.5).add(0.5).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title.replace(", ", ",\n"), fontsize=8)
-    for axis, index in zip(axes[0], chosen.tolist(), strict=True):
-        axis.set_title(wrapped(data.captions[index]), fontsize=7)
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.picture, dpi=110)
-
-
-def wrapped(caption: str, width: int = 16, lines: int = 3) -> str:
-    """A caption in short lines."""
-    import textwrap
-
-    return "\n".join(textwrap.wrap(caption, width, max_lines=lines, placeholder=" ..."))
+    for axis, caption in zip(axes[0], captions, strict=True):
+        axis.set_title("\n".join(textwrap.wrap(caption, 16, max_lines=3, placeholder=" ...")), fontsize=7)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
 
 
 # ------------------------------------------------------------------------------------------------ command line

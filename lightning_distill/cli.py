@@ -22,7 +22,18 @@ __all__ = ["DEBUG_VARIABLE", "import_everything", "main", "trainer_cli"]
 
 DEBUG_VARIABLE = "LIGHTNING_DISTILL_DEBUG"
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-OWN_COMMANDS = ("quickstart", "sample", "evaluate", "report", "export", "convert", "cache", "trajectories", "methods")
+OWN_COMMANDS = (
+    "quickstart",
+    "sample",
+    "evaluate",
+    "report",
+    "export",
+    "convert",
+    "cache",
+    "trajectories",
+    "methods",
+    "plan",
+)
 _USAGE = """usage: lightning-distill COMMAND ...
 
   fit | validate | test | predict   train or evaluate from a YAML file (lightning-distill fit --help)
@@ -35,6 +46,7 @@ _USAGE = """usage: lightning-distill COMMAND ...
   cache --pipeline P --prompts FILE --out DIR  text embeddings (and latents, --images) computed once into a store
   trajectories                      store what a teacher's solver makes of noise, to learn from it
   methods                           what can be trained
+  plan -c CONFIG.yaml               memory of a run, before anything is allocated
 
 --debug shows the traceback of an error (as does LIGHTNING_DISTILL_DEBUG=1).
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from lightning_distill.guidance import guided
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
+from lightning_distill.parameterisations import TrajectoryMap, takes_target
 from lightning_distill.prediction import Prediction
 from lightning_distill.samplers import SAMPLERS, simulate
 
-__all__ = ["default_cond", "draw_noise", "generate", "index_noise", "stock_noise"]
+__all__ = ["bound", "default_cond", "draw_noise", "generate", "index_noise", "stock_noise"]
 
 
 def default_cond(denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Tensor]:
@@ -60,6 +61,45 @@ def index_noise(n: int, shape: Sequence[int], seed: int, first: int = 0) -> Tens
     from lightning_distill.randomness import RandomStreams
 
     return RandomStreams(seed).normal("sample", 0, first, (n, *shape))
+
+
+def bound(
+    denoiser: Denoiser, cond: Mapping[str, Any], sampler: str, guidance_scale: float = 1.0
+) -> Callable[..., Prediction]:
+    """What samplers call: a network with its conditions and guidance.
+
+    Networks with a target time become a ``TrajectoryMap``, of which every sampler takes what it needs: the jump to the
+    next time (``flow_map``), to 0 (``renoise``), or the direction at t itself (``ode`` and higher orders).
+
+    Args:
+        denoiser: student or teacher.
+        cond: conditions on the network's device.
+        sampler: name in ``samplers.SAMPLERS``.
+        guidance_scale: w of classifier-free guidance, for networks of one time.
+
+    Raises:
+        ValueError: ``flow_map`` for a network without a target time, or guidance of a flow map.
+    """
+    two_times = takes_target(denoiser)
+    if two_times and guidance_scale == 1.0:
+        return TrajectoryMap(denoiser, cond)
+    if sampler == "flow_map":
+        name = type(denoiser.network).__name__
+        if two_times:
+            raise ValueError(
+                f"guidance_scale={guidance_scale:g} has no meaning for the flow map of this {name}, whose jumps were "
+                "trained with their guidance; use guidance_scale=1."
+            )
+        raise ValueError(
+            f"sampler='flow_map' needs a network with a target time, and this {name} takes one time; use 'renoise' or "
+            "'ode', or a student with student=TwoTime(...)."
+        )
+
+    def denoise(x: Tensor, t: Tensor) -> Prediction:
+        t = t.to(x.device).expand(len(x)) if t.ndim == 0 else t
+        return guided(denoiser, x, t, cond, guidance_scale)
+
+    return denoise
 
 
 @torch.no_grad()
@@ -112,9 +152,7 @@ def generate(
         part = noise[start : start + size].to(device)
         part_cond = {k: v[start : start + size].to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
 
-        def denoise(x: Tensor, t: Tensor, part_cond: dict[str, Any] = part_cond) -> Prediction:
-            t = t.to(device).expand(len(x)) if t.ndim == 0 else t
-            return guided(denoiser, x, t, part_cond, guidance_scale)
+        denoise = bound(denoiser, part_cond, sampler, guidance_scale)
 
         def fresh(_step: int, x: Tensor) -> Tensor:
             return stock_noise(denoiser, x, generator)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_distill.networks.weightless import is_weightless
+
 __all__ = ["AdamW8bit", "default_optimizer", "guard_step", "is_fused", "local_part"]
 
 ParameterGroups = Iterable[nn.Parameter] | Iterable[dict]
@@ -46,8 +48,8 @@ class AdamW8bit(Optimizer):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "AdamW8bit":
-        """An instance that is torchao's optimizer as well."""
-        return super().__new__(_on_torchao(cls))
+        """An instance that is torchao's optimizer as well; a plan needs none."""
+        return super().__new__(cls if is_weightless() else _on_torchao(cls))
 
     def __init__(
         self,
@@ -57,14 +59,19 @@ class AdamW8bit(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if type(self) is AdamW8bit:
+            super().__init__(params, settings)
+            return
         torchaos: Any = super().__init__
-        torchaos(params, lr, betas, eps, weight_decay)
+        torchaos(params, **settings)
 
-    def state_bytes(self) -> int:
-        """Bytes of the state after the first step."""
+    @staticmethod
+    def state_bytes(parameters: Iterable[Tensor]) -> int:
+        """Bytes of the state of these parameters after the first step."""
         total = 0
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            n = local_part(parameter).numel()
+        for parameter in map(local_part, parameters):
+            n = parameter.numel()
             # per moment: codes, a float32 scale per block, a table of 256 values
             quantised = n >= 4096 and n % 256 == 0
             total += 4 + 2 * (n + 4 * (n // 256) + 1024 if quantised else n * parameter.element_size())

@@ -14,6 +14,7 @@ Samplers read ``capability`` from the function that they are given and refuse wh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import EDM, FlowMatching, NoiseProcess, TrigFlow, change_process, expand
 from lightning_distill.samplers import transport
@@ -36,6 +38,7 @@ __all__ = [
     "edm_boundary",
     "lcm_boundary",
     "segment_end",
+    "takes_target",
     "trigflow_consistency",
     "trigflow_input",
     "trigflow_velocity",
@@ -153,6 +156,15 @@ def average_velocity(x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ students
+def takes_target(denoiser: Denoiser) -> bool:
+    """Whether a network takes a target time, of its own or by an installed branch (``networks.second_time``)."""
+    installed = second_time_of(denoiser.network)
+    if installed is not None and installed.kind is not None:
+        return True
+    name = denoiser.family.target_time
+    return name is not None and name in inspect.signature(denoiser.network.forward).parameters
+
+
 class FewStep:
     """A denoiser with its conditions bound, and what it was trained for.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,13 +34,14 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.weightless import weightless
+from lightning_distill.optim import AdamW8bit
 from lightning_distill.randomness import RandomStreams
 
 __all__ = ["GIB", "PRECISIONS", "RESERVE", "PhasePlan", "Plan", "RolePlan", "plan"]
 
 GIB = 2**30
 #: context of the device, workspaces of its libraries, fragmentation
-RESERVE = GIB
+RESERVE = GIB + GIB // 2
 
 #: Trainer precision -> dtype of autocast, dtype of all weights
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
@@ -76,7 +77,8 @@ class RolePlan:
         trained: how many of them are trained.
         weights: bytes of parameters and buffers by dtype; ``int8``, ``fp8`` and ``nf4`` with their scales.
         gradients: of the trained parameters.
-        optimizer: state of its optimizer after the first step.
+        optimizer: state of its optimizer after the first step; of a discriminator, with the network it trains with.
+        optimizer_8bit: what ``AdamW8bit`` would need.
         shared: whether it runs on the weights of an earlier role.
         quantisable: bytes of the frozen weights that ``quantize`` could store in fewer bits, and what int8 would take.
     """
@@ -87,6 +89,7 @@ class RolePlan:
     weights: dict[str, int]
     gradients: int = 0
     optimizer: int = 0
+    optimizer_8bit: int = 0
     shared: bool = False
     quantisable: tuple[int, int] = (0, 0)
 
@@ -94,6 +97,16 @@ class RolePlan:
     def total(self) -> int:
         """Bytes that stay for the whole run."""
         return sum(self.weights.values()) + self.optimizer
+
+    def in_8_bits(self) -> RolePlan:
+        """The same with ``quantize: int8``."""
+        full, small = self.quantisable
+        if not full:
+            return self
+        kind = max(self.weights, key=self.weights.__getitem__)
+        weights = {**self.weights, kind: self.weights[kind] - full}
+        weights["int8"] = weights.get("int8", 0) + small
+        return replace(self, weights=weights, quantisable=(0, 0))
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,15 @@ class Plan:
     def need(self) -> int:
         """Bytes that the device must have, reserve included."""
         return self.resident + max(max(phase.peak, phase.gradients + self.step) for phase in self.phases) + RESERVE
+
+    def with_8bit_optimizers(self) -> Plan:
+        """The same run with ``AdamW8bit``."""
+        roles = (replace(role, optimizer=min(role.optimizer, role.optimizer_8bit)) for role in self.roles)
+        return replace(self, roles=tuple(roles), optimizers=("AdamW8bit",))
+
+    def with_8bit_weights(self) -> Plan:
+        """The same run with ``quantize: int8`` of the teacher."""
+        return replace(self, roles=tuple(role.in_8_bits() for role in self.roles))
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -269,7 +291,8 @@ def plan(
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     _forget_values(module, fakes)
     roles = _roles(module)
-    optimizers = [entry["optimizer"] for entry in module.configure_optimizers()]
+    with weightless():
+        optimizers = [entry["optimizer"] for entry in module.configure_optimizers()]
     roles, step = _with_optimizers(module, roles, optimizers, fakes)
     phases = tuple(_phases(module, fakes, batch_size, autocast, text_tokens, device))
     names = tuple(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
@@ -332,7 +355,9 @@ def _roles(module: DistillationModule) -> list[RolePlan]:
             kind, size = kinds.get(id(tensor), (str(tensor.dtype).removeprefix("torch."), tensor.nbytes))
             weights[kind] = weights.get(kind, 0) + size
         if isinstance(network, Denoiser) and network is module.teacher:
-            planned = {id(m.weight): m.weight for m in quantisable(network.network, "int8", network.family.blocks).values()}
+            planned = {
+                id(m.weight): m.weight for m in quantisable(network.network, "int8", network.family.blocks).values()
+            }
         full = [t for i, t in planned.items() if i not in kinds and owners.get(i) == name]
         roles.append(
             RolePlan(
@@ -364,20 +389,22 @@ def _with_optimizers(
 ) -> tuple[list[RolePlan], int]:
     """The roles with their optimizers' states, and the largest temporary memory of a step."""
     largest = 0
-    states: dict[str, int] = {}
+    states: dict[str, tuple[int, int]] = {}
     for optimizer, names in zip(optimizers, module.phases.values(), strict=True):
         size, temporary = _state_bytes(optimizer, fakes)
         largest = max(largest, temporary)
-        states[names[0]] = states.get(names[0], 0) + size
-    return [RolePlan(**{**vars(role), "optimizer": states.get(role.name, 0)}) for role in roles], largest
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        states[names[0]] = size, AdamW8bit.state_bytes(parameters)
+    found = {role.name: states.get(role.name, (0, 0)) for role in roles}
+    return [replace(r, optimizer=found[r.name][0], optimizer_8bit=found[r.name][1]) for r in roles], largest
 
 
 def _state_bytes(optimizer: Optimizer, fakes: FakeTensorMode) -> tuple[int, int]:
     """Bytes of the state, from one step without memory, and of what that step needs for itself."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if (own := getattr(optimizer, "state_bytes", None)) is not None:
+    if isinstance(optimizer, AdamW8bit):
         widest = max((p.numel() for p in parameters), default=0)
-        return own(), 16 * widest  # one parameter at a time, in float32
+        return optimizer.state_bytes(parameters), 16 * widest  # one parameter at a time, in float32
     for parameter in parameters:
         with fakes:
             parameter.grad = torch.empty_like(parameter)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_distill.generation import default_cond, index_noise
-from lightning_distill.guidance import guided
+from lightning_distill.generation import bound, default_cond, index_noise
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.prediction import Prediction
 from lightning_distill.randomness import RandomStreams
 from lightning_distill.samplers import SAMPLERS
 
@@ -66,8 +64,7 @@ def sample_many(
         begin = first + done
         start = index_noise(min(batch_size, n - done), shape, seed, begin).to(device)
 
-        def denoise(x: Tensor, t: Tensor, labels: dict[str, Tensor] = labels) -> Prediction:
-            return guided(denoiser, x, t.expand(len(x)), labels, guidance_scale)
+        denoise = bound(denoiser, labels, sampler, guidance_scale)
 
         def fresh(step: int, x: Tensor, begin: int = begin) -> Tensor:
             return noise_scale * streams.normal(f"sample/fresh{step}", 0, begin, x.shape).to(x)

@@ -32,6 +32,7 @@ def student_config(
     """What ``distill_config.json`` says about a student; ``finish`` adds checksums."""
     facts = dict(card or {})
     described = {k: v for k, v in vars(process).items() if isinstance(v, (int, float, str, bool))}
+    installed = second_time_of(network)
     return {
         "lightning_distill": __version__,
         "diffusers": diffusers.__version__,
@@ -43,6 +44,7 @@ def student_config(
         "sampler": sampler,
         "process": {"class": type(process).__name__, **described},
         "prediction_type": prediction_type,
+        **({} if installed is None else {"second_time": installed.settings}),
         "teacher_sha256": facts.pop("teacher_sha256", None),
         "card": facts,
     }

@@ -98,6 +98,11 @@ def stock_parts(
     """
     validate_times(times, process)
     name = type(network).__name__
+    if second_time_of(network) is not None:
+        raise ValueError(
+            f"this {name} was given a further input (networks.second_time), which no stock pipeline fills; distil it "
+            f"into a student of one time, or use AnyFlowTransformer3DModel. {OTHERWISE}"
+        )
     if sampler not in ("renoise", "ode"):
         raise ValueError(f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.")
     entry = entry_of(network, source)
@@ -109,11 +114,6 @@ def stock_parts(
         )
     if any("lora_" in key for key, _ in network.named_parameters()):
         raise ValueError(f"this {name} still carries adapters; pass the role to export_denoiser, which merges them.")
-    if second_time_of(network) is not None:
-        raise ValueError(
-            f"this {name} was given a further input (networks.second_time), which no stock pipeline fills; distil it "
-            f"into a student of one time, or use AnyFlowTransformer3DModel. {OTHERWISE}"
-        )
     if entry is None:
         _check_unconditional_parts(network, name, vae)
     fresh_noise = sampler == "renoise" and len(times) > 1

@@ -75,7 +75,11 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     paper: ClassVar[str] = ""
     #: what the method learns from, shown beside it.
     learns_from: ClassVar[str] = "teacher"
+    #: ways of chaining student steps
+    samplers: ClassVar[tuple[str, ...]] = ("renoise", "ode")
     default_lr: ClassVar[float] = 1e-4
+    #: what was given as teacher
+    teacher_source: DenoiserSpec | Denoiser | None
 
     def __init__(
         self,
@@ -101,19 +105,19 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.automatic_optimization = False
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a student needs at least one step.")
-        if sampler not in ("renoise", "ode"):
-            raise ValueError(f"sampler={sampler!r} is unknown for students; choose renoise or ode.")
+        if sampler not in self.samplers:
+            known = " or ".join(self.samplers)
+            raise ValueError(f"sampler={sampler!r} is unknown for students of {type(self).__name__}; choose {known}.")
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: give 1 or more.")
         if isinstance(teacher, DenoiserSpec):
             teacher.check()
-        #: what was given as teacher, a spec or a denoiser; past the registration of submodules, where it is ``teacher``
-        self.__dict__["teacher_source"] = teacher
+        self.__dict__["teacher_source"] = teacher  # past the registration of submodules, where it becomes ``teacher``
         self._student_role = student or Copy()
         self._student_role.check()
         self._num_steps = num_steps
         self._given_times = None if student_times is None else [float(t) for t in student_times]
-        self.sampler: Literal["renoise", "ode"] = sampler
+        self.sampler = sampler
         self._given_shape = None if shape is None else tuple(shape)
         self.loss_weights = {**self.default_loss_weights, **(loss_weights or {})}
         self.optimizer_factories: dict[str, OptimizerCallable | None] = {"student": student_optimizer}

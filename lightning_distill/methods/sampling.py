@@ -1,7 +1,7 @@
 """Sampling of the student, as a part of ``DistillationModule``."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from lightning_distill.generation import default_cond, draw_noise, generate
 from lightning_distill.hybrid import hybrid
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.negative_prompts import negative_prompts
+from lightning_distill.parameterisations import Capability
 from lightning_distill.processes import NoiseProcess
+from lightning_distill.samplers import check_capability
 from lightning_distill.times import few_step_times
 
 __all__ = ["StudentSampling"]
@@ -25,7 +27,12 @@ class StudentSampling:
     student_ema: nn.ModuleDict
     #: factor on the fresh noise between the steps of ``sample``
     noise_scale: float = 1.0
-    sampler: Literal["renoise", "ode"]
+    #: ``renoise``, ``ode``, or ``flow_map`` where the student takes a target time
+    sampler: Any
+    #: what students of this method are trained for, see ``parameterisations``; None for their own times
+    capability: ClassVar[Capability | None] = None
+    #: edges of the segments of ``capability`` segments
+    edges: list[float] | None = None
     _given_times: list[float] | None
     _given_shape: tuple[int, ...] | None
     _num_steps: int
@@ -97,6 +104,7 @@ class StudentSampling:
         """
         network = self.sampling_network(weights)
         times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
+        check_capability(self, self.sampler, times, self.process)
         start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
         conditions = default_cond(network, n) if cond is None else cond
         options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}

@@ -47,10 +47,9 @@ class Recorder(Callback):
 
 def cycle(build, batch, rank=0, precision="32-true", **overrides):
     """One cycle with frozen weights, as process ``rank`` sees it."""
-    phases = {"student_optimizer": frozen, "fake_score_optimizer": frozen}
     module = build(gradient_clip_val=None, **overrides)
     for phase in module.phases:
-        module.optimizer_factories[phase] = phases[f"{phase}_optimizer"]
+        module.optimizer_factories[phase] = frozen
         module.scheduler_factories[phase] = None
 
     class Rank(type(module)):

@@ -1,0 +1,222 @@
+"""``lightning-distill plan -c CONFIG.yaml``: what a run needs in memory, before anything is allocated."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jsonargparse
+import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from lightning_distill.commands.errors import CommandParser
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.planning import GIB, RESERVE, Plan, plan
+
+__all__ = ["main", "plan_config", "suggestions"]
+
+_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+_LORA = {"class_path": "lightning_distill.networks.roles.Lora", "init_args": {"rank": 64}}
+
+
+def main(words: Sequence[str]) -> None:
+    """Plan, print the table, and say what would fit."""
+    args, rest = _parser().parse_known_args(list(words))
+    config = parse_config([*(w for file in args.config for w in ("--config", file)), *rest])
+    options = {"text_tokens": args.text_tokens, "batch_size": args.batch_size}
+    planned = plan_config(config, **options)
+    console = Console()
+    console.print(roles_table(planned))
+    console.print(phases_table(planned))
+    print(f"needed: {planned.need / GIB:.1f} GiB, {RESERVE / GIB:.1f} of them reserve ({_described(planned)})")
+    if args.gpu_memory is None:
+        return
+    memory = args.gpu_memory * GIB
+    if planned.need <= memory:
+        print(f"fits into {args.gpu_memory:g} GiB")
+        return
+    print(f"does not fit into {args.gpu_memory:g} GiB; one change after the other:")
+    for change, changed in suggestions(config, planned, **options):
+        fits = changed.need <= memory
+        print(f"  {changed.need / GIB:7.1f} GiB  {'fits' if fits else '    '}  {change}")
+        if fits:
+            return
+    print("  no setting of one device fits; split the networks over several (configs/strategy/role_fsdp2.yaml)")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="lightning-distill plan",
+        description="Memory of a run on one GPU, from its configuration. Of a model, config.json is enough. Further "
+        "options are those of fit, for example --model.init_args.student.init_args.rank=32.",
+    )
+    parser.add_argument("-c", "--config", action="append", required=True, help="YAML file; may be given several times")
+    parser.add_argument("--gpu-memory", type=float, help="GiB of the GPU: say what fits, or what would have to change")
+    parser.add_argument(
+        "--batch-size", type=int, help="samples of one forward (default: the data's, over accumulate_grad_batches)"
+    )
+    parser.add_argument("--text-tokens", type=int, help="length of prompts (default: the stock pipeline's)")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+class _Reader(LightningCLI):
+    """The parser of ``fit``, which makes nothing of what it has read."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing: a trainer would ask for its devices, a data module for its files."""
+
+
+def parse_config(words: Sequence[str]) -> dict[str, Any]:
+    """Configuration files and options of ``fit`` as plain data.
+
+    Args:
+        words: command line without the subcommand.
+    """
+    from lightning_distill.cli import import_everything
+
+    import_everything()
+    with contextlib.suppress(TypeError, ValueError):  # as for fit
+        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    reader = _Reader(
+        DistillationModule,
+        LightningDataModule,
+        run=False,
+        save_config_callback=None,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=False,
+        parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, "prog": "lightning-distill plan"},
+        args=list(words),
+    )
+    return yaml.safe_load(reader.parser.dump(reader.config, skip_validation=True))
+
+
+def plan_config(
+    config: dict[str, Any],
+    *,
+    batch_size: int | None = None,
+    text_tokens: int | None = None,
+    checkpointing: bool | None = None,
+) -> Plan:
+    """Plan what a configuration describes.
+
+    Args:
+        config: ``model``, ``data`` and ``trainer`` as plain data.
+        batch_size: samples of one forward, None for what the configuration says.
+        text_tokens: length of prompts, None for that of the stock pipeline.
+        checkpointing: activation checkpointing, None for what the configuration says.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=DistillationModule)
+
+    def build() -> DistillationModule:
+        return parser.instantiate_classes(parser.parse_object({"model": copy.deepcopy(config["model"])})).model
+
+    precision = str((config.get("trainer") or {}).get("precision") or "32-true")
+    return plan(
+        build,
+        batch_size or _micro_batch(config),
+        _PRECISIONS.get(precision, precision),
+        text_tokens=text_tokens,
+        checkpointing=checkpointing,
+    )
+
+
+def _micro_batch(config: dict[str, Any]) -> int:
+    data = (config.get("data") or {}).get("init_args") or {}
+    parts = (config["model"].get("init_args") or {}).get("accumulate_grad_batches") or 1
+    return max(1, (data.get("batch_size") or 1) // parts)
+
+
+def suggestions(
+    config: dict[str, Any], planned: Plan, *, batch_size: int | None = None, text_tokens: int | None = None
+) -> Iterator[tuple[str, Plan]]:
+    """Changes that save memory, each on top of those before, the cheapest in quality and time first.
+
+    Args:
+        config: as for ``plan_config``.
+        planned: its plan.
+        batch_size: as for ``plan_config``.
+        text_tokens: as for ``plan_config``.
+
+    Yields:
+        what to change, and the plan with it.
+    """
+    options: dict[str, Any] = {"batch_size": batch_size or _micro_batch(config), "text_tokens": text_tokens}
+    eight = False
+
+    def again() -> Plan:
+        made = plan_config(config, **options)
+        return made.with_8bit_optimizers() if eight else made
+
+    if not planned.checkpointing and _can_checkpoint(config, options):
+        options["checkpointing"] = True
+        yield "activation_checkpointing: true", (planned := again())
+    if options["batch_size"] > 1:
+        options["batch_size"] = 1
+        yield "batch of one sample, accumulate_grad_batches for the rest", (planned := again())
+    if planned.optimizers != ("AdamW8bit",):
+        eight = True
+        yield "AdamW8bit for all optimizers", (planned := planned.with_8bit_optimizers())
+    roles = [role for role in planned.roles if role.name in ("student", "fake_score")]
+    if full := [role.name for role in roles if role.trained and not role.shared]:
+        config = copy.deepcopy(config)
+        config["model"].setdefault("init_args", {}).update({name: _LORA for name in full})
+        yield f"Lora(rank=64) for {' and '.join(full)}", (planned := again())
+    if any(role.quantisable[0] for role in planned.roles):
+        yield "quantize: int8 for the teacher", planned.with_8bit_weights()
+
+
+def _can_checkpoint(config: dict[str, Any], options: dict[str, Any]) -> bool:
+    try:
+        plan_config(config, **{**options, "checkpointing": True})
+    except ValueError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def _described(planned: Plan) -> str:
+    checkpointing = "with" if planned.checkpointing else "without"
+    return (
+        f"batch of {planned.batch_size}, {planned.precision}, {checkpointing} activation checkpointing, "
+        f"{' and '.join(planned.optimizers)}"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}" if size >= 10 * 2**20 or size == 0 else f"{size / 2**20:.2f}"
+
+
+def roles_table(planned: Plan) -> Table:
+    """What stays: weights, averages, optimizer states."""
+    table = Table(title="stays, MiB", title_justify="left")
+    for name in ("network", "parameters", "trained", "weights", "dtype", "optimizer"):
+        table.add_column(name, justify="left" if name in ("network", "dtype") else "right")
+    for role in planned.roles:
+        name = f"{role.name} (adapter)" if role.shared else role.name
+        kinds = ", ".join(kind for kind, size in role.weights.items() if size * 50 > sum(role.weights.values()))
+        size = _mib(sum(role.weights.values()))
+        table.add_row(name, f"{role.parameters:,}", f"{role.trained:,}", size, kinds, _mib(role.optimizer))
+    weights = sum(sum(role.weights.values()) for role in planned.roles)
+    table.add_row("all", "", "", _mib(weights), "", _mib(sum(role.optimizer for role in planned.roles)))
+    return table
+
+
+def phases_table(planned: Plan) -> Table:
+    """What comes and goes: activations and gradients of each phase."""
+    table = Table(title="comes and goes, MiB", title_justify="left")
+    for name in ("phase", "kept for backward", "gradients", "peak"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in planned.phases:
+        table.add_row(phase.name, _mib(phase.kept), _mib(phase.gradients), _mib(phase.peak))
+    return table

@@ -329,7 +329,8 @@ def draw_picture(
     """Captions in columns; real pictures, teacher and students in rows, all from the same noise."""
     from matplotlib.figure import Figure
 
-    ranked = sorted(everyone, key=lambda s: (s.who == "teacher" and len(s.times) == 1, -len(s.times), s.who))
+    best, *others = sorted(everyone, key=lambda s: -len(s.times))
+    ranked = [best, *sorted(others, key=lambda s: s.who)]  # students, then the teacher with as few steps
     panels = {"real": real} | {s.name: s.sample(tokens, SEED) for s in ranked}
     figure = Figure(figsize=(1.15 * len(captions) + 0.4, 1.12 * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), len(captions), squeeze=False)

@@ -1,4 +1,4 @@
-"""Fill README.md and docs/support_matrix.md from benchmarks/results/latest/*.json and from the registered methods.
+"""Fill README.md and pages of docs/ from benchmarks/results/latest/*.json and from the registered methods.
 
 python benchmarks/make_tables.py            # rewrite
 python benchmarks/make_tables.py --check    # exit 1 when one of them is out of date
@@ -186,29 +186,64 @@ def support() -> str:
     return "\n".join([*lines, ""])
 
 
+def emoji() -> str:
+    """Picture and table of docs/text_to_emoji.md."""
+    result = _load("emoji")
+    if result is None:
+        return "(run `python benchmarks/emoji.py` to fill this table)"
+    captions, real = result["captions"], result["real"]
+    seconds = {stage: f"{spent['cpu_seconds']:.0f}" for stage, spent in result["training"].items()}
+    lines = [
+        "![real pictures, teacher and students by held-out caption, from the same noise](images/emoji.png)",
+        "",
+        f"| unseen captions, 32x32 | steps | network calls | R@1 | KID x 1000 | {result['frechet']} | progress (KID) |",
+        "|---|---|---|---|---|---|---|",
+        f"| real pictures | | | {result['ceiling']:.3f} | {1e3 * real['kid']:.1f} | {real['fd']:.2f} | |",
+    ]
+    for row in sorted(result["rows"], key=lambda row: (row["who"] != "teacher", -row["nfe"])):
+        calls = row["nfe"] * (1 if row["guidance"] == 1 else 2)  # guidance asks the network twice
+        done = "" if row["progress"] is None else f"{row['progress']:.2f}"
+        cells = [f"{row['recall']:.3f}", f"{1e3 * row['kid']:.1f}", f"{row['fd']:.2f}", done]
+        lines.append(f"| {row['who']} | {row['nfe']} | {calls} | {' | '.join(cells)} |")
+    features = {"effnet": "EfficientNet-Lite0", "pixels8": "means of 4x4 pixels"}[result["features"]]
+    lines += [
+        "",
+        f"Features: {features}. R@1 is the share of the {captions['names']} held-out names that a linear probe, fitted on "
+        f"the {captions['training']} training pictures, finds from the picture (chance {result['chance']:.3f}).",
+        f"KID and the Frechet distance compare {captions['held_out']} pictures made for held-out captions with the real "
+        f"ones, mean of {result['draws']} draws; the row of real pictures compares these with training pictures.",
+        f"CPU seconds of one thread ({result['meta']['machine']['cpu']}): {seconds['teacher']} for the teacher, "
+        f"{seconds['student_4']} for four steps, {seconds['student_1']} for one step.",
+    ]
+    return "\n".join(lines)
+
+
+def marked(text: str, name: str, part: str) -> str:
+    """The text with the part between the markers of a name replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = text.split(begin)
+    return head + begin + "\n" + part + "\n" + end + rest.split(end)[1]
+
+
 def main() -> None:
-    """Rewrite the marked parts of README.md, and the generated page."""
+    """Rewrite the marked parts of pages, and the generated page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = before = readme.read_text()
-    for name, part in (
-        ("quickstart", quickstart()),
-        ("methods", methods()),
-        ("strategies", strategies()),
-        ("cost", cost()),
-    ):
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        head, rest = text.split(begin)
-        text = head + begin + "\n" + part + "\n" + end + rest.split(end)[1]
-    page, matrix = ROOT / "docs" / "support_matrix.md", support()
+    pages = {
+        ROOT / "README.md": {"quickstart": quickstart, "methods": methods},
+        ROOT / "docs" / "text_to_emoji.md": {"emoji": emoji},
+    }
+    written = {ROOT / "docs" / "support_matrix.md": support()}
+    for page, parts in pages.items():
+        written[page] = page.read_text()
+        for name, make in parts.items():
+            written[page] = marked(written[page], name, make())
     if args.check:
-        stale = [readme.name] if text != before else []
-        stale += [page.name] if not page.is_file() or page.read_text() != matrix else []
+        stale = [page.name for page, text in written.items() if not page.is_file() or page.read_text() != text]
         sys.exit(f"{' and '.join(stale)} out of date; run python benchmarks/make_tables.py" if stale else 0)
-    readme.write_text(text)
-    page.write_text(matrix)
+    for page, text in written.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Train the two-dimensional students over several seeds and compare them with their teachers.
 
-    python benchmarks/toy.py                      # checkerboard and ring4, three seeds, about five minutes
+    python benchmarks/toy.py                                  # every two-dimensional configuration, three seeds
+    python benchmarks/toy.py ring4 --configs tdm cdm --seeds 0
     python benchmarks/toy.py checkerboard --picture checkerboard.png
 
-The checkerboard has two teachers, the same network of configs/teacher/checkerboard.yaml: ``short`` is the documented
+Configurations are found by the end of their names (``tdm_ring4.yaml``); rows of those that are not run are kept. The
+checkerboard has two teachers, the same network of configs/teacher/checkerboard.yaml: ``short`` is the documented
 problem (six CPU seconds of training), ``long`` is the configuration as it is shipped. The teacher of ring4 is exact.
 CPU seconds are those of one thread, from the command line to the last update. Distances are between 5,000 samples and
 5,000 fresh points, averaged over four draws of both (one draw moves them by a tenth); ``sw2_floor`` is the distance
@@ -13,22 +15,23 @@ folds of a student that ``sw2`` hardly sees.
 """
 
 import argparse
+import json
+import logging
 import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import write_result
+from results import RESULTS, write_result
 from torch import Tensor
 
 from lightning_distill.cli import import_everything, trainer_cli
 from lightning_distill.data.toy import sample_toy
-from lightning_distill.generation import generate, index_noise
+from lightning_distill.generation import default_cond, generate, index_noise
 from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_distill.metrics.manifold import precision_recall
 from lightning_distill.metrics.progress import progress
@@ -38,7 +41,7 @@ from lightning_distill.plots import save_comparison
 from lightning_distill.times import few_step_times
 
 SAMPLES, DRAWS, REFERENCE_SEED, NOISE_SEED, CELLS, SIDE = 5000, 4, 11, 12, 16, 2.5
-CONFIGS = {"checkerboard": "configs/method/dmd2_checkerboard.yaml", "ring4": "configs/method/dmd2_ring4.yaml"}
+PROBLEMS = ("checkerboard", "ring4", "ring")
 SCHEDULE = "--model.init_args.student_scheduler.init_args"
 #: settings that turn the shipped teacher into the one of the documented problem
 TEACHERS = {
@@ -100,17 +103,19 @@ def mean_distance(make: Callable[[Tensor], Tensor], problem: str) -> tuple[float
 def teacher_figures(teacher: Denoiser, problem: str) -> tuple[dict[str, float], Tensor]:
     """Distances of the teacher's own sampling, and its points after 100 steps."""
     figures: dict[str, float] = {}
-    for steps in (1, 2, 100):
+    for steps in (1, 2, 4, 100):
         times = few_step_times(teacher.process, steps)
-        figures[f"sw2_teacher_{steps}"], x = mean_distance(
-            partial(generate, teacher, cond={}, times=times, sampler="ode"), problem
-        )
+
+        def sample(noise: Tensor, times: list[float] = times) -> Tensor:
+            return generate(teacher, noise, default_cond(teacher, len(noise)), times, "ode")
+
+        figures[f"sw2_teacher_{steps}"], x = mean_distance(sample, problem)
     figures["chi2_teacher_100"] = chi2(x, problem)
     return figures, x
 
 
 def student_row(module: Any, problem: str, teacher: dict[str, float]) -> tuple[dict[str, Any], Tensor]:
-    """Figures of a one-step student."""
+    """Figures of a student."""
     sw2, x = mean_distance(lambda noise: module.sample(len(noise), noise=noise), problem)
     data = points(problem, REFERENCE_SEED)
     floors = [sliced_wasserstein(points(problem, 100 + 2 * i), points(problem, 101 + 2 * i)) for i in range(DRAWS)]
@@ -119,7 +124,7 @@ def student_row(module: Any, problem: str, teacher: dict[str, float]) -> tuple[d
         "sw2": sw2,
         "sw2_floor": sum(floors) / len(floors),
         "ratio": sw2 / teacher["sw2_teacher_100"],
-        "progress": progress(teacher["sw2_teacher_1"], sw2, teacher["sw2_teacher_100"]),
+        "progress": progress(teacher[f"sw2_teacher_{len(module.student_times)}"], sw2, teacher["sw2_teacher_100"]),
         "fd": frechet_distance(FeatureStatistics.from_features(x), FeatureStatistics.from_features(data)),
         "precision": manifold.precision,
         "recall": manifold.recall,
@@ -129,8 +134,21 @@ def student_row(module: Any, problem: str, teacher: dict[str, float]) -> tuple[d
     return row, x
 
 
-def compare(problem: str, seeds: list[int], folder: str, panels: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """All rows of one problem."""
+def configurations(problem: str, names: list[str] | None) -> list[str]:
+    """Configurations of a problem, all or by the beginning of their names."""
+    found = sorted(str(path) for path in Path("configs/method").glob(f"*_{problem}.yaml"))
+    if names is None:
+        return found
+    chosen = [f"configs/method/{name}_{problem}.yaml" for name in names]
+    if missing := set(chosen) - set(found):
+        raise SystemExit(f"{', '.join(sorted(missing))} does not exist")
+    return chosen
+
+
+def compare(
+    problem: str, config: str, seeds: list[int], folder: str, panels: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Rows of one configuration."""
     rows = []
     for name in TEACHERS if problem == "checkerboard" else ["exact"]:
         words: list[str] = []
@@ -141,19 +159,14 @@ def compare(problem: str, seeds: list[int], folder: str, panels: dict[str, Tenso
             words = [f"--model.init_args.teacher.init_args.path={folder}/{name}/{cli.trainer.logger.name}"]
         known: dict[str, float] = {}
         for seed in seeds:
-            cli, seconds = train(CONFIGS[problem], folder, seed, "--trainer.enable_checkpointing=false", *words)
+            cli, seconds = train(config, folder, seed, "--trainer.enable_checkpointing=false", *words)
             module = cli.model.eval()
             if not known:
                 known, drawn = teacher_figures(module.teacher, problem)
                 panels[f"{problem}: {name} teacher, 100 steps"] = drawn
             figures, drawn = student_row(module, problem, known)
-            panels[f"{name} teacher, student, seed {seed}"] = drawn
-            row = {
-                "method": type(module).__name__,
-                "config": CONFIGS[problem],
-                "nfe": len(module.student_times),
-                "seed": seed,
-            }
+            panels[f"{Path(config).stem}, {name} teacher, seed {seed}"] = drawn
+            row = {"method": type(module).__name__, "config": config, "nfe": len(module.student_times), "seed": seed}
             row |= {"student_updates": cli.trainer.global_step, "cpu_seconds": seconds, **facts, **figures}
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             rows.append(row)
@@ -163,23 +176,29 @@ def compare(problem: str, seeds: list[int], folder: str, panels: dict[str, Tenso
 def main() -> None:
     """Run the chosen problems and write ``compare_<problem>``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problems", nargs="*", metavar="problem", help=", ".join(CONFIGS))
+    parser.add_argument("problems", nargs="*", metavar="problem", help=", ".join(PROBLEMS))
+    parser.add_argument("--configs", nargs="+", metavar="NAME", help="beginnings of the configurations' names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--picture", help="PNG of the points")
     args = parser.parse_args()
-    problems = args.problems or list(CONFIGS)
-    if unknown := set(problems) - set(CONFIGS):
-        parser.error(f"unknown problem {', '.join(sorted(unknown))}; choose from {', '.join(CONFIGS)}")
+    problems = args.problems or list(PROBLEMS)
+    if unknown := set(problems) - set(PROBLEMS):
+        parser.error(f"unknown problem {', '.join(sorted(unknown))}; choose from {', '.join(PROBLEMS)}")
     picture = args.picture and Path(args.picture).resolve()
     os.chdir(Path(__file__).resolve().parent.parent)
     torch.set_num_threads(1)
     import_everything()  # outside the clock
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for problem in problems:
         panels = {f"{problem}: data": points(problem, REFERENCE_SEED)}
-        with tempfile.TemporaryDirectory() as folder:
-            rows = compare(problem, args.seeds, folder, panels)
-        write_result(f"compare_{problem}", {"rows": rows}, seeds=args.seeds, samples=SAMPLES)
+        latest = RESULTS / "latest" / f"compare_{problem}.json"
+        rows = json.loads(latest.read_text())["rows"] if latest.is_file() else []
+        for config in configurations(problem, args.configs):
+            with tempfile.TemporaryDirectory() as folder:
+                new = compare(problem, config, args.seeds, folder, panels)
+            rows = sorted([row for row in rows if row["config"] != config] + new, key=lambda row: row["config"])
+            write_result(f"compare_{problem}", {"rows": rows}, seeds=args.seeds, samples=SAMPLES)
         if picture:
             save_comparison(panels, picture.with_stem(f"{picture.stem}_{problem}") if len(problems) > 1 else picture)
 

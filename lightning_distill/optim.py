@@ -32,9 +32,9 @@ def default_optimizer(
 class AdamW8bit(Optimizer):
     """AdamW that keeps both moments in 8 bits (arXiv:2110.02861), by torchao: 2 bytes per weight instead of 8.
 
-    Moments of tensors with fewer than 4096 elements, or with a number that 256 does not divide, stay in full. The states
-    in a checkpoint are plain tensors, so that it can be read where torchao is missing. torchao compiles the update once
-    for every shape of the parameters, which takes a while in the first step.
+    Moments of tensors with fewer than 4096 elements, or with a number that 256 does not divide, stay in full. The
+    states in a checkpoint are plain tensors, so that it can be read where torchao is missing. torchao compiles the
+    update once for every shape of the parameters, which takes a while in the first step.
 
     Args:
         params: parameters, or groups of them.
@@ -47,9 +47,9 @@ class AdamW8bit(Optimizer):
         ImportError: torchao is missing.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "AdamW8bit":
+    def __new__(cls, *args: Any, **kwargs: Any) -> AdamW8bit:
         """An instance that is torchao's optimizer as well; a plan needs none."""
-        return super().__new__(cls if is_weightless() else _on_torchao(cls))
+        return super().__new__(cls if is_weightless() else _on_torchao(cls))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class AdamW8bit(Optimizer):
             total += 4 + 2 * (n + 4 * (n // 256) + 1024 if quantised else n * parameter.element_size())
         return total
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """As every optimizer's, with codes, scales and table of a moment as plain tensors."""
         content = super().state_dict()
         states = {i: {key: _plain_moment(v) for key, v in state.items()} for i, state in content["state"].items()}

@@ -12,30 +12,25 @@ Gradients are freed at the end of each phase, so only one phase's are alive at a
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils._pytree import tree_leaves
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import default_cond
+from lightning_distill.live_memory import EmptyStreams, LiveMemory, forget_values, mixed_precision
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.weightless import weightless
 from lightning_distill.optim import AdamW8bit
-from lightning_distill.randomness import RandomStreams
 
 __all__ = ["GIB", "PRECISIONS", "RESERVE", "PhasePlan", "Plan", "RolePlan", "plan"]
 
@@ -62,9 +57,6 @@ _TEXT_TOKENS = {
 }
 #: of all other classes
 _MANY_TOKENS = 512
-
-#: functions that CUDA's autocast runs in float32 and that keep what they are given
-_WIDE = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (torch, "softmax"))
 
 
 @dataclass(frozen=True)
@@ -173,86 +165,6 @@ class Plan:
         return replace(self, roles=tuple(role.in_8_bits() for role in self.roles))
 
 
-# ------------------------------------------------------------------------------------------------ counting
-class _Live(TorchDispatchMode):
-    """Sums up the storages that are alive; those made before count nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = WeakIdKeyDictionary()
-
-    def ignore(self, tensors: Iterator[Tensor]) -> None:
-        """Storages of these tensors are not counted."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._meet(tensor.untyped_storage())
-        return out
-
-    def _meet(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        size = self._known[storage] = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, size)
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
-
-
-@contextmanager
-def _wide_functions() -> Iterator[None]:
-    """What CUDA's autocast does and the CPU's does not: normalisations and softmax run in float32.
-
-    The functions are exchanged: a function mode is off within ``backward``, where checkpoints recompute.
-    """
-    originals = [(holder, name, getattr(holder, name)) for holder, name in _WIDE]
-
-    def wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            if torch.is_autocast_enabled("cpu"):
-                args, kwargs = tree_map(_widened, (args, kwargs))
-            return function(*args, **kwargs)
-
-        return run
-
-    try:
-        for holder, name, function in originals:
-            setattr(holder, name, wide(function))
-        yield
-    finally:
-        for holder, name, function in originals:
-            setattr(holder, name, function)
-
-
-def _widened(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
-
-
-class _PlannedStreams(RandomStreams):
-    """Noise without memory. Rollouts stop at the first step: the last step needs most, whichever it is."""
-
-    def __init__(self, streams: RandomStreams, fakes: FakeTensorMode) -> None:
-        super().__init__(streams.seed)
-        self.fakes = fakes
-
-    def normal(  # noqa: D102
-        self, stream: str, update: int, first: int, shape: Sequence[int], device: Any = "cpu", dtype: Any = None
-    ) -> Tensor:
-        with self.fakes:
-            return torch.empty(tuple(shape), dtype=dtype or torch.float32)
-
-    def integer(self, stream: str, update: int, high: int) -> int:  # noqa: D102
-        return 0
-
-
 # ------------------------------------------------------------------------------------------------ the plan
 def plan(
     build: Callable[[], DistillationModule],
@@ -289,7 +201,8 @@ def plan(
     if narrow is not None:
         nn.Module.to(module, narrow)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    _forget_values(module, fakes)
+    forget_values(module, fakes)
+    module.forget_parameters()
     roles = _roles(module)
     with weightless():
         optimizers = [entry["optimizer"] for entry in module.configure_optimizers()]
@@ -298,30 +211,6 @@ def plan(
     names = tuple(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
     on = module.activation_checkpointing
     return Plan(tuple(roles), phases, batch_size, precision, on, step, names)
-
-
-def _forget_values(module: DistillationModule, fakes: FakeTensorMode) -> None:
-    """Replace all parameters, and the buffers of networks, by tensors without memory; shared ones stay shared."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-    cpu = torch.device("cpu")
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            plain = tensor.detach()
-            if plain.is_meta:
-                new: Tensor = fakes.fake_tensor_converter.from_meta_and_device(fakes, plain, cpu)
-            else:
-                new = fakes.from_tensor(plain)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = (tensor, nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new)
-        return made[id(tensor)][1]
-
-    for part in module.modules():
-        for held in (part._parameters, {} if part is module else part._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    held[name] = fake(tensor)  # type: ignore[index]
-    module.forget_parameters()
 
 
 def _networks(module: DistillationModule) -> Iterator[tuple[str, nn.Module]]:
@@ -380,7 +269,7 @@ def _stored(network: nn.Module) -> dict[int, tuple[str, int]]:
         if (kind := part.__dict__.get("planned_kind")) is not None:
             weight = part.weight
             assert isinstance(weight, Tensor)
-            found[id(weight)] = (kind, quantised_bytes(kind, *weight.shape, itemsize=weight.element_size()))
+            found[id(weight)] = (kind, quantised_bytes(kind, len(weight), weight.shape[1], weight.element_size()))
     return found
 
 
@@ -408,7 +297,7 @@ def _state_bytes(optimizer: Optimizer, fakes: FakeTensorMode) -> tuple[int, int]
     for parameter in parameters:
         with fakes:
             parameter.grad = torch.empty_like(parameter)
-    live = _Live()
+    live = LiveMemory()
     live.ignore(t for p in parameters for t in (p, p.grad) if t is not None)
     with live, fakes:
         optimizer.step()
@@ -430,14 +319,14 @@ def _phases(
     device: str,
 ) -> Iterator[PhasePlan]:
     batch = _batch(module, fakes, batch_size, text_tokens)
-    module.streams = _PlannedStreams(module.streams, fakes)
+    module.streams = EmptyStreams(module.streams, fakes)
     module.train()
     for phase in module.phases:
         parameters = [p for role in module.phases[phase] for p in module.role_parameters(role)]
-        live = _Live()
-        live.ignore(iter([*module.parameters(), *module.buffers()]))
+        live = LiveMemory()
+        live.ignore([*module.parameters(), *module.buffers()])
         try:
-            with module.probing("plan"), module._only(phase), _precision(autocast, device), live:
+            with module.probing("plan"), module._only(phase), mixed_precision(autocast, device), live:
                 terms = getattr(module, f"{phase}_loss")(batch)
                 loss = module.weighted_sum(phase, terms)
                 kept = live.now
@@ -455,21 +344,12 @@ def _phases(
         yield PhasePlan(phase, kept, live.peak, sum(p.nbytes for p in parameters))
 
 
-@contextmanager
-def _precision(autocast: torch.dtype | None, device: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        if autocast is not None:
-            # Lightning's contexts keep no casts either: a cast weight lives as long as its use
-            stack.enter_context(torch.autocast("cpu", autocast, cache_enabled=False))
-            wide: AbstractContextManager[Any] = _wide_functions() if device == "cuda" else nullcontext()
-            stack.enter_context(wide)
-        yield
-
-
 def _batch(module: DistillationModule, fakes: FakeTensorMode, size: int, text_tokens: int | None) -> Batch:
     """Conditions, with prompts of the right length, and data of the right shape."""
     network = module.student
     cond = default_cond(network, size)
+    if getattr(getattr(network.network, "config", None), "num_class_embeds", None):
+        cond.setdefault("class_labels", torch.zeros(size, dtype=torch.long))
     tokens = text_tokens or _TEXT_TOKENS.get(network.family.model_class, _MANY_TOKENS)
     made: dict[str, Any] = {}
     for key, value in cond.items():

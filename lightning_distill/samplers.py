@@ -21,7 +21,7 @@ from lightning_distill.prediction import Prediction
 from lightning_distill.processes import FlowMatching, NoiseProcess, change_process, expand
 from lightning_distill.times import validate_times
 
-__all__ = ["SAMPLERS", "check_capability", "dpmpp_2m", "flow_map", "heun", "ode", "renoise", "simulate", "transport"]
+__all__ = ["SAMPLERS", "check_capability", "dpmpp_2m", "flow_map", "heun", "heun_step", "ode", "renoise", "simulate", "transport"]
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 TwoTimeDenoise = Callable[[Tensor, Tensor, Tensor], Prediction]
@@ -189,6 +189,16 @@ def ode(
     return denoise(x, _time(times[-1], x)).x0
 
 
+def heun_step(denoise: Denoise, x: Tensor, t: Tensor, r: Tensor, process: NoiseProcess) -> Tensor:
+    """One step of ``heun`` from t to r, both native times, (B,) or ()."""
+    prediction = denoise(x, t)
+    trial = denoise(transport(prediction, r), r)
+    velocity = 0.5 * (prediction.flow_prediction + trial.flow_prediction)
+    t_flow, scale = change_process(t, process, FlowMatching())
+    r_flow, r_scale = change_process(r, process, FlowMatching())
+    return expand(scale / r_scale, x) * x + expand((r_flow - t_flow) / r_scale, x) * velocity
+
+
 def heun(
     denoise: Denoise, x: Tensor, times: Sequence[float], process: NoiseProcess, *, noise: Noise | None = None
 ) -> Tensor:
@@ -200,12 +210,7 @@ def heun(
     validate_times(times, process)
     check_capability(denoise, "heun", times, process)
     for t, r in pairwise(times):
-        prediction = denoise(x, _time(t, x))
-        trial = denoise(transport(prediction, r), _time(r, x))
-        velocity = 0.5 * (prediction.flow_prediction + trial.flow_prediction)
-        t_flow, scale = change_process(_time(t, x), process, FlowMatching())
-        r_flow, r_scale = change_process(_time(r, x), process, FlowMatching())
-        x = expand(scale / r_scale, x) * x + expand((r_flow - t_flow) / r_scale, x) * velocity
+        x = heun_step(denoise, x, _time(t, x), _time(r, x), process)
     return denoise(x, _time(times[-1], x)).x0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,6 +72,9 @@ class _Reader(LightningCLI):
     def instantiate_classes(self) -> None:
         """Nothing: a trainer would ask for its devices, a data module for its files."""
 
+    def _set_seed(self) -> None:
+        """Nothing: no number is drawn."""
+
 
 def parse_config(words: Sequence[str]) -> dict[str, Any]:
     """Configuration files and options of ``fit`` as plain data.
@@ -83,6 +87,7 @@ def parse_config(words: Sequence[str]) -> dict[str, Any]:
     import_everything()
     with contextlib.suppress(TypeError, ValueError):  # as for fit
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     reader = _Reader(
         DistillationModule,
         LightningDataModule,
@@ -158,9 +163,14 @@ def suggestions(
         made = plan_config(config, **options)
         return made.with_8bit_optimizers() if eight else made
 
-    if not planned.checkpointing and _can_checkpoint(config, options):
+    if not planned.checkpointing:
         options["checkpointing"] = True
-        yield "activation_checkpointing: true", (planned := again())
+        try:
+            planned = again()
+        except ValueError:  # a class of networks that cannot
+            options["checkpointing"] = None
+        else:
+            yield "activation_checkpointing: true", planned
     if options["batch_size"] > 1:
         options["batch_size"] = 1
         yield "batch of one sample, accumulate_grad_batches for the rest", (planned := again())
@@ -170,18 +180,10 @@ def suggestions(
     roles = [role for role in planned.roles if role.name in ("student", "fake_score")]
     if full := [role.name for role in roles if role.trained and not role.shared]:
         config = copy.deepcopy(config)
-        config["model"].setdefault("init_args", {}).update({name: _LORA for name in full})
+        config["model"].setdefault("init_args", {}).update(dict.fromkeys(full, _LORA))
         yield f"Lora(rank=64) for {' and '.join(full)}", (planned := again())
     if any(role.quantisable[0] for role in planned.roles):
         yield "quantize: int8 for the teacher", planned.with_8bit_weights()
-
-
-def _can_checkpoint(config: dict[str, Any], options: dict[str, Any]) -> bool:
-    try:
-        plan_config(config, **{**options, "checkpointing": True})
-    except ValueError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_distill import __version__
 from lightning_distill.export.folders import CONFIG, SourceFacts
 from lightning_distill.export.stock import StockParts
+from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.processes import NoiseProcess
 
 __all__ = ["combine_usage", "finish", "pipeline_usage", "student_config", "text_usage", "weights_usage"]

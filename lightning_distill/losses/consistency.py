@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import NoiseProcess, expand
-from lightning_distill.samplers import transport
+from lightning_distill.samplers import heun_step, transport
 
 __all__ = [
     "Metric",
@@ -170,35 +170,37 @@ def consistency_loss(
 # ------------------------------------------------------------------------------------------------ pairs
 @torch.no_grad()
 def solver_step(
-    denoise: Callable[[Tensor, Tensor], Prediction], x: Tensor, t: Tensor, r: Tensor, solver: Literal["euler", "heun"]
+    denoise: Callable[[Tensor, Tensor], Prediction],
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    solver: Literal["euler", "heun"],
+    process: NoiseProcess,
 ) -> Tensor:
-    """One step of the teacher from each sample's t to its r, without graph.
+    """One step of the teacher from each sample's t to its r, without graph (arXiv:2303.01469, Alg. 2).
 
-    Both are in the coordinates of the noise level, x / alpha and sigma / alpha, as in consistency distillation
-    (arXiv:2303.01469, Alg. 2); there Euler is DDIM.
+    Euler is DDIM, the deterministic step in any coordinates.
 
     Args:
         denoise: the guided teacher, (x, t) -> Prediction.
         x: samples at t, (B, ...).
-        t: native times, (B,), alpha(t) > 0 for ``heun``.
+        t: native times, (B,).
         r: native target times, (B,), in (0, t].
         solver: ``euler`` (one evaluation) or ``heun`` (two).
+        process: of the times.
 
     Returns:
         samples at r, (B, ...).
+
+    Notes:
+        Heun is that of ``samplers.heun``, in flow-matching coordinates, which are finite at pure noise; the paper
+        takes it in noise levels. The order of its error is the same.
     """
-    first = denoise(x, t)
-    x_r = transport(first, r)
     if solver == "euler":
-        return x_r
+        return transport(denoise(x, t), r)
     if solver != "heun":
         raise ValueError(f"unknown solver {solver!r}; choose euler or heun.")
-    second = denoise(x_r, r)
-    process = first.process
-    level_t, level_r = (process.sigma(s) / process.alpha(s) for s in (t, r))
-    # d(x / alpha) / d(sigma / alpha) is the predicted noise
-    change = expand(0.5 * (level_r - level_t), x) * (first.eps + second.eps)
-    return expand(process.alpha(r), x) * (x / expand(process.alpha(t), x) + change)
+    return heun_step(denoise, x, t, r, process)
 
 
 def progressive_target(x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, process: NoiseProcess) -> Tensor:

@@ -36,6 +36,7 @@ __all__ = [
     "mean_flow_target",
     "rcgm_target",
     "semigroup_residual",
+    "semigroup_target",
     "shortcut_target",
 ]
 
@@ -204,12 +205,20 @@ def semigroup_residual(
         middle: s, (B,), between r and t.
         r: target times, (B,), below t.
     """
-    with torch.no_grad():
-        first = target(x, t, middle)
-        second = target(flow_jump(x, first, t, middle), middle, r)
-        share = expand((t - middle) / (t - r), x)
-        goal = share * first + (1.0 - share) * second
-    return average(x, t, r) - goal
+    return average(x, t, r) - semigroup_target(target, x, t, middle, r)
+
+
+@torch.no_grad()
+def semigroup_target(average: AverageVelocity, x: Tensor, t: Tensor, middle: Tensor, r: Tensor) -> Tensor:
+    """Average velocity of two jumps by way of ``middle``, without graph; see ``semigroup_residual``.
+
+    Where t = r it is the first of the two, u(x, t, middle).
+    """
+    first = average(x, t, middle)
+    second = average(flow_jump(x, first, t, middle), middle, r)
+    apart = t > r
+    share = expand(torch.where(apart, (t - middle) / torch.where(apart, t - r, 1.0), 1.0), x)
+    return share * first + (1.0 - share) * second
 
 
 def shortcut_target(average: AverageVelocity, x: Tensor, t: Tensor, step: Tensor, clamp: float | None = 4.0) -> Tensor:

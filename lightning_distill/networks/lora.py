@@ -485,7 +485,7 @@ def base_state_dict(network: nn.Module) -> dict[str, Tensor]:
         network: any network, with or without adapters.
     """
     bank = adapter_bank(network) or AdapterBank()
-    state = {}
+    state: dict[str, Tensor] = {}
     for key, value in network.state_dict().items():
         path, _, rest = key.rpartition(".base_layer.")
         if path in bank.layers:

@@ -121,7 +121,7 @@ def _quantised(weight: Tensor, kind: str) -> Tensor:
         return _nf4(weight)
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    holder = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(holder, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
     return holder.weight.detach()

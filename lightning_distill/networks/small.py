@@ -191,10 +191,10 @@ def small_text_unet(
 ) -> UNet2DConditionModel:
     """A text-conditional UNet of 2.4 M parameters for small pictures, in pixel space.
 
-    The coarsest levels attend to the tokens, and an attention pool of the tokens is added to the time embedding, so that
-    every residual block is told the subject. Nothing but ``encoder_hidden_states`` is needed at a call, hence stock
-    Stable Diffusion pipelines sample it (``prompt_embeds=..., output_type="latent"``; the latents are the pixels). They
-    pass no mask: train it without one, on embeddings that are zero where they are padded.
+    The coarsest levels attend to the tokens, and an attention pool of the tokens is added to the time embedding: every
+    residual block is told the subject. Nothing but ``encoder_hidden_states`` is needed at a call, hence stock Stable
+    Diffusion pipelines sample it (``prompt_embeds=..., output_type="latent"``; the latents are the pixels). They pass
+    no mask: train it without one, on embeddings that are zero where they are padded.
 
     Args:
         sample_size: height and width, divisible by 2^(levels - 1).

@@ -1,7 +1,7 @@
 """Networks without weights: every parameter has its shape and dtype and no memory, for planning a run.
 
-Inside of ``weightless()`` the specs that read weights make their networks on the meta device from ``config.json`` alone;
-no weight file is opened, and none need be there.
+Inside of ``weightless()`` the specs that read weights make their networks on the meta device from ``config.json``
+alone; no weight file is opened, and none need be there.
 """
 
 from __future__ import annotations

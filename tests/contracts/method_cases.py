@@ -60,7 +60,7 @@ from lightning_distill.networks.analytic import ring4
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.frozen_features import FrozenFeatures
 from lightning_distill.networks.roles import Lora
-from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
+from lightning_distill.networks.small import ResidualMLP, small_dit, small_text_unet, small_unet
 from lightning_distill.networks.specs import seeded
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
 from lightning_distill.schedules import WarmupDecay
@@ -114,6 +114,13 @@ def flow_dit() -> Denoiser:
     return Denoiser(random_weights(network), FlowMatching(shift=2.0), "flow_prediction", sigma_data=0.5)
 
 
+def text_unet() -> Denoiser:
+    network = small_text_unet(8, 1, 4, (8,), 1, norm_num_groups=4, num_heads=1, pooling_heads=1)
+    null = {"encoder_hidden_states": torch.full((1, 3, 4), 0.5)}
+    process = VariancePreserving(zero_terminal_snr=True)
+    return Denoiser(random_weights(network), process, "v_prediction", sigma_data=0.5, null_cond=null)
+
+
 def points(labelled: bool = False) -> Batch:
     """Points of ring4, enough for ``EPOCH`` updates of two slices."""
     x0, labels = ring4(labelled=True).sample(2 * EPOCH * BATCH, torch.Generator().manual_seed(0))
@@ -124,6 +131,12 @@ def images(num_classes: int = 0) -> Batch:
     n = 2 * EPOCH * BATCH
     x0 = 0.5 * torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     return Batch(x0=x0, cond={"class_labels": torch.arange(n) % num_classes} if num_classes else {})
+
+
+def captioned() -> Batch:
+    batch = images()
+    tokens = torch.randn(batch.size, 3, 4, generator=torch.Generator().manual_seed(1))
+    return Batch(x0=batch.x0, cond={"encoder_hidden_states": tokens})
 
 
 def without_data(batch: Batch) -> Batch:
@@ -318,6 +331,7 @@ CASES: list[Case] = [
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),
     Case("vp_dropout", TeacherTraining, vp_mlp, lambda: points(labelled=True), training(label_dropout=0.3)),
+    Case("text_dropout", TeacherTraining, text_unet, captioned, training(label_dropout=0.3)),
 ]  # fmt: skip
 
 

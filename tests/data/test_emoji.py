@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lightning_distill.data import Emoji, StoreWriter
-from lightning_distill.data.emoji import emoji_pictures, is_held_out, load_emoji
+from lightning_distill.data.emoji import caption_store, emoji_pictures, is_held_out, load_emoji
 from lightning_distill.networks.plain_text import TransformersText
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
@@ -79,6 +80,18 @@ def test_batches_with_embeddings(root, tmp_path):
     assert stored[0].stat().st_mtime_ns == before
     assert held.source.gather(torch.arange(2), 0).cond["pooled_projections"].shape == (2, 8)
     assert next(iter(data.train_dataloader())).x0.shape == (4, 3, 32, 32)
+
+
+def test_the_empty_caption_lies_beside_the_store(root, tmp_path):
+    encoder = tiny_text.bert(tmp_path / "bert")
+    captions = [p.caption for p in emoji_pictures(root)]
+    store = caption_store(captions, str(encoder), max_length=6, cache=str(tmp_path / "cache"))
+    null = load_file(store.folder / "null_cond.safetensors")
+    assert set(null) == {"encoder_hidden_states", "encoder_attention_mask"}
+    expected = TransformersText(encoder, max_length=6).encode([""])
+    assert torch.equal(null["encoder_hidden_states"], expected["encoder_hidden_states"])
+    assert null["encoder_attention_mask"].sum() < 6
+    assert null["encoder_hidden_states"].shape[1:] == tuple(store.shapes["encoder_hidden_states"])
 
 
 def test_without_conditions(root):

@@ -56,7 +56,7 @@ def test_local_errors_of_pairs(process, solver, ratio):
         if solver == "training":
             x_r = process.add_noise(x0, eps, r)
         else:
-            x_r = solver_step(analytic_denoiser(MIXTURE, process), x, t, r, solver)
+            x_r = solver_step(analytic_denoiser(MIXTURE, process), x, t, r, solver, process)
         errors.append((consistent(x, t, process) - consistent(x_r, r, process)).norm().item())
     # VP's times are rounded to nothing, but its levels between two indices are interpolated
     for coarse, fine in pairwise(errors):
@@ -218,4 +218,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="needs the noise process"):
         pair_weight("inverse_c_out", a[:, 0], a[:, 1])
     with pytest.raises(ValueError, match="euler or heun"):
-        solver_step(analytic_denoiser(MIXTURE, EDM()), a[:, :2], torch.ones(2), torch.full((2,), 0.5), "rk4")
+        solver_step(analytic_denoiser(MIXTURE, EDM()), a[:, :2], torch.ones(2), torch.full((2,), 0.5), "rk4", EDM())

@@ -1,0 +1,118 @@
+"""Consistency distillation (arXiv:2303.01469)."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.batch import Batch
+from lightning_distill.ema import EMAProfile
+from lightning_distill.losses.consistency import PairWeight, consistency_loss, pair_weight, solver_step
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.trajectory import TrajectoryMethod
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.parameterisations import ConsistencyFunction
+from lightning_distill.processes import expand
+
+__all__ = ["ConsistencyDistillation"]
+
+
+class ConsistencyDistillation(TrajectoryMethod):
+    """A function that is the same at two neighbouring points of one trajectory, hence its end at all of them.
+
+        x_t = alpha_t x0 + sigma_t eps,     x_r = one solver step of the teacher from t to r                   (Alg. 2)
+        L = w(t, r) d( f(x_t, t), sg f'(x_r, r) ),     f(x, t_min) = x                                          (Eq. 7)
+
+    Args:
+        teacher: the pretrained model.
+        intervals: N, steps of the grid from t_max to t_min (Karras' in EDM, the trailing one elsewhere); pairs are its
+            neighbours.
+        solver: ``euler`` (DDIM) or ``heun``.
+        boundary: how f is made of the network: ``plain``, its x0, or ``lcm`` (see ``ConsistencyFunction``).
+        metric: distance d of ``losses.consistency.distance``.
+        huber: constant of pseudo-Huber, None for the default.
+        weight: w(t, r), see ``losses.consistency.pair_weight``.
+        target_ema: profile of the average f' (.95 in the paper); None is the student itself without gradient.
+        **kwargs: see ``TrajectoryMethod``. Students of several steps are sampled by ``renoise``.
+
+    Notes:
+        f is x_r itself where r is the end of the grid, whatever the parameterisation: the paper's boundary condition.
+        Without EMA of the student the average f' is also what ``sample`` uses.
+    """
+
+    paper = "2303.01469"
+    learns_from = "teacher, data"
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        intervals: int = 40,
+        solver: Literal["euler", "heun"] = "heun",
+        boundary: Literal["plain", "lcm"] = "plain",
+        metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber",
+        huber: float | None = None,
+        weight: PairWeight = "one",
+        target_ema: EMAProfile | None = None,
+        ema: list[EMAProfile] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, ema=ema, **kwargs)
+        if intervals < 1:
+            raise ValueError(f"intervals={intervals}: a grid has at least one.")
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver={solver!r} is unknown; choose euler or heun.")
+        self.intervals = intervals
+        self.solver: Literal["euler", "heun"] = solver
+        self.boundary: Literal["plain", "lcm"] = boundary
+        self.metric, self.huber, self.weight = metric, huber, weight
+        self.target_name = None if target_ema is None else target_ema.name
+        if target_ema is not None and target_ema.name not in {profile.name for profile in self.ema_profiles}:
+            self.ema_profiles.append(target_ema)
+
+    # ------------------------------------------------------------------------------------------------ parts
+    def function(self, network: Denoiser, batch: Batch, scale: Tensor | None) -> ConsistencyFunction:
+        """f of a network."""
+        return ConsistencyFunction(network, batch.cond, self.boundary, guidance=scale)
+
+    def grid(self) -> list[float]:
+        """Descending times whose neighbours make pairs."""
+        return self.solver_grid(self.intervals)
+
+    def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
+        """Times t > r of each sample, (n,), float64."""
+        grid = torch.tensor(self.grid(), dtype=torch.float64, device=self.device)
+        later = (self.draws.uniform("interval", n) * (len(grid) - 1)).long().clamp_max(len(grid) - 2)
+        return grid[later], grid[later + 1]
+
+    def earlier(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, eps: Tensor) -> Tensor:
+        """The point at r of the trajectory through x_t, (B, ...)."""
+        return solver_step(self.guided_teacher(batch), x_t, t, r, self.solver, self.process)
+
+    @torch.no_grad()
+    def target(self, x_r: Tensor, r: Tensor, batch: Batch, scale: Tensor | None) -> Tensor:
+        """f'(x_r, r), and x_r where r is the end of the grid."""
+        network = self.student if self.target_name is None else self.sampling_network(self.target_name)
+        consistent = self.function(network, batch, scale)(x_r, r).x0
+        return torch.where(expand(r > self.grid()[-1], x_r).bool(), consistent, x_r)
+
+    # ------------------------------------------------------------------------------------------------ loss
+    def student_loss(self, batch: Batch) -> Terms:
+        """Distance of the two ends of a pair's trajectory."""
+        x0 = self.data(batch)
+        t, r = self.pair_times(batch.size)
+        eps = self.draws.normal("noise", x0.shape)
+        x_t = self.process.add_noise(x0, eps, t)
+        x_r = self.earlier(x_t, t, r, batch, eps)
+        scale = self.told_scale(t)
+        online = self.function(self.student, batch, scale)(x_t, t).x0
+        target = self.target(x_r, r, batch, scale)
+        weight = pair_weight(self.weight, t, r, self.process, self.student.sigma_data)
+        loss = consistency_loss(online, target, weight, self.metric, self.huber)
+        return Terms({"consistency": loss}, {"mse": (online.detach() - target).square().mean()})
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:
+        """Network calls of an update."""
+        own = 2 if self.target_name is None else 1
+        return {"student": {"student": own, "teacher": 2 if self.solver == "heun" else 1}}

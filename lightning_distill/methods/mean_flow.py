@@ -1,0 +1,108 @@
+"""MeanFlow: average velocities in one stage (arXiv:2505.13447), from data or from a teacher."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distill.batch import Batch
+from lightning_distill.losses.flow_maps import mean_flow_directions, mean_flow_loss, mean_flow_target
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.trajectory import TwoTimeMethod
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.processes import FlowMatching, change_process, expand
+from lightning_distill.tangents import value_and_tangent
+from lightning_distill.times import LogitNormal, TimeDistribution
+
+__all__ = ["MeanFlow"]
+
+
+class MeanFlow(TwoTimeMethod):
+    """The average velocity between two times from its derivative along the trajectory.
+
+        u_target = v - (t - r) (d_t + v . grad) u(x, t, r),     u(x, t, t) = v                              (Eq. 10-11)
+        L = e / sg(e + eps)^p,     e = |u(x, t, r) - sg u_target|^2                                       (Eq. 9, 22)
+
+    Args:
+        teacher: the pretrained model; with ``from_data`` only where the student's weights come from.
+        from_data: v is eps - x0 of the pair, right in the mean, instead of the (guided) teacher's velocity.
+        equal_share: share of samples with r = t.
+        power: p; 0 is the plain squared error, better where targets are free of noise.
+        constant: eps.
+        max_gap: largest t - r (restricted MeanFlow, for students of a few steps); None for none. One step then needs
+            as many jumps as there are gaps.
+        **kwargs: see ``TwoTimeMethod``; times are by default logit-normal of mean -.4 and width 1.
+
+    Notes:
+        Classifier-free guidance inside the velocity of ``from_data`` is left out: distil a guided teacher.
+    """
+
+    paper = "2505.13447"
+    learns_from = "teacher, data; data alone with from_data"
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        from_data: bool = False,
+        equal_share: float = 0.75,
+        power: float = 1.0,
+        constant: float = 1e-2,
+        max_gap: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, **kwargs)
+        if not 0.0 <= equal_share < 1.0:
+            raise ValueError(f"equal_share={equal_share}: give a share from 0 to below 1.")
+        if max_gap is not None and not 0.0 < max_gap <= 1.0:
+            raise ValueError(f"max_gap={max_gap}: a gap of flow-matching times lies in (0, 1].")
+        self.from_data = from_data
+        self.equal_share = equal_share
+        self.power, self.constant = power, constant
+        self.max_gap = max_gap
+
+    def default_times(self) -> TimeDistribution:  # noqa: D102
+        return LogitNormal(-0.4, 1.0)
+
+    def check_configuration(self) -> None:
+        """A restricted student is sampled within its gaps."""
+        super().check_configuration()
+        times = torch.tensor([*self.student_times, 0.0], dtype=torch.float64)
+        flow = change_process(times, self.process, FlowMatching())[0]
+        widest = float((flow[:-1] - flow[1:]).max())
+        if self.max_gap is not None and self.sampler != "ode" and widest > self.max_gap + 1e-9:
+            raise ValueError(
+                f"max_gap={self.max_gap:g} trains no jump as wide as the {widest:.3g} of the student's "
+                f"{len(self.student_times)} steps; give more num_steps, or a larger max_gap."
+            )
+
+    def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
+        """Flow-matching times t >= r of each sample, (n,), float64."""
+        one, other = self.flow_times("t", n), self.flow_times("r", n)
+        t, r = torch.maximum(one, other), torch.minimum(one, other)
+        if self.max_gap is not None:
+            r = torch.maximum(r, t - self.max_gap)
+        return t, torch.where(self.draws.uniform("equal", n) < self.equal_share, t, r)
+
+    def student_loss(self, batch: Batch) -> Terms:
+        """Regression onto v - (t - r) du/dt."""
+        t, r = self.pair_times(batch.size)
+        x, velocity = self.flow_state(batch, t)
+        if not self.from_data:
+            velocity = self.teacher_velocity(batch, x, t)
+        average = self.average(self.student, batch, self.told_scale(self.native(x, t)[1]))
+        directions = mean_flow_directions(velocity)
+        u, du = value_and_tangent(average, (x, t, r), directions, self.tangent, step=self.tangent_step)
+        target = mean_flow_target(velocity, du, t, r)
+        loss = mean_flow_loss(u, target, self.power, self.constant)
+        apart = expand((t > r).double(), x)
+        return Terms(
+            {"mean_flow": loss},
+            {"mse": (u.detach() - target).square().mean(), "derivative": (apart * du).square().mean().sqrt()},
+        )
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:
+        """Network calls of an update."""
+        calls = {"jvp": 2, "central": 3, "one_sided": 2, "semi": 4}[self.tangent]
+        return {"student": {"student": calls, "teacher": 0 if self.from_data else 1}}

@@ -1,0 +1,216 @@
+"""sCM: continuous-time consistency in TrigFlow (arXiv:2410.11081)."""
+
+import math
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.losses.continuous import (
+    continuous_loss,
+    normalise_tangent,
+    rcm_tangent,
+    scm_directions,
+    scm_tangent,
+    tangent_warmup,
+    training_velocity,
+    trig_weight,
+)
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.trajectory import TrajectoryMethod
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.small import _TimeFeatures
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.parameterisations import trigflow_input, trigflow_velocity
+from lightning_distill.prediction import Prediction
+from lightning_distill.processes import NoiseProcess, TrigFlow
+from lightning_distill.randomness import Draws
+from lightning_distill.tangents import TangentMode, value_and_tangent
+from lightning_distill.times import LogNormal, TimeDistribution
+
+__all__ = ["SCM", "ContinuousConsistency", "LogVariance"]
+
+
+class LogVariance(nn.Module):
+    """The learned function u(t) that weighs times against each other (arXiv:2312.02696, Section 2.4); 0 at first.
+
+    Args:
+        features: number of sinusoids of the time.
+    """
+
+    def __init__(self, features: int = 64) -> None:
+        super().__init__()
+        self.waves = _TimeFeatures(features)
+        self.outer = nn.Linear(features, 1)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """U of TrigFlow times (B,), float32."""
+        return self.outer(self.waves(t.float()))[:, 0]
+
+
+class _Method(Protocol):
+    draws: Draws
+    student: Denoiser
+
+    @property
+    def process(self) -> NoiseProcess: ...
+    def data(self, batch: Batch) -> Tensor: ...
+    def guided_teacher(self, batch: Batch) -> Any: ...
+    def told_scale(self, t: Tensor) -> Tensor | None: ...
+
+
+class ContinuousConsistency:
+    """The term of continuous-time consistency, for any method with a student.
+
+        x = cos(tau) x0 / sd + sin(tau) eps,     F <- F + g / (|g| + c),     g the tangent of ``losses.continuous``
+
+    Args:
+        times: distribution of TrigFlow times, those of data of unit standard deviation.
+        from_data: dx/dtau is that of the pair (x0, eps) instead of the teacher's.
+        tangent: how the derivative of the student is taken, see ``tangents``.
+        tangent_step: step of differences, None for the default.
+        warmup_updates: H, student updates in which the tangent's part beyond the teacher's direction grows to 1.
+        warmup: which terms it weakens: those of the ``paper``, or of ``rcm`` (see ``losses.continuous.rcm_tangent``).
+        constant: c.
+        norm: ``full`` or ``rms``, see ``normalise_tangent``.
+        weight: prior weight of a time: ``trig``, 1 / tan(tau), or ``one``.
+    """
+
+    def __init__(
+        self,
+        times: TimeDistribution | None = None,
+        from_data: bool = False,
+        tangent: TangentMode = "jvp",
+        tangent_step: float | None = None,
+        warmup_updates: int = 10_000,
+        warmup: Literal["paper", "rcm"] = "paper",
+        constant: float = 0.1,
+        norm: Literal["full", "rms"] = "full",
+        weight: Literal["trig", "one"] = "trig",
+    ) -> None:
+        if warmup not in ("paper", "rcm") or weight not in ("trig", "one"):
+            raise ValueError(f"warmup={warmup!r} must be paper or rcm, and weight={weight!r} trig or one.")
+        self.times = times or LogNormal(-1.0, 1.4)
+        self.from_data = from_data
+        self.tangent: TangentMode = tangent
+        self.tangent_step = tangent_step
+        self.warmup_updates = warmup_updates
+        self.warmup = rcm_tangent if warmup == "rcm" else scm_tangent
+        self.constant = constant
+        self.norm: Literal["full", "rms"] = norm
+        self.weight = weight
+
+    def draw(self, method: _Method, n: int) -> Tensor:
+        """TrigFlow times up to that of the process' noisiest one, (n,), float64."""
+        process, sd = method.process, method.student.sigma_data
+        end = torch.tensor(process.t_max, dtype=torch.float64)
+        tau_max = math.atan2(float(process.sigma(end)), float(process.alpha(end)) * sd)
+        return self.times.quantile(method.draws.uniform("tau", n), TrigFlow()).clamp_max(tau_max)
+
+    def __call__(
+        self, method: _Method, batch: Batch, log_variance: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its diagnostics.
+
+        Args:
+            method: with the student, its draws and its teacher.
+            batch: with data.
+            log_variance: u(tau), None for 0.
+        """
+        student, sd = method.student, method.student.sigma_data
+        x0 = method.data(batch) / sd
+        tau, eps = self.draw(method, batch.size), method.draws.normal("noise", x0.shape)
+        x = TrigFlow().add_noise(x0, eps, tau)
+        seen, t = trigflow_input(x, tau, method.process, sd)
+        if self.from_data:
+            velocity = training_velocity(x0, eps, tau)
+        else:
+            velocity = trigflow_velocity(method.guided_teacher(batch)(seen, t), tau, sd)
+        scale = method.told_scale(t)
+
+        def flow(x: Tensor, tau: Tensor) -> Tensor:
+            prediction = student(*trigflow_input(x, tau, method.process, sd), batch.cond, guidance=scale)
+            assert isinstance(prediction, Prediction)
+            return trigflow_velocity(prediction, tau, sd)
+
+        directions = scm_directions(velocity, tau)
+        made, derivative = value_and_tangent(flow, (x, tau), directions, self.tangent, step=self.tangent_step)
+        share = tangent_warmup(method.draws.update, self.warmup_updates)
+        g = self.warmup(x, tau, made.detach(), velocity, derivative, share)
+        loss = continuous_loss(
+            made,
+            normalise_tangent(g, self.constant, self.norm),
+            trig_weight(tau) if self.weight == "trig" else None,
+            None if log_variance is None else log_variance(tau),
+        )
+        gap = (made.detach() - velocity).square().mean()
+        return loss, {"tangent": g.flatten(1).norm(dim=1).mean(), "velocity_gap": gap}
+
+    def forward_counts(self) -> dict[str, int]:
+        """Network calls of the term."""
+        calls = {"jvp": 2, "central": 3, "one_sided": 2, "semi": 4}[self.tangent]
+        return {"student": calls, "teacher": 0 if self.from_data else 1}
+
+
+class SCM(TrajectoryMethod):
+    """Continuous-time consistency: the end of the trajectory does not change along it.
+
+        f(x, tau) = cos(tau) x - sin(tau) F(x, tau),     df/dtau = 0
+        L = e^-u(tau) / (D tan(tau)) |F - sg F - g / (|g| + c)|^2 + u(tau)                            (Eq. 8, Alg. 1)
+
+    Distillation (sCD) follows the teacher's dx/dtau, training from data (sCT) that of the pair, which is right in the
+    mean. Networks of any process are used: TrigFlow is entered exactly at their edge.
+
+    Args:
+        teacher: the pretrained model; with ``from_data`` only where the student's weights come from.
+        times: distribution of TrigFlow times, None for ``LogNormal(-1, 1.4)``.
+        from_data: train from data instead of distilling.
+        tangent: ``jvp`` (exact), ``central``, ``one_sided`` or ``semi``.
+        tangent_step: step of differences, None for the default.
+        warmup_updates: H of the tangent's warm-up.
+        constant: c.
+        norm: ``full`` or ``rms``, see ``losses.continuous.normalise_tangent``.
+        weight: prior weight of a time: ``trig``, 1 / tan(tau), or ``one``.
+        adaptive: learn u(tau); else it is 0.
+        **kwargs: see ``TrajectoryMethod``. Students of several steps are sampled by ``renoise``.
+
+    Notes:
+        u is a linear function of sinusoids of tau instead of a layer on the network's own embedding.
+        Networks whose embedding multiplies time by 1000 have large derivatives in it; the paper changes the embedding.
+    """
+
+    phases = {"student": ("student", "log_variance")}
+    paper = "2410.11081"
+    learns_from = "teacher, data; data alone with from_data"
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        times: TimeDistribution | None = None,
+        from_data: bool = False,
+        tangent: TangentMode = "jvp",
+        tangent_step: float | None = None,
+        warmup_updates: int = 10_000,
+        constant: float = 0.1,
+        norm: Literal["full", "rms"] = "full",
+        weight: Literal["trig", "one"] = "trig",
+        adaptive: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, **kwargs)
+        self.consistency = ContinuousConsistency(
+            times, from_data, tangent, tangent_step, warmup_updates, "paper", constant, norm, weight
+        )
+        self.log_variance = LogVariance() if adaptive else None
+
+    def student_loss(self, batch: Batch) -> Terms:
+        """Regression onto the student's own output plus the tangent."""
+        loss, diagnostics = self.consistency(self, batch, self.log_variance)
+        return Terms({"consistency": loss}, diagnostics)
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        return {"student": self.consistency.forward_counts()}

@@ -1,0 +1,208 @@
+"""What consistency and flow-map methods share: states of the teacher's trajectories, its guided direction, the student."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.batch import Batch
+from lightning_distill.guidance import Guidance, check_guidance
+from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Copy, Role
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.networks.two_time import TwoTime
+from lightning_distill.parameterisations import Capability, embeds_guidance, takes_target
+from lightning_distill.prediction import Prediction
+from lightning_distill.processes import EDM, FlowMatching, change_process, expand
+from lightning_distill.samplers import check_capability
+from lightning_distill.tangents import TangentMode
+from lightning_distill.times import TimeDistribution, Uniform, few_step_times, t_min
+
+__all__ = ["TrajectoryMethod", "TwoTimeMethod"]
+
+
+class TrajectoryMethod(DistillationModule):
+    """Base of methods whose student jumps along the trajectories of the teacher's probability-flow ODE.
+
+    Args:
+        teacher: the pretrained model.
+        guidance: guidance of the teacher, whose trajectories are then the guided ones. Where the student embeds a scale
+            (``student=TwoTime(kind=None, guidance=True)``), it is told that of each sample, and ``guidance.scale`` when
+            it is sampled.
+        **kwargs: see ``DistillationModule``.
+    """
+
+    capability: ClassVar[Capability | None] = "any_step"
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        guidance: Guidance | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, **kwargs)
+        self.guidance = guidance or Guidance(1.0)
+        self._tells_scale = False
+
+    def build_roles(self) -> None:
+        """The student; one that embeds a guidance scale is sampled with that of ``guidance``."""
+        super().build_roles()
+        self._tells_scale = embeds_guidance(self.student)
+        if self._tells_scale:
+            self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)
+
+    def check_configuration(self) -> None:
+        """Guidance must be possible, and the student be sampled as it is trained."""
+        super().check_configuration()
+        check_guidance(self.require_teacher(), self.guidance)
+        check_capability(self, self.sampler, self.student_times, self.process)
+
+    # ------------------------------------------------------------------------------------------------ parts of losses
+    def data(self, batch: Batch) -> Tensor:
+        """Clean samples of the batch, (B, ...)."""
+        if batch.x0 is None:
+            raise ValueError(
+                f"{type(self).__name__} starts from noised data, but the loader yields batches without x0; use a data "
+                "module with samples (or stored samples of the teacher), or a method that starts from noise alone: "
+                "FreeFlow, BOOT, CMT."
+            )
+        return batch.x0
+
+    def told_scale(self, t: Tensor) -> Tensor | None:
+        """Guidance scales that the student is told, (B,); None where it embeds none.
+
+        Args:
+            t: native times, (B,).
+        """
+        if not self._tells_scale:
+            return None
+        scale = self.guidance.scales(t, self.draws.uniform("guidance", len(t)))
+        return torch.as_tensor(scale, dtype=torch.float64, device=t.device).expand(len(t))
+
+    def guided_teacher(self, batch: Batch) -> Callable[[Tensor, Tensor], Prediction]:
+        """The teacher with the batch's conditions and guidance, in native times and without graph."""
+        teacher, u = self.require_teacher(), self.draws.uniform("guidance", batch.size)
+
+        @torch.no_grad()
+        def denoise(x: Tensor, t: Tensor) -> Prediction:
+            t = t.expand(len(x)) if t.ndim == 0 else t
+            return self.guidance(teacher, x, t, batch.cond, u)
+
+        return denoise
+
+    def solver_grid(self, intervals: int) -> list[float]:
+        """Descending native times from t_max to ``t_min``: the trailing grid, Karras' in EDM.
+
+        Args:
+            intervals: number of steps.
+
+        Returns:
+            ``intervals`` + 1 times.
+        """
+        if isinstance(self.process, EDM):
+            return few_step_times(self.process, intervals + 1)
+        return [*few_step_times(self.process, intervals), t_min(self.process)]
+
+
+class TwoTimeMethod(TrajectoryMethod):
+    """Base of methods whose student is an average velocity u(x, t, r) between two times.
+
+    Losses are written in flow-matching coordinates, x = (1 - t) x0 + t eps, whatever the process of the networks is:
+    samples are rescaled and times converted at the networks' edge, exactly.
+
+    Args:
+        teacher: the pretrained model.
+        student: ``TwoTime(...)``, which gives a network its target time; None for one around a copy.
+        sampler: how student steps are chained: ``flow_map``, ``renoise`` (each a jump to 0), or ``ode``, which follows
+            u(x, t, t).
+        training_times: distribution of flow-matching times.
+        tangent: how derivatives of the student are taken, see ``tangents``.
+        tangent_step: step of differences, None for the default.
+        **kwargs: see ``TrajectoryMethod``.
+    """
+
+    samplers = ("flow_map", "renoise", "ode")
+    capability = "two_time"
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        student: Role | None = None,
+        sampler: Literal["flow_map", "renoise", "ode"] = "flow_map",
+        training_times: TimeDistribution | None = None,
+        tangent: TangentMode = "jvp",
+        tangent_step: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, student=student, sampler=sampler, **kwargs)
+        self._default_role = student is None
+        self.training_times = training_times or self.default_times()
+        self.tangent = tangent
+        self.tangent_step = tangent_step
+        self._flow_max = 1.0
+
+    def default_times(self) -> TimeDistribution:
+        """Distribution of flow-matching times where none is given."""
+        return Uniform(0.0, 1.0)
+
+    def build_roles(self) -> None:
+        """The student, with a target time."""
+        if self._default_role:
+            self._student_role = Copy() if takes_target(self.require_teacher()) else TwoTime()
+        super().build_roles()
+        if not takes_target(self.student):
+            raise ValueError(
+                f"{type(self).__name__} trains a network with a target time, and the student "
+                f"({type(self.student.network).__name__}) takes one time; give student=TwoTime(role=...)."
+            )
+        end = torch.tensor(self.process.t_max, dtype=torch.float64)
+        self._flow_max = float(change_process(end, self.process, FlowMatching())[0])
+
+    # ------------------------------------------------------------------------------------------------ parts of losses
+    def flow_times(self, name: str, n: int) -> Tensor:
+        """Flow-matching times drawn from ``training_times``, (n,), float64."""
+        u = self.draws.uniform(name, n)
+        return self.training_times.quantile(u, FlowMatching()).clamp_max(self._flow_max)
+
+    def flow_state(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noised data and the velocity eps - x0 of the pair, (B, ...) each.
+
+        Args:
+            batch: with data.
+            t: flow-matching times, (B,).
+        """
+        x0 = self.data(batch)
+        eps = self.draws.normal("noise", x0.shape)
+        return FlowMatching().add_noise(x0, eps, t), eps - x0
+
+    def native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A flow-matching sample and time as the networks' process has them."""
+        if isinstance(self.process, FlowMatching):
+            return x, t
+        time, scale = change_process(t, FlowMatching(), self.process)
+        return expand(scale, x) * x, time
+
+    def average(self, network: Denoiser, batch: Batch, scale: Tensor | None = None) -> Callable[..., Tensor]:
+        """u(x, t, r) in flow-matching coordinates.
+
+        Args:
+            network: the student or an average.
+            batch: its conditions.
+            scale: guidance scales it is told, see ``told_scale``.
+        """
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            r = self.native(x, r)[1]
+            prediction = network(*self.native(x, t), batch.cond, r=r, guidance=scale)
+            return prediction.flow_prediction
+
+        return u
+
+    def teacher_velocity(self, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+        """The guided teacher's velocity at a flow-matching sample and time, without graph."""
+        return self.guided_teacher(batch)(*self.native(x, t)).flow_prediction

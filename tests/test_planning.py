@@ -1,0 +1,360 @@
+"""Plans of memory against what real updates on the CPU keep and allocate."""
+
+import json
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMScheduler
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_distill.batch import Batch
+from lightning_distill.cli import main
+from lightning_distill.commands.plan import plan_config, suggestions
+from lightning_distill.generation import default_cond
+from lightning_distill.live_memory import LiveMemory, mixed_precision
+from lightning_distill.methods import DMD2, TeacherTraining
+from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.quantisation import quantisable, quantised_bytes
+from lightning_distill.networks.roles import Lora
+from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
+from lightning_distill.networks.specs import NewDenoiser, PretrainedDenoiser, ZooDenoiser
+from lightning_distill.optim import AdamW8bit
+from lightning_distill.planning import RESERVE, plan
+from lightning_distill.processes import FlowMatching
+from lightning_distill.randomness import Draws
+
+FLOW = FlowMatching()
+
+
+def spec(network, **settings):
+    return NewDenoiser(network, FLOW, "flow_prediction", **settings)
+
+
+def unet():
+    return small_unet(16, 2, 3, (16, 32), norm_num_groups=4, attention_head_dim=8)
+
+
+def dit():
+    return small_dit(16, 2, 3, patch_size=2, num_layers=2, num_attention_heads=2, attention_head_dim=16)
+
+
+def mlp():
+    return ResidualMLP((2,), width=64, depth=3)
+
+
+def adapters():
+    return {"student": Lora(rank=4), "fake_score": Lora(rank=2)}
+
+
+#: network, batch size, settings of the method
+CASES = {
+    "unet": (unet, 4, dict),
+    "unet_lora": (unet, 4, adapters),
+    "dit": (dit, 4, dict),
+    "mlp": (mlp, 512, dict),
+    "unet_gan": (unet, 4, lambda: {"gan": Adversary(taps=["mid_block"], width=16)}),
+    "dit_dora": (dit, 4, lambda: {"student": Lora(rank=4, dora=True), "num_steps": 2}),
+}
+
+
+def make(case, **more):
+    network, _, settings = CASES[case]
+    return DMD2(spec(network, null_class=None if network is mlp else 3), **{**settings(), **more})
+
+
+def real_phases(module, size, precision=None):
+    """Bytes saved for the backward pass (by autograd's own hooks) and the largest sum of live storages, by phase."""
+    module.configure_model()
+    module.train()
+    batch = Batch(cond=default_cond(module.student, size), x0=torch.randn(size, *module.sample_shape))
+    fixed = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    found = {}
+    for phase in module.phases:
+        module.draws = Draws(module.streams, 0, 0, f"{phase}0")
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in fixed:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        live = LiveMemory()
+        live.ignore([*module.parameters(), *module.buffers()])
+        with module._only(phase), mixed_precision(precision, "cpu"), live:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = module.weighted_sum(phase, getattr(module, f"{phase}_loss")(batch))
+            size_saved = sum(n for n, _ in saved.values())
+            saved.clear()
+            loss.backward()
+        found[phase] = size_saved, live.peak
+        module.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "precision"), [*((case, "32-true") for case in CASES), ("unet_lora", "bf16-mixed"), ("dit", "bf16-mixed")]
+)
+def test_activations_are_those_of_a_real_update(case, precision):
+    size = CASES[case][1]
+    planned = plan(lambda: make(case), size, precision, device="cpu")
+    autocast = torch.bfloat16 if precision == "bf16-mixed" else None
+    found = real_phases(make(case), size, autocast)
+    assert [phase.name for phase in planned.phases] == list(found)
+    for phase in planned.phases:
+        saved, peak = found[phase.name]
+        assert phase.kept == pytest.approx(saved, rel=0.1), phase.name
+        assert phase.peak == pytest.approx(peak, rel=0.1), phase.name
+        assert phase.peak > phase.kept > 10_000
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_gradients_and_states_are_exact(case):
+    planned = plan(lambda: make(case), CASES[case][1], "32-true", device="cpu")
+    module = make(case)
+    module.configure_model()
+    assert [role.name for role in planned.roles][:2] == ["teacher", "student"]
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    counters = sum(t.nbytes for t in module.buffers(recurse=False))
+    assert (
+        sum(sum(role.weights.values()) for role in planned.roles) == sum(t.nbytes for t in tensors.values()) - counters
+    )
+    assert sum(role.parameters for role in planned.roles) == sum(p.numel() for p in module.parameters())
+    for role in planned.roles:
+        if role.name in ("student", "fake_score", "discriminator"):
+            own = module.role_parameters(role.name)
+            assert role.trained == sum(p.numel() for p in own)
+            assert role.gradients == sum(p.nbytes for p in own)
+    for entry, roles in zip(module.configure_optimizers(), module.phases.values()):
+        optimizer = entry["optimizer"]
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        states = [t for state in optimizer.state.values() for t in tree_leaves(dict(state))]
+        assert sum(r.optimizer for r in planned.roles if r.name in roles) == sum(t.nbytes for t in states)
+    shared = {role.name for role in planned.roles if role.shared}
+    assert ("student" in shared) == (case in ("unet_lora", "dit_dora"))
+    assert planned.resident == sum(role.total for role in planned.roles)
+    gradients = [sum(r.gradients for r in planned.roles if r.name in roles) for roles in module.phases.values()]
+    assert [phase.gradients for phase in planned.phases] == gradients
+    assert planned.need == planned.resident + max(p.peak for p in planned.phases) + RESERVE
+
+
+def test_checkpointing_and_batch_size():
+    plain, less, double = (
+        plan(lambda: make("unet"), n, "32-true", checkpointing=on, device="cpu")
+        for n, on in ((4, False), (4, True), (8, False))
+    )
+    assert (plain.checkpointing, less.checkpointing) == (False, True)
+    for a, b, c in zip(plain.phases, less.phases, double.phases):
+        assert b.kept < 0.5 * a.kept
+        assert b.peak < a.peak
+        assert c.kept == pytest.approx(2 * a.kept, rel=0.05)
+    assert plain.roles == less.roles == double.roles
+    module = make("unet", activation_checkpointing=True)
+    for phase in less.phases:
+        assert phase.peak == pytest.approx(real_phases(module, 4)[phase.name][1], rel=0.1)
+    with pytest.raises(ValueError, match="ResidualMLP has no activation checkpointing"):
+        plan(lambda: make("mlp"), checkpointing=True)
+
+
+def test_mixed_precision_follows_the_rules_of_the_device():
+    on = {d: plan(lambda: make("unet"), 4, "bf16-mixed", device=d) for d in ("cpu", "cuda")}
+    assert on["cuda"].phases[0].kept > 1.15 * on["cpu"].phases[0].kept
+    x = torch.randn(2, 8, 4, 4)
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
+        with mixed_precision(torch.bfloat16, device):
+            h = nn.Conv2d(8, 8, 1)(x)
+            assert h.dtype == torch.bfloat16
+            assert nn.GroupNorm(2, 8)(h).dtype == dtype
+            assert nn.LayerNorm(4)(h).dtype == dtype
+    assert nn.GroupNorm(2, 8, dtype=torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    halves = plan(lambda: make("mlp"), 4, "bf16-true", device="cpu")
+    whole = plan(lambda: make("mlp"), 4, "32-true", device="cpu")
+    assert halves.roles[0].weights == {"bfloat16": whole.roles[0].weights["float32"] // 2}
+
+
+def test_nothing_is_allocated():
+    """Weights of 64 GB."""
+
+    class Huge(nn.Module):
+        shape = (4,)
+
+        def __init__(self):
+            super().__init__()
+            self.into, self.out = nn.Linear(4, 20_000), nn.Linear(20_000, 4)
+            self.blocks = nn.ModuleList(nn.Linear(20_000, 20_000, bias=False) for _ in range(40))
+
+        def forward(self, x, t):
+            h = self.into(x)
+            for block in self.blocks:
+                h = block(h).relu()
+            return self.out(h)
+
+    planned = plan(lambda: DMD2(spec(Huge), student=Lora(rank=1), fake_score=Lora(rank=1), ema=[]), 512, "32-true")
+    assert planned.roles[0].weights["float32"] == 4 * (40 * 20_000**2 + 8 * 20_000 + 20_000 + 4)
+    # of every block at least its output, for the relu and the next adapter
+    assert planned.phases[0].kept > 40 * 512 * 20_000 * 4
+    assert planned.need > 64e9
+
+
+def test_live_memory_in_closed_form():
+    live = LiveMemory()
+    given = torch.zeros(1000)
+    live.ignore([given])
+    with live:
+        a = given + 1.0  # 4000
+        view = a[:10]
+        b = torch.cat([a, a])  # 12000
+        assert live.now == live.peak == 12_000
+        del a
+        assert live.now == 12_000, "a view holds its storage"
+        del view
+        assert live.now == 8_000
+        b.add_(1.0)
+        assert (live.now, live.peak) == (8_000, 12_000)
+        alive = weakref.ref(b.untyped_storage())
+        del b
+    assert live.now == 0
+    assert alive() is None
+
+
+# ------------------------------------------------------------------------------------------------ folders and headers
+@pytest.fixture
+def pipeline(tmp_path):
+    network = small_dit(8, 2, 5, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=64)
+    network.save_pretrained(tmp_path / "transformer")
+    DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    for file in (tmp_path / "transformer").glob("*.safetensors"):
+        file.unlink()
+    return str(tmp_path), network
+
+
+def test_a_config_without_weights_is_enough(pipeline):
+    folder, network = pipeline
+    with pytest.raises(FileNotFoundError, match="does not exist; complete the download"):
+        PretrainedDenoiser(folder).check()
+    numel = sum(p.numel() for p in network.parameters())
+    planned = plan(lambda: DMD2(PretrainedDenoiser(folder, dtype="bfloat16"), **adapters()))
+    assert planned.roles[0].parameters == numel
+    assert planned.roles[0].weights["bfloat16"] >= 2 * numel
+    zoo = plan(lambda: DMD2(ZooDenoiser("digits"), **adapters()), 4)
+    assert zoo.roles[0].parameters == sum(p.numel() for p in ZooDenoiser("digits").build().parameters())
+
+
+def test_eight_bits(pipeline):
+    folder, network = pipeline
+    method = lambda **s: DMD2(PretrainedDenoiser(folder, dtype="bfloat16", **s), **adapters())  # noqa: E731
+    full, small = plan(method), plan(lambda: method(quantize="int8"))
+    layers = quantisable(network, "int8", ["transformer_blocks"]).values()
+    size = sum(quantised_bytes("int8", *m.weight.shape) for m in layers)
+    assert small.roles[0].weights["int8"] == size
+    assert small.roles[0].parameters == full.roles[0].parameters
+    saved = sum(2 * m.weight.numel() for m in layers) - size
+    assert full.resident - small.resident == saved > 0
+    assert full.with_8bit_weights().need == small.need == small.with_8bit_weights().need
+    # the student EMA and trained networks stay in full
+    copies = plan(lambda: DMD2(PretrainedDenoiser(folder, dtype="bfloat16")))
+    assert copies.resident - copies.with_8bit_weights().resident == saved
+
+    def factory(parameters):
+        return AdamW8bit(parameters, lr=1e-4)
+
+    eight = plan(lambda: DMD2(PretrainedDenoiser(folder), student_optimizer=factory, fake_score_optimizer=factory))
+    states = {role.name: role.optimizer for role in eight.roles}
+    assert states["student"] == states["fake_score"] == AdamW8bit.state_bytes(network.parameters())
+    assert eight.optimizers == ("AdamW8bit",)
+    adam = plan(lambda: DMD2(PretrainedDenoiser(folder)))
+    assert adam.with_8bit_optimizers().resident == eight.resident < adam.resident
+
+
+def test_other_methods_and_refusals():
+    planned = plan(lambda: TeacherTraining(spec(mlp), label_dropout=0.0), 8, "32-true")
+    assert [phase.name for phase in planned.phases] == ["student"]
+    with pytest.raises(ValueError, match="precision='8-bit' cannot be planned; choose one of 32-true"):
+        plan(lambda: make("mlp"), 1, "8-bit")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        plan(lambda: make("mlp"), 0)
+
+    class Deciding(nn.Module):
+        shape = (2,)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t):
+            return x * self.weight if bool(x.sum() > 0) else -x
+
+    with pytest.raises(ValueError, match="DMD2 decides something by the values of its tensors in the student phase"):
+        plan(lambda: DMD2(spec(Deciding)))
+
+
+# ------------------------------------------------------------------------------------------------ command
+@pytest.fixture
+def config(tmp_path):
+    network = {
+        "class_path": "diffusers.DiTTransformer2DModel",
+        "init_args": {
+            "sample_size": 8,
+            "in_channels": 2,
+            "out_channels": 2,
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "num_embeds_ada_norm": 3,
+        },
+    }
+    teacher = {"network": network, "process": "FlowMatching", "prediction_type": "flow_prediction"}
+    model = {
+        "class_path": "DMD2",
+        "init_args": {
+            "teacher": {"class_path": "NewDenoiser", "init_args": teacher},
+            "accumulate_grad_batches": 4,
+            "fake_score_steps": 1,
+        },
+    }
+    data = {"class_path": "Prior", "init_args": {"num_classes": 3, "batch_size": 32}}
+    content = {"trainer": {"precision": "bf16-mixed", "accelerator": "gpu"}, "model": model, "data": data}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file, content
+
+
+def test_command(config, capsys):
+    file, _ = config
+    assert main(["plan", "-c", str(file), "--gpu-memory", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "fits into 8 GiB" in out
+    assert "batch of 8, bf16-mixed, without activation checkpointing, AdamW" in out
+    assert all(name in out for name in ("teacher", "student", "fake_score", "student_ema.power_0_1", "peak"))
+    assert main(["plan", "-c", str(file), "--batch-size", "2", "--model.init_args.num_steps=2"]) == 0
+    assert "batch of 2" in capsys.readouterr().out
+    assert main(["plan", "-c", str(file), "--trainer.precision=64-true"]) == 2
+    assert "precision='64-true' cannot be planned" in capsys.readouterr().err
+    assert main(["plan"]) == 2
+    assert "-c/--config" in capsys.readouterr().err
+
+
+def test_suggestions_save_memory_one_after_the_other(config):
+    import lightning_distill.cli
+
+    lightning_distill.cli.import_everything()
+    _, content = config
+    planned = plan_config(content)
+    assert planned.batch_size == 8
+    changes = list(suggestions(content, planned))
+    names = [name.split()[0].rstrip(":") for name, _ in changes]
+    assert names == ["activation_checkpointing", "batch", "AdamW8bit", "Lora(rank=64)", "quantize"]
+    needs = [planned.need, *(changed.need for _, changed in changes)]
+    assert all(later < earlier for earlier, later in pairwise(needs[:4]))
+    last = changes[-1][1]
+    assert last.batch_size == 1
+    assert last.checkpointing
+    assert all(role.shared for role in last.roles if role.name in ("student", "fake_score"))

@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import write_result
+from make_tables import marked
+from results import RESULTS, write_result
 
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2
-from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.roles import Copy, Lora
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.planning import GIB, RESERVE, Plan, plan
@@ -71,7 +71,6 @@ SETTINGS: dict[str, dict] = {
     "lora, int8 weights": {"lora": 64, "quantize": "int8"},
     "lora, nf4 weights": {"lora": 64, "quantize": "nf4"},
     "full": {},
-    "full, gan": {"gan": True},
 }
 
 
@@ -87,7 +86,6 @@ def planned(folder: Path, options: dict) -> Plan:
             fake_score=Lora(rank) if rank else Copy(),
             guidance=Guidance(8.0),
             num_steps=4,
-            gan=Adversary(taps=["mid_block"]) if options.get("gan") else None,
             activation_checkpointing=options.get("checkpointing", True),
         )
 
@@ -106,16 +104,41 @@ def row(run: Plan, seconds: float) -> dict:
     }
 
 
+def table(result: dict) -> str:
+    """Table of docs/memory.md.
+
+    Args:
+        result: content of ``plan.json``.
+    """
+    lines = ["| run | needed, GiB | weights | optimizer states | gradients and activations |", "|---|---|---|---|---|"]
+    for name, run in result["rows"].items():
+        cells = [f"{run[key]:.1f}" for key in ("need_gib", "weights_gib", "optimizer_gib", "phase_peak_gib")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    side, batch = result["size"], result["batch_size"]
+    setting = f"{side} x {side}, batch {batch}, {result['precision']}, {result['reserve_gib']:g} GiB of it reserve"
+    return "\n".join([*lines, "", f"{result['model']}, DMD2 in four steps with guidance: {setting}."])
+
+
 def main() -> None:
     """Plan every setting and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="settings whose name contains this")
+    parser.add_argument("--table", action="store_true", help="only fill the table of docs/memory.md from the results")
     args = parser.parse_args()
+    if not args.table:
+        measure(args.only)
+    page = Path(__file__).parents[1] / "docs" / "memory.md"
+    result = json.loads((RESULTS / "latest" / "plan.json").read_text())
+    page.write_text(marked(page.read_text(), "plan", table(result)))
+
+
+def measure(only: str | None) -> None:
+    """Plan the settings whose name contains ``only`` and write the figures."""
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = sdxl_folder(Path(temporary))
         for name, options in SETTINGS.items():
-            if args.only and args.only not in name:
+            if only and only not in name:
                 continue
             start = time.perf_counter()
             run = planned(folder, options)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_distill.checkpoint_files import require_whole
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import DistillationModule
@@ -164,11 +165,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or something else than a Lightning checkpoint.
     """
-    if not Path(path).is_dir() and not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint (not a torch archive, or truncated); give a .ckpt file that a run "
-            "of lightning_distill wrote."
-        )
+    if not Path(path).is_dir():
+        require_whole(Path(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, OSError) as error:

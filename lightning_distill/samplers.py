@@ -21,7 +21,18 @@ from lightning_distill.prediction import Prediction
 from lightning_distill.processes import FlowMatching, NoiseProcess, change_process, expand
 from lightning_distill.times import validate_times
 
-__all__ = ["SAMPLERS", "check_capability", "dpmpp_2m", "flow_map", "heun", "heun_step", "ode", "renoise", "simulate", "transport"]
+__all__ = [
+    "SAMPLERS",
+    "check_capability",
+    "dpmpp_2m",
+    "flow_map",
+    "heun",
+    "heun_step",
+    "ode",
+    "renoise",
+    "simulate",
+    "transport",
+]
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 TwoTimeDenoise = Callable[[Tensor, Tensor, Tensor], Prediction]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_distill import checkpoints
+from lightning_distill.checkpoint_files import last_good
 from lightning_distill.methods.base import DistillationModule
 
 __all__ = ["find_checkpoint", "find_run", "load_run", "read_config", "weights_name"]
@@ -34,7 +35,7 @@ def find_run(path: str | Path) -> Path:
 
 
 def find_checkpoint(run: Path, checkpoint: str | None = None) -> Path:
-    """The checkpoint to read: the given one, else the run's last.
+    """The checkpoint to read: the given one, else the run's newest that is whole.
 
     Raises:
         FileNotFoundError: there is none.
@@ -42,8 +43,8 @@ def find_checkpoint(run: Path, checkpoint: str | None = None) -> Path:
     if checkpoint:
         path = Path(checkpoint).expanduser()
     else:  # a run resumed within its own folder numbers its last checkpoints
-        last = sorted((run / "checkpoints").glob("last*.ckpt"), key=lambda file: file.stat().st_mtime)
-        path = last[-1] if last else run / "checkpoints" / "last.ckpt"
+        named = any((run / "checkpoints").glob("last*.ckpt")) or (run / "checkpoints" / "interrupted.ckpt").exists()
+        path = (last_good(run / "checkpoints") if named else None) or run / "checkpoints" / "last.ckpt"
     if not path.exists():
         found = sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))
         raise FileNotFoundError(

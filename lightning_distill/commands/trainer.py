@@ -7,68 +7,31 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_distill import checkpoints
+from lightning_distill.checkpoint_files import AtomicCheckpointIO, damage, last_good, remove_parts
 from lightning_distill.environment import environment
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.progress import StudentProgressBar
+from lightning_distill.run_checkpoints import StopSignals, StudentCheckpoint, checkpoint_folder
+from lightning_distill.run_safety import memory_advice, run_lock
 
 __all__ = ["RunConfig", "StudentCheckpoint", "TrainerCLI", "run_trainer"]
 
 _KEYWORDS = ("best", "last", "hpc", "registry")
-
-
-class StudentCheckpoint(ModelCheckpoint):
-    """Checkpoints counted in student updates; ``last.ckpt`` is always the state at the end of the run.
-
-    Lightning's own saves at multiples of ``every_n_train_steps`` only. The state is saved within the last batch, as
-    every other checkpoint is, so that a run continued with more updates equals one that was never stopped.
-
-    Args:
-        every_n_train_steps: student updates between checkpoints.
-    """
-
-    def __init__(self, every_n_train_steps: int = 1000) -> None:
-        super().__init__(
-            every_n_train_steps=every_n_train_steps,
-            save_last=True,
-            filename="step{step}",
-            auto_insert_metric_name=False,
-        )
-        self._saved_step = 0
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save at multiples of ``every_n_train_steps``, and when this batch was the last."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step == trainer.max_steps or trainer.should_stop:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the last batch did not know to be the end (a number of epochs)."""
-        self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        if self._saved_step == trainer.global_step or trainer.global_step == 0:
-            return
-        candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        self._saved_step = trainer.global_step
 
 
 class RunConfig(SaveConfigCallback):
@@ -102,10 +65,7 @@ class TrainerCLI(LightningCLI):
                 f"ckpt_path={resumed} is a sharded checkpoint, which only strategy role_fsdp2 reads; make it one file "
                 f"with lightning-distill convert {resumed} OUT.ckpt, and give that."
             )
-        if self.trainer.logger is None and not self.trainer.checkpoint_callbacks:
-            return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir).absolute()
-        if not any((folder / "checkpoints").glob("*.ckpt")):
+        if (folder := self._run_folder()) is None or not any((folder / "checkpoints").glob("*.ckpt")):
             return
         if resumed not in _KEYWORDS and (
             resumed is None or folder not in Path(resumed).expanduser().absolute().parents
@@ -116,8 +76,34 @@ class TrainerCLI(LightningCLI):
                 "continue that run with --ckpt_path."
             )
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train, alone in the run folder; ``ckpt_path=last`` is the newest checkpoint that is whole.
+
+        Raises:
+            FileExistsError: another run writes into the folder.
+            ValueError: none of its checkpoints is whole.
+        """
+        folder = self._run_folder()
+        with ExitStack() as stack:
+            stack.enter_context(memory_advice())
+            if folder is not None:
+                saved = checkpoint_folder(self.trainer, folder)
+                if rank_zero_only.rank == 0 and self.trainer.global_rank == 0:
+                    stack.enter_context(run_lock(folder))
+                    remove_parts(saved)
+                if kwargs.get("ckpt_path") == "last":
+                    kwargs["ckpt_path"] = _last(saved)
+            self.trainer.fit(**kwargs)
+
+    def _run_folder(self) -> Path | None:
+        """Where this run writes; None if nothing is kept of it."""
+        trainer = self.trainer
+        if getattr(trainer, "fast_dev_run", False) or (trainer.logger is None and not trainer.checkpoint_callbacks):
+            return None
+        return Path(trainer.log_dir or trainer.default_root_dir).absolute()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the default callbacks."""
+        """Add the default callbacks and the plugin that writes checkpoints."""
         config = self._get(self.config_init, "trainer")
         given = config.get("callbacks") or []
         callbacks: list[Callback] = list(given) if isinstance(given, (list, tuple)) else [given]
@@ -125,9 +111,14 @@ class TrainerCLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not quick and not _has(callbacks, ModelCheckpoint):
             total = config.get("max_steps") or -1
             callbacks.append(StudentCheckpoint(max(1, min(1000, total // 4)) if total > 0 else 1000))
+        if _has(callbacks, ModelCheckpoint) and not _has(callbacks, StopSignals):
+            callbacks.append(StopSignals())
         if config.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
             callbacks.append(StudentProgressBar())
-        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        trainer = super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
 
 def run_trainer(words: Sequence[str]) -> TrainerCLI:
@@ -179,6 +170,19 @@ def _check_checkpoint(path: Path) -> None:
             f"{path} was not written by lightning_distill (its header is missing); give a checkpoint of a distillation "
             "run, or start from plain weights with PretrainedDenoiser(path)."
         )
+
+
+def _last(folder: Path) -> str | None:
+    """The newest whole checkpoint of a folder, None if it has none at all."""
+    if (good := last_good(folder)) is not None:
+        return str(good)
+    if found := sorted(folder.glob("*.ckpt")):
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {folder} is whole ({found[-1].name}: {damage(found[-1])}); "
+            "start a new run in another folder."
+        )
+    rank_zero_warn(f"--ckpt_path last: there is no checkpoint in {folder} yet, so the run starts from the beginning.")
+    return None
 
 
 def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:

@@ -5,7 +5,11 @@ from lightning_distill.methods.adm import ADM
 from lightning_distill.methods.adversarial import AdversarialMethod, RatioMethod
 from lightning_distill.methods.asd import ASD
 from lightning_distill.methods.base import DistillationModule, Rollout, Terms
+from lightning_distill.methods.boot import BOOT
 from lightning_distill.methods.cdm import CDM
+from lightning_distill.methods.cmt import CMT
+from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
+from lightning_distill.methods.consistency_training import ECT, ICT, ConsistencyTraining
 from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.diff_instruct import DiffInstruct
 from lightning_distill.methods.disback import DisBack
@@ -14,16 +18,27 @@ from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.f_distill import FDistill
 from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
 from lightning_distill.methods.flash_dmd import FlashDMD
+from lightning_distill.methods.flow_map_distillation import FlowMapDistillation
+from lightning_distill.methods.free_flow import FreeFlow
 from lightning_distill.methods.gdd import GDD, GDDI
 from lightning_distill.methods.gndm import GNDM
 from lightning_distill.methods.ladd import ADD, LADD
+from lightning_distill.methods.lcm import LCM
+from lightning_distill.methods.mean_flow import MeanFlow
 from lightning_distill.methods.msd import MSD
+from lightning_distill.methods.pcm import PCM
 from lightning_distill.methods.phased_dmd import PhasedDMD
+from lightning_distill.methods.progressive import ProgressiveDistillation
+from lightning_distill.methods.rcm import RCM
 from lightning_distill.methods.regression import PairRegression
 from lightning_distill.methods.rewarded_dmd import RewardedDMD
+from lightning_distill.methods.sana_sprint import SANASprint
 from lightning_distill.methods.sc_dmd import SCDMD
+from lightning_distill.methods.scm import SCM
+from lightning_distill.methods.shortcut import Shortcut
 from lightning_distill.methods.sid import SiD
 from lightning_distill.methods.swiftbrush import SwiftBrush
+from lightning_distill.methods.tcm import TCM
 from lightning_distill.methods.tdm import TDM
 from lightning_distill.methods.teacher_training import TeacherTraining
 from lightning_distill.methods.uni_instruct import UniInstruct
@@ -35,19 +50,30 @@ __all__ = [
     "ADD",
     "ADM",
     "ASD",
+    "BOOT",
     "CDM",
+    "CMT",
     "DMD",
     "DMD2",
+    "ECT",
     "GDD",
     "GDDI",
     "GNDM",
+    "ICT",
     "LADD",
+    "LCM",
     "MSD",
+    "PCM",
+    "RCM",
     "SCDMD",
+    "SCM",
+    "TCM",
     "TDM",
     "VDOT",
     "VSD",
     "AdversarialMethod",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
     "DecoupledDMD",
     "DiffInstruct",
     "DisBack",
@@ -55,12 +81,18 @@ __all__ = [
     "FDistill",
     "FakeScoreMethod",
     "FlashDMD",
+    "FlowMapDistillation",
+    "FreeFlow",
+    "MeanFlow",
     "PairRegression",
     "PhasedDMD",
+    "ProgressiveDistillation",
     "RatioMethod",
     "RewardedDMD",
     "Rollout",
+    "SANASprint",
     "Scores",
+    "Shortcut",
     "SiD",
     "SwiftBrush",
     "TeacherTraining",

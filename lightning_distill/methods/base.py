@@ -125,7 +125,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.activation_checkpointing = activation_checkpointing
-        self.ema_profiles = [PowerEMA()] if ema is None else list(ema)
+        self.ema_profiles: list[EMAProfile] = [PowerEMA()] if ema is None else list(ema)
         names = [profile.name for profile in self.ema_profiles]
         if len(set(names)) < len(names):
             raise ValueError(f"ema has the same profile twice: {names}; give profiles that differ.")

@@ -73,7 +73,7 @@ class ConsistencyDistillation(TrajectoryMethod):
 
     # ------------------------------------------------------------------------------------------------ parts
     def function(self, network: Denoiser, batch: Batch, scale: Tensor | None) -> ConsistencyFunction:
-        """f of a network."""
+        """F of a network."""
         return ConsistencyFunction(network, batch.cond, self.boundary, guidance=scale)
 
     def grid(self) -> list[float]:

@@ -45,7 +45,7 @@ class ScheduledEMA(EMAProfile):
 class ConsistencyTraining(ConsistencyDistillation):
     """Consistency of the two ends of a pair that shares data and noise; no teacher is asked.
 
-        x_t = alpha_t x0 + sigma_t eps,     x_r = alpha_r x0 + sigma_r eps,     L = w(t, r) d( f(x_t, t), sg f'(x_r, r) )
+        x_t = alpha_t x0 + sigma_t eps,     x_r = alpha_r x0 + sigma_r eps,    L = w(t, r) d( f(x_t, t), sg f'(x_r, r) )
 
     The direction from x_t to x_r is right in the mean; the closer the two times are, the less the difference matters.
 
@@ -76,8 +76,8 @@ class ConsistencyTraining(ConsistencyDistillation):
     ) -> None:
         if unused := {"solver", "guidance", "intervals"} & set(kwargs):
             raise ValueError(
-                f"{type(self).__name__} asks no teacher, so {', '.join(sorted(unused))} means nothing; leave it out (the "
-                "number of intervals is last_intervals)."
+                f"{type(self).__name__} asks no teacher, so {', '.join(sorted(unused))} means nothing; leave it out "
+                "(the number of intervals is last_intervals)."
             )
         super().__init__(teacher, intervals=last_intervals, solver="euler", **kwargs)
         if schedule not in ("sqrt", "doubling", "fixed") or interval_distribution not in ("uniform", "lognormal"):
@@ -198,7 +198,9 @@ class ECT(ConsistencyTraining):
     ) -> None:
         super().__init__(teacher, weight=weight, **kwargs)
         if not q > 1.0 or stage_updates < 0 or first_stage < 0:
-            raise ValueError(f"q={q} must exceed 1, stage_updates={stage_updates} and first_stage={first_stage} be >= 0.")
+            raise ValueError(
+                f"q={q} must exceed 1, stage_updates={stage_updates} and first_stage={first_stage} be >= 0."
+            )
         self.training_times = training_times or LogNormal(-1.1, 2.0)
         self.q, self.stage_updates, self.first_stage = q, stage_updates, first_stage
 

@@ -14,6 +14,7 @@ from lightning_distill.generation import default_cond
 from lightning_distill.guidance import Guidance, check_guidance
 from lightning_distill.losses.score_matching import denoising_loss, matching_weight, score_difference
 from lightning_distill.methods.base import DistillationModule, Terms
+from lightning_distill.methods.dropping import drop_conditions
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.methods.step_aware import Scores, StepAware
 from lightning_distill.networks.denoiser import Denoiser
@@ -231,9 +232,8 @@ class FakeScoreMethod(StepAware, DistillationModule):
         if self.critic_is_plain:
             return self.fake_score(x_t, t, cond, taps=taps)
         if self.critic_dropout and cond:
-            drop = self.draws.uniform("critic/dropout", len(x_t)) < self.critic_dropout
-            null = self.fake_score.null_cond(cond)
-            cond = {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.items()}
+            u = self.draws.uniform("critic/dropout", len(x_t))
+            cond = drop_conditions(self.fake_score, cond, u, self.critic_dropout)
         return self.critic_guidance(self.fake_score, x_t, t, cond, self.draws.uniform("critic/guidance", len(x_t)))
 
     def fake_score_loss(self, batch: Batch) -> Terms:

@@ -17,8 +17,8 @@ __all__ = ["LCM"]
 class LCM(ConsistencyDistillation):
     """Consistency distillation of guided trajectories, with the guidance scale as an input.
 
-        z_r = DDIM step of the teacher guided by w, w ~ U[w_min, w_max],     f(z, w, t) = c_skip z + c_out z0(z, w, t)
-        L = mean sqrt((f(z_t, w, t) - sg f'(z_r, w, r))^2 + c^2) - c                                          (Eq. 9, 14)
+        z_r = DDIM step of the teacher guided by w, w ~ U[w_min, w_max],    f(z, w, t) = c_skip z + c_out z0(z, w, t)
+        L = mean sqrt((f(z_t, w, t) - sg f'(z_r, w, r))^2 + c^2) - c                                         (Eq. 9, 14)
 
     Args:
         teacher: a variance-preserving model.

@@ -105,10 +105,14 @@ class ContinuousConsistency:
 
     def draw(self, method: _Method, n: int) -> Tensor:
         """TrigFlow times up to that of the process' noisiest one, (n,), float64."""
-        process, sd = method.process, method.student.sigma_data
+        return self.times.quantile(method.draws.uniform("tau", n), TrigFlow()).clamp_max(self.largest(method))
+
+    @staticmethod
+    def largest(method: _Method) -> float:
+        """The TrigFlow time of the process' noisiest one."""
+        process = method.process
         end = torch.tensor(process.t_max, dtype=torch.float64)
-        tau_max = math.atan2(float(process.sigma(end)), float(process.alpha(end)) * sd)
-        return self.times.quantile(method.draws.uniform("tau", n), TrigFlow()).clamp_max(tau_max)
+        return math.atan2(float(process.sigma(end)), float(process.alpha(end)) * method.student.sigma_data)
 
     def __call__(
         self, method: _Method, batch: Batch, log_variance: nn.Module | None = None

@@ -1,4 +1,4 @@
-"""What consistency and flow-map methods share: states of the teacher's trajectories, its guided direction, the student."""
+"""What consistency and flow-map methods share: data on the teacher's trajectories, its guidance, the student's maps."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,8 +125,8 @@ class TwoTimeMethod(TrajectoryMethod):
         **kwargs: see ``TrajectoryMethod``.
     """
 
-    samplers = ("flow_map", "renoise", "ode")
-    capability = "two_time"
+    samplers: ClassVar[tuple[str, ...]] = ("flow_map", "renoise", "ode")
+    capability: ClassVar[Capability | None] = "two_time"
 
     def __init__(
         self,

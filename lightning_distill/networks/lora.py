@@ -8,9 +8,7 @@ switches its adapter on for the length of one call:
 
 At rest every adapter is off, so the teacher, and anything else that calls the network, runs the original
 weights. Switching sets two plain attributes on the low-rank layers and puts them back; ``requires_grad`` is
-never touched, which peft's ``set_adapter`` would do. Activation checkpointing recomputes a block after the
-call is over, so the adapter that was on during the forward is entered again for the recomputation
-(``AdapterCheckpoint``).
+never touched, which peft's ``set_adapter`` would do (``networks.adapter_bank``).
 """
 
 from __future__ import annotations
@@ -19,15 +17,14 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from lightning_distill.networks.adapter_bank import BANK, AdapterBank, AdapterCheckpoint, adapter_bank
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.quantisation import QuantisedLinear, dequantise, plain_tensors
 from lightning_distill.networks.seeding import seeded
@@ -41,6 +38,7 @@ __all__ = [
     "add_adapter",
     "add_adapter_copy",
     "base_state_dict",
+    "check_adapter",
     "enable_activation_checkpointing",
     "load_role_state",
     "merged_network",
@@ -50,100 +48,8 @@ __all__ = [
 ]
 
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BANK = "_lightning_distill_adapters"
 #: what an adapter consists of in each layer; magnitudes with DoRA only
 _PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
-
-
-class AdapterBank:
-    """The adapters of one network, and which of them is on.
-
-    Attributes:
-        layers: low-rank layers by the path of the layer they replaced.
-        configs: peft configuration of each adapter by name.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[str, Any] = {}  # LoraLayer, which is typed as no module
-        self.configs: dict[str, LoraConfig] = {}
-        self._state: tuple[str | None, bool] = (None, False)
-
-    @property
-    def active(self) -> str | None:
-        """Name of the adapter that is on, None at rest."""
-        return self._state[0]
-
-    def using(self, name: str | None, training: bool = False) -> AbstractContextManager[None]:
-        """A context with adapter ``name`` on (None: all off) that leaves the state it found; reusable.
-
-        Args:
-            name: an adapter of this bank, or None.
-            training: whether the adapter's dropout is active.
-        """
-        return _Using(self, (name, training))
-
-    def reenter(self) -> AbstractContextManager[None]:
-        """A context that restores, later, the state of this moment."""
-        return _Using(self, self._state)
-
-    def _set(self, state: tuple[str | None, bool]) -> None:
-        self._state = state
-        name, training = state
-        for layer in self.layers.values():
-            layer._disable_adapters = name is None
-            layer._active_adapter = [] if name is None else [name]
-            if name is not None and name in layer.lora_dropout:
-                # the mode of the role, not of the teacher in whose module tree the dropout lives
-                layer.lora_dropout[name].training = training
-
-    def collect(self, network: nn.Module) -> None:
-        """Read the low-rank layers from ``network`` and switch all adapters off."""
-        self.layers = {path: m for path, m in network.named_modules() if isinstance(m, LoraLayer)}
-        self._set((None, False))
-
-
-class _Using(AbstractContextManager):
-    """One state of a bank as a context; entered again by every backward through a retained graph."""
-
-    def __init__(self, bank: AdapterBank, state: tuple[str | None, bool]) -> None:
-        self.bank = bank
-        self.state = state
-        self.before: list[tuple[str | None, bool]] = []
-
-    def __enter__(self) -> None:
-        self.before.append(self.bank._state)
-        self.bank._set(self.state)
-
-    def __exit__(self, *_: object) -> None:
-        self.bank._set(self.before.pop())
-
-
-class AdapterCheckpoint:
-    """Activation checkpointing that recomputes with the adapter of the forward.
-
-    It is what diffusers takes as ``gradient_checkpointing_func``.
-
-    A plain network uses it around its own blocks: ``AdapterCheckpoint(adapter_bank(network))(block, x)``.
-
-    Args:
-        bank: adapters of the network, None for a network without.
-    """
-
-    def __init__(self, bank: AdapterBank | None) -> None:
-        self.bank = bank
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """``module(*args, **kwargs)`` without keeping its activations."""
-        bank = self.bank
-        if bank is None:
-            return checkpoint(module, *args, use_reentrant=False, **kwargs)
-        again = bank.reenter()
-        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
-
-
-def adapter_bank(network: nn.Module) -> AdapterBank | None:
-    """The adapters of a network, None where it has none."""
-    return network.__dict__.get(_BANK)
 
 
 class AdapterDenoiser(Denoiser):
@@ -375,7 +281,7 @@ def _inject(network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig
         inject_adapter_in_model(exact, network, name)
     bank.configs[name] = config
     bank.collect(network)
-    network.__dict__[_BANK] = bank
+    network.__dict__[BANK] = bank
     # peft has flipped flags while injecting: the base is frozen, earlier adapters are as they were
     for parameter in network.parameters():
         parameter.requires_grad_(flags.get(id(parameter), False))
@@ -455,7 +361,7 @@ def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None 
     dequantise(network, dtype)
     if dtype is not None:
         nn.Module.to(network, dtype)  # past diffusers' own, which warns
-    bank = network.__dict__.pop(_BANK, None)
+    bank = network.__dict__.pop(BANK, None)
     if bank is None:
         return network
     for path, layer in bank.layers.items():

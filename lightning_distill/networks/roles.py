@@ -193,8 +193,8 @@ class FromCheckpoint(Role):
         if path.is_dir():
             if (path / ".metadata").is_file():
                 raise ValueError(
-                    f"{path} is a sharded checkpoint; consolidate it first: python -m "
-                    f"lightning.pytorch.utilities.consolidate_checkpoint {path}"
+                    f"{path} is a sharded checkpoint; make it one file with lightning-distill convert {path} "
+                    "OUT.ckpt, and give that."
                 )
             network_folder(path)
 

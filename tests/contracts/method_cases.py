@@ -30,26 +30,43 @@ from lightning_distill.methods import (
     ADD,
     ADM,
     ASD,
+    BOOT,
     CDM,
+    CMT,
     DMD,
     DMD2,
+    ECT,
     GDD,
     GDDI,
     GNDM,
+    ICT,
     LADD,
+    LCM,
     MSD,
+    PCM,
+    RCM,
     SCDMD,
+    SCM,
+    TCM,
     TDM,
     VDOT,
     VSD,
+    ConsistencyDistillation,
+    ConsistencyTraining,
     DecoupledDMD,
     DiffInstruct,
     DisBack,
     DistillationModule,
     FDistill,
     FlashDMD,
+    FlowMapDistillation,
+    FreeFlow,
+    MeanFlow,
     PhasedDMD,
+    ProgressiveDistillation,
     RewardedDMD,
+    SANASprint,
+    Shortcut,
     SiD,
     SwiftBrush,
     TeacherTraining,
@@ -62,6 +79,7 @@ from lightning_distill.networks.frozen_features import FrozenFeatures
 from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_text_unet, small_unet
 from lightning_distill.networks.specs import seeded
+from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
 from lightning_distill.schedules import WarmupDecay
 from lightning_distill.times import Karras, LogNormal, Uniform
@@ -218,6 +236,11 @@ def training(**settings: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda folder: {**common, **settings}
 
 
+def mapping(**settings: Any) -> Callable[[Path], dict[str, Any]]:
+    common: dict[str, Any] = {"student_optimizer": adam, "student_scheduler": decaying}
+    return lambda folder: {**common, **{k: v() if inspect.isfunction(v) else v for k, v in settings.items()}}
+
+
 def with_pairs(folder: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(5)
     noise, x0 = (torch.randn(12, 2, generator=generator) for _ in range(2))
@@ -328,6 +351,37 @@ CASES: list[Case] = [
         features=small_features, student_times=[0.5], kind="hinge", r1="exact"
     )),
     Case("blended_target", DisBack, flow_mlp, lambda: without_data(points()), dmd2(blend=0.5, blend_updates=5)),
+    Case("pairs_heun", ConsistencyDistillation, flow_mlp, points, mapping(
+        intervals=4, target_ema=lambda: ConstantEMA(0.5)
+    )),
+    Case("pairs_edm", ConsistencyDistillation, edm_mlp, points, mapping(intervals=4, solver="euler")),
+    Case("pairs_of_data", ConsistencyTraining, flow_mlp, points, mapping(total_updates=5, last_intervals=8)),
+    Case("doubling", ICT, edm_mlp, points, mapping(total_updates=5, first_intervals=2, last_intervals=8)),
+    Case("tuning", ECT, edm_mlp, points, mapping(stage_updates=2)),
+    Case("truncated", TCM, edm_mlp, points, mapping(first_stage=2)),
+    Case("told_scales", LCM, vp_epsilon_mlp, lambda: points(labelled=True), mapping(
+        guidance=RandomGuidance(1.5, 3.0), intervals=5
+    )),
+    Case("phases", PCM, flow_mlp, points, mapping(phases=1, intervals=4)),
+    Case("halving", ProgressiveDistillation, flow_mlp, points, mapping(stages=1)),
+    Case("continuous", SCM, flow_mlp, points, mapping(warmup_updates=2)),
+    Case("continuous_data", SCM, edm_mlp, points, mapping(from_data=True, tangent="central", adaptive=False)),
+    Case("average_velocity", MeanFlow, flow_mlp, points, mapping()),
+    Case("average_velocity_data", MeanFlow, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
+        from_data=True, tangent="one_sided", equal_share=0.25
+    )),
+    Case("lagrangian", FlowMapDistillation, flow_mlp, points, mapping()),
+    Case("eulerian", FlowMapDistillation, flow_mlp, points, mapping(objective="eulerian", tangent="central")),
+    Case("semigroup", FlowMapDistillation, edm_mlp, points, mapping(objective="progressive")),
+    Case("step_sizes", Shortcut, flow_mlp, points, mapping(equal_share=0.5)),
+    Case("generating_velocity", FreeFlow, flow_mlp, lambda: without_data(points()), mapping()),
+    Case("signal", BOOT, flow_mlp, lambda: without_data(points()), mapping()),
+    Case("solver_states", CMT, flow_mlp, lambda: without_data(points()), mapping(solver_steps=3)),
+    Case("solver_chords", CMT, flow_mlp, lambda: without_data(points()), mapping(
+        solver_steps=2, form="flow_map", sampler="flow_map", student=lambda: TwoTime()
+    )),
+    Case("score_regularised", RCM, flow_mlp, points, dmd2(matching_from=0, warmup_updates=2)),
+    Case("sprint", SANASprint, flow_mlp, points, ladd(gan=heads(features="teacher", kind="hinge"), warmup_updates=2)),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),
     Case("vp_dropout", TeacherTraining, vp_mlp, lambda: points(labelled=True), training(label_dropout=0.3)),

@@ -211,7 +211,7 @@ def expected_keys(module: DistillationModule) -> set[str]:
     own = {key for key in torch.nn.Module.state_dict(module) if "." not in key}
     assert skipped <= own
     keys = set(own)
-    for name in {role for roles in module.phases.values() for role in roles}:
+    for name in {*module.targets, *(role for roles in module.phases.values() for role in roles)}:
         if (part := getattr(module, name, None)) is not None:
             keys |= {f"{name}.{key}" for key in part.state_dict()}
     for name, average in module.student_ema.items():

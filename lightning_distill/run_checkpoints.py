@@ -95,7 +95,7 @@ class StopSignals(Checkpoint):
         asked = self._asked
         if trainer.world_size > 1:
             found = torch.tensor(float(asked), device=trainer.strategy.root_device)
-            asked = int(trainer.strategy.reduce(found, reduce_op="max"))  # type: ignore[arg-type]
+            asked = int(trainer.strategy.reduce(found, reduce_op="max"))
         if not asked or 0 < trainer.max_steps <= trainer.global_step:
             return
         path = _save(trainer)

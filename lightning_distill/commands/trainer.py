@@ -88,7 +88,7 @@ class TrainerCLI(LightningCLI):
             stack.enter_context(memory_advice())
             if folder is not None:
                 saved = checkpoint_folder(self.trainer, folder)
-                if rank_zero_only.rank == 0 and self.trainer.global_rank == 0:
+                if getattr(rank_zero_only, "rank", 0) == 0 and self.trainer.global_rank == 0:
                     stack.enter_context(run_lock(folder))
                     remove_parts(saved)
                 if kwargs.get("ckpt_path") == "last":

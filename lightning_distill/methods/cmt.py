@@ -100,16 +100,16 @@ class CMT(TrajectoryMethod):
         """Distance of the student's end from the trajectory's."""
         states, times = self.trajectory(batch)
         steps, n = len(states) - 1, batch.size
-        start = torch.arange(steps, device=times.device).repeat_interleave(n)
+        row = torch.arange(n, device=times.device).repeat_interleave(steps)
+        start = torch.arange(steps, device=times.device).repeat(n)
         end = torch.full_like(start, steps)
         if self.form == "flow_map":
-            u = torch.cat([self.draws.uniform(f"end{i}", n) for i in range(steps)])
+            u = torch.stack([self.draws.uniform(f"end{i}", n) for i in range(steps)], dim=1).flatten()
             end = (start + 1 + (u * (steps - start)).floor().long()).clamp_max(steps)
-        row = torch.arange(n, device=times.device).repeat(steps)
         x, t, goal, r = states[start, row], times[start], states[end, row], times[end]
-        cond = {k: torch.cat([v] * steps) if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
-        scale = self.told_scale(t[:n])
-        scale = None if scale is None else scale.repeat(steps)
+        cond = {k: v[row] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
+        scale = self.told_scale(times[:1].expand(n))
+        scale = None if scale is None else scale[row]
         if self.form == "consistency":
             made = self.student(x, t, cond, guidance=scale).x0
         else:

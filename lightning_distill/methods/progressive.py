@@ -78,6 +78,7 @@ class ProgressiveDistillation(TrajectoryMethod):
         if stages < 1 or stage_updates < 1:
             raise ValueError(f"stages={stages} and stage_updates={stage_updates} must be 1 or more.")
         self.stages, self.stage_updates = stages, stage_updates
+        self._grids: dict[int, list[float]] = {}
         self.source: Denoiser
 
     def build_roles(self) -> None:
@@ -104,11 +105,13 @@ class ProgressiveDistillation(TrajectoryMethod):
 
     def grid(self, halvings: int) -> list[float]:
         """The student's times and the final 0, each interval halved so many times."""
-        times = [*self.student_times, 0.0]
-        for _ in range(halvings):
+        if halvings == 0:
+            return [*self.student_times, 0.0]
+        if halvings not in self._grids:
+            times = self.grid(halvings - 1)
             between = [middle_time(t, r, self.process) for t, r in pairwise(times)]
-            times = [*(time for pair in zip(times, between) for time in pair), times[-1]]
-        return times
+            self._grids[halvings] = [*(time for pair in zip(times, between) for time in pair), times[-1]]
+        return self._grids[halvings]
 
     @torch.no_grad()
     def after_phase(self, phase: str) -> None:

@@ -102,17 +102,19 @@ class ContinuousConsistency:
         self.constant = constant
         self.norm: Literal["full", "rms"] = norm
         self.weight = weight
+        self._largest: float | None = None
 
     def draw(self, method: _Method, n: int) -> Tensor:
         """TrigFlow times up to that of the process' noisiest one, (n,), float64."""
         return self.times.quantile(method.draws.uniform("tau", n), TrigFlow()).clamp_max(self.largest(method))
 
-    @staticmethod
-    def largest(method: _Method) -> float:
+    def largest(self, method: _Method) -> float:
         """The TrigFlow time of the process' noisiest one."""
-        process = method.process
-        end = torch.tensor(process.t_max, dtype=torch.float64)
-        return math.atan2(float(process.sigma(end)), float(process.alpha(end)) * method.student.sigma_data)
+        if self._largest is None:
+            process = method.process
+            end = torch.tensor(process.t_max, dtype=torch.float64)
+            self._largest = math.atan2(float(process.sigma(end)), float(process.alpha(end)) * method.student.sigma_data)
+        return self._largest
 
     def __call__(
         self, method: _Method, batch: Batch, log_variance: nn.Module | None = None

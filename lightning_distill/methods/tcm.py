@@ -58,16 +58,12 @@ class TCM(ECT):
         self._given_boundary = boundary
         self.boundary_share = boundary_share
 
-    @property
-    def boundary_time(self) -> float:
-        """T' in native time."""
-        if self._given_boundary is not None:
-            return self._given_boundary
-        return float(self.process.t_from_log_snr(torch.zeros((), dtype=torch.float64)))
-
     def check_configuration(self) -> None:
         """The student is trained at noisy times alone."""
         super().check_configuration()
+        equal = self.process.t_from_log_snr(torch.zeros((), dtype=torch.float64))
+        #: t' in native time
+        self.boundary_time = float(equal) if self._given_boundary is None else self._given_boundary
         if self.student_times[-1] < self.boundary_time:
             raise ValueError(
                 f"the student is trained for times of at least {self.boundary_time:.4g} and would be sampled at "

@@ -365,20 +365,24 @@ CASES: list[Case] = [
     Case("phases", PCM, flow_mlp, points, mapping(phases=1, intervals=4)),
     Case("halving", ProgressiveDistillation, flow_mlp, points, mapping(stages=1)),
     Case("continuous", SCM, flow_mlp, points, mapping(warmup_updates=2)),
-    Case("continuous_data", SCM, edm_mlp, points, mapping(from_data=True, tangent="central", adaptive=False)),
+    Case("continuous_data", SCM, edm_mlp, points, mapping(
+        from_data=True, tangent="central", tangent_step=0.01, adaptive=False
+    )),
     Case("average_velocity", MeanFlow, flow_mlp, points, mapping()),
     Case("average_velocity_data", MeanFlow, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
-        from_data=True, tangent="one_sided", equal_share=0.25
+        from_data=True, tangent="one_sided", tangent_step=0.01, equal_share=0.25
     )),
     Case("lagrangian", FlowMapDistillation, flow_mlp, points, mapping()),
-    Case("eulerian", FlowMapDistillation, flow_mlp, points, mapping(objective="eulerian", tangent="central")),
+    Case("eulerian", FlowMapDistillation, flow_mlp, points, mapping(
+        objective="eulerian", tangent="central", tangent_step=0.01
+    )),
     Case("semigroup", FlowMapDistillation, edm_mlp, points, mapping(objective="progressive")),
     Case("step_sizes", Shortcut, flow_mlp, points, mapping(equal_share=0.5)),
     Case("generating_velocity", FreeFlow, flow_mlp, lambda: without_data(points()), mapping()),
     Case("signal", BOOT, flow_mlp, lambda: without_data(points()), mapping()),
     Case("solver_states", CMT, flow_mlp, lambda: without_data(points()), mapping(solver_steps=3)),
     Case("solver_chords", CMT, flow_mlp, lambda: without_data(points()), mapping(
-        solver_steps=2, form="flow_map", sampler="flow_map", student=lambda: TwoTime()
+        solver_steps=3, form="flow_map", sampler="flow_map", student=lambda: TwoTime()
     )),
     Case("score_regularised", RCM, flow_mlp, points, dmd2(matching_from=0, warmup_updates=2)),
     Case("sprint", SANASprint, flow_mlp, points, ladd(gan=heads(features="teacher", kind="hinge"), warmup_updates=2)),

@@ -201,7 +201,7 @@ def test_idx_returns_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("short.gz", gzip.compress(idx(np.zeros((9, 28, 28), np.uint8)))[:-20], "truncated or corrupted"),
+        ("short.gz", gzip.compress(idx(np.zeros((9, 28, 28), np.uint8)), mtime=0)[:-20], "truncated or corrupted"),
         ("noise.gz", b"this is no gzip file", "truncated or corrupted"),
         ("short", idx(np.zeros((9, 28, 28), np.uint8))[:-20], "7036 bytes of data where its header"),
         ("long", idx(np.zeros((9, 28, 28), np.uint8)) + b"\0", "7057 bytes of data where its header"),

@@ -289,7 +289,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     (sharded / ".metadata").touch()
-    with pytest.raises(ValueError, match="is a sharded checkpoint; consolidate it first"):
+    with pytest.raises(ValueError, match="is a sharded checkpoint; make it one file with lightning-distill convert"):
         FromCheckpoint(str(sharded)).check()
 
 

@@ -64,13 +64,11 @@ def sdxl_folder(folder: Path) -> Path:
     return folder
 
 
-#: arguments of the method by the name of the run; ``quantize`` and ``checkpointing`` are not the method's own
+#: rank of both adapters, and whether activations are recomputed, by the name of the run
 SETTINGS: dict[str, dict] = {
-    "lora": {"lora": 64},
-    "lora, no checkpointing": {"lora": 64, "checkpointing": False},
-    "lora, int8 weights": {"lora": 64, "quantize": "int8"},
-    "lora, nf4 weights": {"lora": 64, "quantize": "nf4"},
-    "full": {},
+    "LoRA": {"lora": 64},
+    "full weights": {},
+    "LoRA, no checkpointing": {"lora": 64, "checkpointing": False},
 }
 
 
@@ -79,9 +77,8 @@ def planned(folder: Path, options: dict) -> Plan:
     rank = options.get("lora")
 
     def build() -> DMD2:
-        teacher = PretrainedDenoiser(str(folder), dtype="bfloat16", quantize=options.get("quantize"))
         return DMD2(
-            teacher,
+            PretrainedDenoiser(str(folder), dtype="bfloat16"),
             student=Lora(rank) if rank else Copy(),
             fake_score=Lora(rank) if rank else Copy(),
             guidance=Guidance(8.0),
@@ -92,7 +89,7 @@ def planned(folder: Path, options: dict) -> Plan:
     return plan(build, 1, "bf16-mixed")
 
 
-def row(run: Plan, seconds: float) -> dict:
+def row(run: Plan) -> dict:
     """Figures of one run, GiB."""
     return {
         "need_gib": round(run.need / GIB, 2),
@@ -100,7 +97,6 @@ def row(run: Plan, seconds: float) -> dict:
         "optimizer_gib": round(sum(role.optimizer for role in run.roles) / GIB, 2),
         "phase_peak_gib": round(run.largest_phase.peak / GIB, 2),
         "trained": sum(role.trained for role in run.roles),
-        "seconds": round(seconds, 1),
     }
 
 
@@ -140,11 +136,15 @@ def measure(only: str | None) -> None:
         for name, options in SETTINGS.items():
             if only and only not in name:
                 continue
-            start = time.perf_counter()
+            start = time.process_time()
             run = planned(folder, options)
             assert run.roles[0].parameters == PARAMETERS
-            rows[name] = row(run, time.perf_counter() - start)
-            rows[f"{name}, 8-bit Adam"] = row(run.with_8bit_optimizers(), 0.0)
+            rows[name] = row(run)
+            rows[name]["cpu_seconds"] = round(time.process_time() - start, 1)
+            rows[f"{name}, 8-bit Adam"] = row(run.with_8bit_optimizers())
+            if "lora" in options:
+                rows[f"{name}, int8 teacher"] = row(run.with_8bit_weights())
+                rows[f"{name}, int8 teacher, 8-bit Adam"] = row(run.with_8bit_weights().with_8bit_optimizers())
             print(f"{name:24} {rows[name]}", flush=True)
     figures = {"model": "SDXL", "size": 1024, "batch_size": 1, "precision": "bf16-mixed", "rows": rows}
     print(write_result("plan", {**figures, "reserve_gib": RESERVE / GIB}))

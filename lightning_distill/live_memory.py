@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_distill.randomness import RandomStreams
 
-__all__ = ["EmptyStreams", "LiveMemory", "forget_values", "mixed_precision"]
+__all__ = ["EmptyStreams", "EmptyTensors", "LiveMemory", "forget_values", "mixed_precision"]
 
 #: functions that CUDA's autocast runs in float32 and that keep what they are given
 _WIDE = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (torch, "softmax"))
@@ -90,10 +91,23 @@ def _widened(value: Any) -> Any:
     return value.float() if half else value
 
 
+class EmptyTensors(FakeTensorMode):
+    """Tensors that have a shape and a dtype, live on the CPU as far as anyone can see, and have no memory."""
+
+    def __init__(self) -> None:
+        # computations mix them with small real tensors, such as times
+        super().__init__(allow_non_fake_inputs=True)
+
+    @functools.cached_property
+    def avoid_device_init(self) -> bool:
+        """Asked for at every use, and slow to find out where there is no accelerator."""
+        return super().avoid_device_init
+
+
 class EmptyStreams(RandomStreams):
     """Noise without memory. Rollouts stop at the first step: the last step needs most, whichever it is."""
 
-    def __init__(self, streams: RandomStreams, fakes: FakeTensorMode) -> None:
+    def __init__(self, streams: RandomStreams, fakes: EmptyTensors) -> None:
         super().__init__(streams.seed)
         self.fakes = fakes
 
@@ -107,12 +121,12 @@ class EmptyStreams(RandomStreams):
         return 0
 
 
-def forget_values(module: nn.Module, fakes: FakeTensorMode) -> None:
+def forget_values(module: nn.Module, fakes: EmptyTensors) -> None:
     """Replace all parameters, and the buffers of networks, by tensors without memory; shared ones stay shared.
 
     Args:
         module: its own buffers (counters) keep their values, those of its parts do not.
-        fakes: mode of the new tensors, which live on the CPU as far as anyone can see.
+        fakes: mode of the new tensors.
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}
     cpu = torch.device("cpu")

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import default_cond
-from lightning_distill.live_memory import EmptyStreams, LiveMemory, forget_values, mixed_precision
+from lightning_distill.live_memory import EmptyStreams, EmptyTensors, LiveMemory, forget_values, mixed_precision
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
@@ -200,7 +199,7 @@ def plan(
     autocast, narrow = PRECISIONS[precision]
     if narrow is not None:
         nn.Module.to(module, narrow)
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = EmptyTensors()
     forget_values(module, fakes)
     module.forget_parameters()
     roles = _roles(module)
@@ -274,7 +273,7 @@ def _stored(network: nn.Module) -> dict[int, tuple[str, int]]:
 
 
 def _with_optimizers(
-    module: DistillationModule, roles: list[RolePlan], optimizers: Sequence[Optimizer], fakes: FakeTensorMode
+    module: DistillationModule, roles: list[RolePlan], optimizers: Sequence[Optimizer], fakes: EmptyTensors
 ) -> tuple[list[RolePlan], int]:
     """The roles with their optimizers' states, and the largest temporary memory of a step."""
     largest = 0
@@ -288,7 +287,7 @@ def _with_optimizers(
     return [replace(r, optimizer=found[r.name][0], optimizer_8bit=found[r.name][1]) for r in roles], largest
 
 
-def _state_bytes(optimizer: Optimizer, fakes: FakeTensorMode) -> tuple[int, int]:
+def _state_bytes(optimizer: Optimizer, fakes: EmptyTensors) -> tuple[int, int]:
     """Bytes of the state, from one step without memory, and of what that step needs for itself."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, AdamW8bit):
@@ -312,7 +311,7 @@ def _state_bytes(optimizer: Optimizer, fakes: FakeTensorMode) -> tuple[int, int]
 # ------------------------------------------------------------------------------------------------ phases
 def _phases(
     module: DistillationModule,
-    fakes: FakeTensorMode,
+    fakes: EmptyTensors,
     batch_size: int,
     autocast: torch.dtype | None,
     text_tokens: int | None,
@@ -344,7 +343,7 @@ def _phases(
         yield PhasePlan(phase, kept, live.peak, sum(p.nbytes for p in parameters))
 
 
-def _batch(module: DistillationModule, fakes: FakeTensorMode, size: int, text_tokens: int | None) -> Batch:
+def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_tokens: int | None) -> Batch:
     """Conditions, with prompts of the right length, and data of the right shape."""
     network = module.student
     cond = default_cond(network, size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,29 +14,34 @@ import torch
 from lightning_distill.checkpoint_files import told
 from lightning_distill.data.claims import claimed
 
-__all__ = ["LOCK", "memory_advice", "run_lock"]
-
-#: name of the lock in a run folder
-LOCK = "run.lock"
+__all__ = ["lock_file", "memory_advice", "run_lock"]
 
 _OTHER_FOLDER = "--trainer.logger.init_args.version=... (or --trainer.default_root_dir=... without a logger)"
 
 
+def lock_file(folder: Path, inside: bool = False) -> Path:
+    """The lock of a run folder: beside it, since loggers want an empty folder, or ``inside`` of it."""
+    return folder / ".run.lock" if inside else folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, inside: bool = False) -> Iterator[None]:
     """Keep other runs out of a run folder while the block runs; the lock of a killed run is taken over.
 
     Args:
-        folder: run folder; it is made.
+        folder: run folder.
+        inside: where the lock is, see ``lock_file``; its folder is made.
 
     Raises:
         FileExistsError: another run writes there.
         OSError: the folder cannot be written.
     """
-    file = folder / LOCK
+    file = lock_file(folder, inside)
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if folder.exists() and not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             ours = stack.enter_context(claimed(file))
         except OSError as error:
             raise OSError(

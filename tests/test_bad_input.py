@@ -329,7 +329,8 @@ def test_damaged_checkpoints(refused, write, run, how):
     damage(file, how)
     before = contents(run)
     write({"ckpt_path": str(file), "trainer.max_steps": 4})
-    for words in (FIT, ["sample", str(run)], ["export", str(run), "out"]):
+    given = ["--checkpoint", str(file)]  # without it, the newest whole checkpoint is taken
+    for words in (FIT, ["sample", str(run), *given], ["export", str(run), "out", *given]):
         refused(words, *DAMAGES[how])
     if how != "headless":  # weights alone are enough to start from
         write({f"{MODEL}.student": spec("FromCheckpoint", path=str(file), role="student")})

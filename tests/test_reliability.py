@@ -28,7 +28,7 @@ from lightning_distill.checkpoint_files import (
 from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.commands.run_folder import find_checkpoint
 from lightning_distill.run_checkpoints import RunStopped, StopSignals
-from lightning_distill.run_safety import LOCK, memory_advice, run_lock
+from lightning_distill.run_safety import lock_file, memory_advice, run_lock
 from lightning_distill.strategies import sharded_files
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -169,10 +169,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
             run_lock(tmp_path / "run"),
         ):
             pass
-        assert (tmp_path / "run" / LOCK).exists()
+        with run_lock(tmp_path / "other"):
+            pass
     with run_lock(tmp_path / "run"):
-        pass
-    assert not list((tmp_path / "run").iterdir())
+        assert [f.name for f in tmp_path.iterdir()] == [".run.lock"]
+    assert not list(tmp_path.iterdir())
+    with run_lock(tmp_path / "run", inside=True):
+        assert list((tmp_path / "run").iterdir()) == [lock_file(tmp_path / "run", inside=True)]
 
 
 def test_folders_that_cannot_be_written(tmp_path):
@@ -262,11 +265,11 @@ def test_killed_while_a_checkpoint_is_written(runs, whole):
     """The first file of the third update is written, flushed and not renamed; the lock and the part stay behind."""
     folder = runs.checkpoints("replaced")
     assert runs.run("replaced", ("trap('replace', 5, 'kill')",)) == -signal.SIGKILL
-    assert (folder.parent / LOCK).exists()
+    assert lock_file(folder.parent).exists()
     assert list(folder.glob(".*.part"))
     assert runs.run("replaced") == 0, runs.log("replaced")
     assert equal(whole, runs.final("replaced"))
-    assert not (folder.parent / LOCK).exists()
+    assert not lock_file(folder.parent).exists()
     assert not list(folder.glob(".*.part"))
 
 

@@ -89,7 +89,7 @@ class TrainerCLI(LightningCLI):
             if folder is not None:
                 saved = checkpoint_folder(self.trainer, folder)
                 if getattr(rank_zero_only, "rank", 0) == 0 and self.trainer.global_rank == 0:
-                    stack.enter_context(run_lock(folder))
+                    stack.enter_context(run_lock(folder, inside=self.trainer.logger is None))
                     remove_parts(saved)
                 if kwargs.get("ckpt_path") == "last":
                     kwargs["ckpt_path"] = _last(saved)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.ema import EMAProfile
+from lightning_distill.ema import EMAProfile, check_horizon
 from lightning_distill.losses.consistency import PairWeight, consistency_loss, pair_weight, solver_step
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.trajectory import TrajectoryMethod
@@ -14,21 +14,21 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import ConsistencyFunction
 from lightning_distill.processes import expand
+from lightning_distill.times import t_min
 
-__all__ = ["ConsistencyDistillation"]
+__all__ = ["ConsistencyDistillation", "PairMethod"]
 
 
-class ConsistencyDistillation(TrajectoryMethod):
-    """A function that is the same at two neighbouring points of one trajectory, hence its end at all of them.
+Metric = Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"]
 
-        x_t = alpha_t x0 + sigma_t eps,     x_r = one solver step of the teacher from t to r                   (Alg. 2)
-        L = w(t, r) d( f(x_t, t), sg f'(x_r, r) ),     f(x, t_min) = x                                          (Eq. 7)
+
+class PairMethod(TrajectoryMethod):
+    """Base of discrete consistency: f is the same at both ends of a pair of times on one trajectory.
+
+        L = w(t, r) d( f(x_t, t), sg f'(x_r, r) ),     r < t,     f(x, t_min) = x               (arXiv:2303.01469, Eq. 7)
 
     Args:
         teacher: the pretrained model.
-        intervals: N, steps of the grid from t_max to t_min (Karras' in EDM, the trailing one elsewhere); pairs are its
-            neighbours.
-        solver: ``euler`` (DDIM) or ``heun``.
         boundary: how f is made of the network: ``plain``, its x0, or ``lcm`` (see ``ConsistencyFunction``).
         metric: distance d of ``losses.consistency.distance``.
         huber: constant of pseudo-Huber, None for the default.
@@ -38,67 +38,60 @@ class ConsistencyDistillation(TrajectoryMethod):
 
     Notes:
         f is x_r itself where r is the end of the grid, whatever the parameterisation: the paper's boundary condition.
-        Without EMA of the student the average f' is also what ``sample`` uses.
+        With ``ema=[]`` the average f' is also what ``sample`` uses.
     """
-
-    paper = "2303.01469"
-    learns_from = "teacher, data"
 
     def __init__(
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        intervals: int = 40,
-        solver: Literal["euler", "heun"] = "heun",
         boundary: Literal["plain", "lcm"] = "plain",
-        metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber",
+        metric: Metric = "pseudo_huber",
         huber: float | None = None,
         weight: PairWeight = "one",
         target_ema: EMAProfile | None = None,
-        ema: list[EMAProfile] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, ema=ema, **kwargs)
-        if intervals < 1:
-            raise ValueError(f"intervals={intervals}: a grid has at least one.")
-        if solver not in ("euler", "heun"):
-            raise ValueError(f"solver={solver!r} is unknown; choose euler or heun.")
-        self.intervals = intervals
-        self.solver: Literal["euler", "heun"] = solver
+        super().__init__(teacher, **kwargs)
         self.boundary: Literal["plain", "lcm"] = boundary
-        self.metric, self.huber, self.weight = metric, huber, weight
+        self.metric: Metric = metric
+        self.huber, self.weight = huber, weight
         self.target_name = None if target_ema is None else target_ema.name
+        self._sampled = list(self.ema_profiles)
         if target_ema is not None and target_ema.name not in {profile.name for profile in self.ema_profiles}:
             self.ema_profiles.append(target_ema)
 
+    def on_fit_start(self) -> None:
+        """Averages to sample from should forget the teacher; that of the target may be as slow as it likes."""
+        check_horizon(self._sampled, self.trainer.max_steps)
+
     # ------------------------------------------------------------------------------------------------ parts
     def function(self, network: Denoiser, batch: Batch, scale: Tensor | None) -> ConsistencyFunction:
-        """F of a network."""
+        """f of a network."""
         return ConsistencyFunction(network, batch.cond, self.boundary, guidance=scale)
 
     def grid(self) -> list[float]:
         """Descending times whose neighbours make pairs."""
-        return self.solver_grid(self.intervals)
+        raise NotImplementedError
 
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
-        """Times t > r of each sample, (n,), float64."""
+        """Times t > r of each sample, (n,), float64: neighbours on the grid."""
         grid = torch.tensor(self.grid(), dtype=torch.float64, device=self.device)
         later = (self.draws.uniform("interval", n) * (len(grid) - 1)).long().clamp_max(len(grid) - 2)
         return grid[later], grid[later + 1]
 
     def earlier(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, eps: Tensor) -> Tensor:
         """The point at r of the trajectory through x_t, (B, ...)."""
-        return solver_step(self.guided_teacher(batch), x_t, t, r, self.solver, self.process)
+        raise NotImplementedError
 
     @torch.no_grad()
     def target(self, x_r: Tensor, r: Tensor, batch: Batch, scale: Tensor | None) -> Tensor:
         """f'(x_r, r), and x_r where r is the end of the grid."""
         network = self.student if self.target_name is None else self.sampling_network(self.target_name)
         consistent = self.function(network, batch, scale)(x_r, r).x0
-        return torch.where(expand(r > self.grid()[-1], x_r).bool(), consistent, x_r)
+        return torch.where(expand(r > t_min(self.process), x_r).bool(), consistent, x_r)
 
-    # ------------------------------------------------------------------------------------------------ loss
-    def student_loss(self, batch: Batch) -> Terms:
+    def pair_loss(self, batch: Batch) -> Terms:
         """Distance of the two ends of a pair's trajectory."""
         x0 = self.data(batch)
         t, r = self.pair_times(batch.size)
@@ -114,5 +107,54 @@ class ConsistencyDistillation(TrajectoryMethod):
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update."""
-        own = 2 if self.target_name is None else 1
-        return {"student": {"student": own, "teacher": 2 if self.solver == "heun" else 1}}
+        return {"student": {"student": 2 if self.target_name is None else 1, "teacher": 0}}
+
+
+class ConsistencyDistillation(PairMethod):
+    """A function that is the same at two neighbouring points of the teacher's trajectory, hence its end at all of them.
+
+        x_t = alpha_t x0 + sigma_t eps,     x_r = one solver step of the teacher from t to r                   (Alg. 2)
+
+    Args:
+        teacher: the pretrained model.
+        intervals: N, steps of the grid from t_max to t_min (Karras' in EDM, the trailing one elsewhere); pairs are its
+            neighbours.
+        solver: ``euler`` (DDIM) or ``heun``.
+        **kwargs: see ``PairMethod`` for the loss.
+    """
+
+    paper = "2303.01469"
+    learns_from = "teacher, data"
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        intervals: int = 40,
+        solver: Literal["euler", "heun"] = "heun",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, **kwargs)
+        if intervals < 1:
+            raise ValueError(f"intervals={intervals}: a grid has at least one.")
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver={solver!r} is unknown; choose euler or heun.")
+        self.intervals = intervals
+        self.solver: Literal["euler", "heun"] = solver
+
+    def grid(self) -> list[float]:
+        """Descending times whose neighbours make pairs."""
+        return self.solver_grid(self.intervals)
+
+    def earlier(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, eps: Tensor) -> Tensor:
+        """One solver step of the guided teacher."""
+        return solver_step(self.guided_teacher(batch), x_t, t, r, self.solver, self.process)
+
+    def student_loss(self, batch: Batch) -> Terms:
+        """Distance of the two ends of a pair's trajectory."""
+        return self.pair_loss(batch)
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        counts = super().forward_counts()
+        counts["student"]["teacher"] = 2 if self.solver == "heun" else 1
+        return counts

@@ -16,10 +16,12 @@ from lightning_distill.losses.consistency import (
     ict_probabilities,
     ict_steps,
 )
-from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.consistency_distillation import PairMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.times import LogNormal, TimeDistribution
+from lightning_distill.processes import EDM
+from lightning_distill.times import LogNormal, TimeDistribution, Uniform
 
 __all__ = ["ECT", "ICT", "ConsistencyTraining", "ScheduledEMA"]
 
@@ -42,7 +44,7 @@ class ScheduledEMA(EMAProfile):
         return cm_ema_decay(cm_steps(update - 1, self.total_updates, self.s0, self.s1), self.s0, self.mu0)
 
 
-class ConsistencyTraining(ConsistencyDistillation):
+class ConsistencyTraining(PairMethod):
     """Consistency of the two ends of a pair that shares data and noise; no teacher is asked.
 
         x_t = alpha_t x0 + sigma_t eps,     x_r = alpha_r x0 + sigma_r eps,    L = w(t, r) d( f(x_t, t), sg f'(x_r, r) )
@@ -57,11 +59,12 @@ class ConsistencyTraining(ConsistencyDistillation):
         first_intervals: s0.
         last_intervals: s1, also N of ``fixed``.
         interval_distribution: ``uniform``, or ``lognormal`` in the noise level (mean -1.1, std 2; iCT).
-        target_ema: profile of the average f', for CT ``ScheduledEMA``; None is the student itself without gradient.
-        **kwargs: see ``ConsistencyDistillation``.
+        **kwargs: see ``PairMethod`` for the loss.
     """
 
+    paper = "2303.01469"
     learns_from = "data"
+    asks_teacher = False
 
     def __init__(
         self,
@@ -74,12 +77,7 @@ class ConsistencyTraining(ConsistencyDistillation):
         interval_distribution: Literal["uniform", "lognormal"] = "uniform",
         **kwargs: Any,
     ) -> None:
-        if unused := {"solver", "guidance", "intervals"} & set(kwargs):
-            raise ValueError(
-                f"{type(self).__name__} asks no teacher, so {', '.join(sorted(unused))} means nothing; leave it out "
-                "(the number of intervals is last_intervals)."
-            )
-        super().__init__(teacher, intervals=last_intervals, solver="euler", **kwargs)
+        super().__init__(teacher, **kwargs)
         if schedule not in ("sqrt", "doubling", "fixed") or interval_distribution not in ("uniform", "lognormal"):
             raise ValueError(
                 f"schedule={schedule!r} must be sqrt, doubling or fixed, and "
@@ -122,9 +120,9 @@ class ConsistencyTraining(ConsistencyDistillation):
         """The same data with the same noise, less of it."""
         return self.process.add_noise(self.data(batch), eps, r)
 
-    def forward_counts(self) -> dict[str, dict[str, int]]:
-        """Network calls of an update."""
-        return {"student": {"student": 2 if self.target_name is None else 1, "teacher": 0}}
+    def student_loss(self, batch: Batch) -> Terms:
+        """Distance of the two ends of a pair."""
+        return self.pair_loss(batch)
 
 
 class ICT(ConsistencyTraining):
@@ -171,7 +169,7 @@ class ECT(ConsistencyTraining):
 
     Args:
         teacher: the diffusion model that is tuned.
-        training_times: distribution of t, None for ``LogNormal(-1.1, 2)``.
+        training_times: distribution of t, None for ``LogNormal(-1.1, 2)`` in EDM and the uniform one elsewhere.
         q: decay of the gap per stage.
         stage_updates: student updates of a stage, 0 for a run in the stage ``first_stage`` alone.
         first_stage: stage at the start.
@@ -179,8 +177,8 @@ class ECT(ConsistencyTraining):
         **kwargs: see ``ConsistencyTraining`` (its grid and schedule are not used).
 
     Notes:
-        r(t) is written in noise levels sigma / alpha and converted to the times of the process, in which the gap of the
-        weight is taken.
+        r(t) is written in the process' own time, which is the paper's noise level in EDM alone; in flow matching the
+        first stage is denoising at all times.
     """
 
     paper = "2406.14548"
@@ -201,8 +199,15 @@ class ECT(ConsistencyTraining):
             raise ValueError(
                 f"q={q} must exceed 1, stage_updates={stage_updates} and first_stage={first_stage} be >= 0."
             )
-        self.training_times = training_times or LogNormal(-1.1, 2.0)
+        self._given_training_times = training_times
+        self.training_times: TimeDistribution
         self.q, self.stage_updates, self.first_stage = q, stage_updates, first_stage
+
+    def build_roles(self) -> None:
+        """As usual; the default times depend on the process."""
+        super().build_roles()
+        default = LogNormal(-1.1, 2.0) if isinstance(self.process, EDM) else Uniform(0.0, 1.0)
+        self.training_times = self._given_training_times or default
 
     def stage(self) -> int:
         """Stage of this update."""
@@ -210,9 +215,7 @@ class ECT(ConsistencyTraining):
 
     def earlier_times(self, t: Tensor) -> Tensor:
         """r(t) at this stage, native times; 0 is clean data."""
-        level = self.process.sigma(t) / self.process.alpha(t)
-        earlier = ect_time(level, self.stage(), self.q)
-        return torch.where(earlier > 0, self.process.t_from_log_snr(-2.0 * earlier.log()), 0.0)
+        return ect_time(t, self.stage(), self.q)
 
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
         """Times of ``training_times`` and r(t)."""

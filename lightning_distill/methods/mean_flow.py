@@ -57,7 +57,7 @@ class MeanFlow(TwoTimeMethod):
             raise ValueError(f"equal_share={equal_share}: give a share from 0 to below 1.")
         if max_gap is not None and not 0.0 < max_gap <= 1.0:
             raise ValueError(f"max_gap={max_gap}: a gap of flow-matching times lies in (0, 1].")
-        self.from_data = from_data
+        self.from_data, self.asks_teacher = from_data, not from_data
         self.equal_share = equal_share
         self.power, self.constant = power, constant
         self.max_gap = max_gap

@@ -14,6 +14,7 @@ from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import SegmentMap, segment_end
 from lightning_distill.processes import expand
 from lightning_distill.samplers import transport
+from lightning_distill.times import t_min
 
 __all__ = ["PCM"]
 
@@ -25,7 +26,7 @@ class PCM(ConsistencyDistillation):
 
     Args:
         teacher: the pretrained model.
-        phases: M, the number of phases and of the student's steps.
+        num_steps: M, the number of phases and of the student's steps.
         intervals: solver steps of all phases together.
         solver: ``euler`` (DDIM) or ``heun``.
         metric: distance d.
@@ -46,24 +47,30 @@ class PCM(ConsistencyDistillation):
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        phases: int = 4,
+        num_steps: int = 4,
         intervals: int = 40,
         solver: Literal["euler", "heun"] = "euler",
         metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber_elementwise",
         weight: PairWeight = "one",
         **kwargs: Any,
     ) -> None:
-        if unused := {"num_steps", "student_times", "sampler", "boundary"} & set(kwargs):
-            raise ValueError(f"PCM's steps are its phases, so leave out {', '.join(sorted(unused))}; give phases.")
         super().__init__(
-            teacher, intervals=intervals, solver=solver, metric=metric, weight=weight, sampler="ode", **kwargs
+            teacher,
+            intervals=intervals,
+            solver=solver,
+            metric=metric,
+            weight=weight,
+            num_steps=num_steps,
+            student_times=None,
+            sampler="ode",
+            boundary="plain",
+            **kwargs,
         )
-        self.num_phases = phases
 
     def build_roles(self) -> None:
         """The student; its times are the edges of the phases."""
         super().build_roles()
-        self.edges = self._given_times = phase_edges(self.grid()[:-1], self.num_phases)
+        self.edges = self._given_times = phase_edges(self.grid()[:-1], self._num_steps)
 
     def student_loss(self, batch: Batch) -> Terms:
         """Distance of the two ends of a pair within its phase."""
@@ -85,5 +92,5 @@ class PCM(ConsistencyDistillation):
         """The target: x_r carried to the end of the phase, or x_r where it is there."""
         network = self.student if self.target_name is None else self.sampling_network(self.target_name)
         moved = transport(network(x_r, r, batch.cond, guidance=scale), end)
-        inside = (r > end) & (r > self.grid()[-1])
+        inside = (r > end) & (r > t_min(self.process))
         return torch.where(expand(inside, x_r).bool(), moved, x_r)

@@ -208,6 +208,7 @@ class SCM(TrajectoryMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
+        self.asks_teacher = not from_data
         self.consistency = ContinuousConsistency(
             times, from_data, tangent, tangent_step, warmup_updates, "paper", constant, norm, weight
         )

@@ -60,7 +60,7 @@ class Shortcut(TwoTimeMethod):
             raise ValueError(f"most_steps={most_steps}: give a power of 2, at least 2.")
         if not 0.0 < equal_share < 1.0:
             raise ValueError(f"equal_share={equal_share}: both parts need a share, so give one between 0 and 1.")
-        self.from_data = from_data
+        self.from_data, self.asks_teacher = from_data, not from_data
         self.most_steps = most_steps
         self.equal_share = equal_share
         self.clamp = clamp

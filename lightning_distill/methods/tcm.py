@@ -11,7 +11,7 @@ from lightning_distill.methods.consistency_training import ECT
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import expand
-from lightning_distill.times import LogNormal, TimeDistribution, restricted
+from lightning_distill.times import restricted
 
 __all__ = ["TCM"]
 
@@ -28,7 +28,7 @@ class TCM(ECT):
         teacher: the consistency model of the first stage (``RunDenoiser``, a checkpoint), f_1.
         boundary: t' in native time; None is where sigma / alpha = 1.
         boundary_share: share of the samples at t'.
-        training_times: distribution of t before it is cut off below t', None for ``LogNormal(0, 2)``.
+        training_times: distribution of t before it is cut off below t', see ``ECT``.
         first_stage: stage of the schedule of r(t), high from the start.
         **kwargs: see ``ECT``. The default weight w_b of ``student/boundary`` is .1; the student's times must not lie
             below t'.
@@ -46,13 +46,10 @@ class TCM(ECT):
         *,
         boundary: float | None = None,
         boundary_share: float = 0.25,
-        training_times: TimeDistribution | None = None,
         first_stage: int = 7,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            teacher, training_times=training_times or LogNormal(0.0, 2.0), first_stage=first_stage, **kwargs
-        )
+        super().__init__(teacher, first_stage=first_stage, **kwargs)
         if not 0.0 <= boundary_share < 1.0:
             raise ValueError(f"boundary_share={boundary_share}: give a share from 0 to below 1.")
         self._given_boundary = boundary

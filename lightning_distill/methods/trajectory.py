@@ -36,6 +36,8 @@ class TrajectoryMethod(DistillationModule):
     """
 
     capability: ClassVar[Capability | None] = "any_step"
+    #: whether the loss uses the teacher's predictions; else only the student's weights come from it
+    asks_teacher: bool = True
 
     def __init__(
         self,
@@ -58,6 +60,10 @@ class TrajectoryMethod(DistillationModule):
     def check_configuration(self) -> None:
         """Guidance must be possible, and the student be sampled as it is trained."""
         super().check_configuration()
+        if not self.asks_teacher and self.guidance.needs_null:
+            raise ValueError(
+                f"this {type(self).__name__} learns from data and asks no teacher, so guidance has no effect; leave it out."
+            )
         check_guidance(self.require_teacher(), self.guidance)
         check_capability(self, self.sampler, self.student_times, self.process)
 

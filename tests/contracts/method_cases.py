@@ -362,7 +362,7 @@ CASES: list[Case] = [
     Case("told_scales", LCM, vp_epsilon_mlp, lambda: points(labelled=True), mapping(
         guidance=RandomGuidance(1.5, 3.0), intervals=5
     )),
-    Case("phases", PCM, flow_mlp, points, mapping(phases=1, intervals=4)),
+    Case("phases", PCM, flow_mlp, points, mapping(num_steps=1, intervals=4)),
     Case("halving", ProgressiveDistillation, flow_mlp, points, mapping(stages=1)),
     Case("continuous", SCM, flow_mlp, points, mapping(warmup_updates=2)),
     Case("continuous_data", SCM, edm_mlp, points, mapping(

@@ -104,11 +104,11 @@ def test_no_gradient_reaches_targets():
     """The gradient is that of the residual with everything but its own u held fixed."""
     module = exact_module(FlowMapDistillation, two_times=True, fault=0.1, objective="progressive")
     batch = data()
-    _, slope, terms = loss_and_slope(module, batch)
+    _, slope, _ = loss_and_slope(module, batch)
     fault = module.student.network.fault
 
     def loss_at(value, frozen):
-        module.average = lambda network, batch, scale=None: u  # noqa: ARG005
+        module.average = lambda network, batch, scale=None: u
         calls = []
 
         def u(x, t, r):

@@ -32,7 +32,9 @@ def open_pairs(path: str | Path, conditions: str | None = None) -> InMemory | St
         FileNotFoundError: there is neither.
         ValueError: something else lies there.
     """
-    return StoredTrajectories(str(path), conditions) if is_store(path) else InMemory(load_pairs(path), transform=_single)
+    return (
+        StoredTrajectories(str(path), conditions) if is_store(path) else InMemory(load_pairs(path), transform=_single)
+    )
 
 
 def load_pairs(path: str | Path) -> Batch:

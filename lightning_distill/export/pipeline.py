@@ -172,8 +172,8 @@ def export_denoiser(
     options.setdefault("guidance", denoiser.family.guidance_scale)
     options.setdefault("shape", denoiser.sample_shape)
     if isinstance(options.get("second"), Denoiser):
-        options["second"] = merged_network(options["second"], options.get("dtype") or torch.float32)
-    network = merged_network(denoiser, options.get("dtype") or torch.float32)
+        options["second"] = merged_network(options["second"], widened=True)
+    network = merged_network(denoiser, widened=True)
     return export_pipeline(
         network, process, denoiser.prediction_type, times, sampler, out_dir, start_scale=start, **options
     )

@@ -25,7 +25,7 @@ Metric = Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"]
 class PairMethod(TrajectoryMethod):
     """Base of discrete consistency: f is the same at both ends of a pair of times on one trajectory.
 
-        L = w(t, r) d( f(x_t, t), sg f'(x_r, r) ),     r < t,     f(x, t_min) = x               (arXiv:2303.01469, Eq. 7)
+        L = w(t, r) d( f(x_t, t), sg f'(x_r, r) ),     r < t,     f(x, t_min) = x              (arXiv:2303.01469, Eq. 7)
 
     Args:
         teacher: the pretrained model.
@@ -67,7 +67,7 @@ class PairMethod(TrajectoryMethod):
 
     # ------------------------------------------------------------------------------------------------ parts
     def function(self, network: Denoiser, batch: Batch, scale: Tensor | None) -> ConsistencyFunction:
-        """f of a network."""
+        """The consistency function f of a network."""
         return ConsistencyFunction(network, batch.cond, self.boundary, guidance=scale)
 
     def grid(self) -> list[float]:

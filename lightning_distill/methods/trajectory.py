@@ -62,7 +62,8 @@ class TrajectoryMethod(DistillationModule):
         super().check_configuration()
         if not self.asks_teacher and self.guidance.needs_null:
             raise ValueError(
-                f"this {type(self).__name__} learns from data and asks no teacher, so guidance has no effect; leave it out."
+                f"this {type(self).__name__} learns from data and asks no teacher, so guidance has no effect; leave "
+                "it out."
             )
         check_guidance(self.require_teacher(), self.guidance)
         check_capability(self, self.sampler, self.student_times, self.process)

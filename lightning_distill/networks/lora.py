@@ -44,6 +44,7 @@ __all__ = [
     "merged_network",
     "role_state",
     "trainable_parameters",
+    "widen",
     "without_adapters",
 ]
 
@@ -339,28 +340,28 @@ def without_adapters(network: nn.Module) -> nn.Module:
     return _plain_copy(network, None)
 
 
-def merged_network(denoiser: Denoiser, dtype: torch.dtype | None = None) -> nn.Module:
+def merged_network(denoiser: Denoiser, widened: bool = False) -> nn.Module:
     """A deep copy of the network a role runs, as an ordinary module: its adapter is added to the weights.
 
     For a role without adapter it is the plain copy of its network.
 
     Args:
         denoiser: any role.
-        dtype: floating-point type of the copy, None for that of the backbone. A backbone in bfloat16 would round away
-            most of a small adapter: merge it in float32.
+        widened: bring half-precision weights of the copy to float32 first; they would round away most of a small
+            adapter.
 
     Returns:
         a network of the original class, equal in output up to rounding, ready for ``save_pretrained``.
     """
     name = denoiser.adapter_name if isinstance(denoiser, AdapterDenoiser) else None
-    return _plain_copy(denoiser.network, name, dtype)
+    return _plain_copy(denoiser.network, name, widened)
 
 
-def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None = None) -> nn.Module:
+def _plain_copy(network: nn.Module, name: str | None, widened: bool = False) -> nn.Module:
     network = copy.deepcopy(network)
-    dequantise(network, dtype)
-    if dtype is not None:
-        nn.Module.to(network, dtype)  # past diffusers' own, which warns
+    dequantise(network, torch.float32 if widened else None)
+    if widened:
+        widen(network)
     bank = network.__dict__.pop(BANK, None)
     if bank is None:
         return network
@@ -380,6 +381,15 @@ def _plain_copy(network: nn.Module, name: str | None, dtype: torch.dtype | None 
     if getattr(network, "is_gradient_checkpointing", False):
         _checkpoint_with(network, None)
     return network
+
+
+def widen(network: nn.Module) -> None:
+    """Bring parameters and buffers of half precision to float32, in place; wider ones keep their dtype."""
+    narrow = {torch.float16, torch.bfloat16}
+    for module in network.modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(t.dtype in narrow for t in tensors):
+            module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
 
 
 def base_state_dict(network: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_distill.checkpoints import read_checkpoint
@@ -28,6 +27,7 @@ from lightning_distill.networks.lora import (
     merged_network,
     role_state,
     trainable_parameters,
+    widen,
 )
 from lightning_distill.networks.specs import (
     DenoiserSpec,
@@ -310,9 +310,5 @@ def _like(source: Denoiser, network: nn.Module) -> Denoiser:
 
 def _master(denoiser: Denoiser) -> Denoiser:
     """Trainable, with float32 weights where they were narrower."""
-    narrow = {torch.float16, torch.bfloat16}
-    for module in denoiser.modules():
-        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if any(t.dtype in narrow for t in tensors):
-            module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
+    widen(denoiser)
     return denoiser.requires_grad_(True)

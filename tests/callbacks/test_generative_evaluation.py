@@ -125,9 +125,9 @@ def test_the_teacher_is_sampled_once(tmp_path, monkeypatch):
     measured = []
     original = EvaluationRunner.measure
 
-    def counted(self, network, times, *rest):
+    def counted(self, network, times, *rest, **options):
         measured.append(len(times))
-        return original(self, network, times, *rest)
+        return original(self, network, times, *rest, **options)
 
     monkeypatch.setattr(EvaluationRunner, "measure", counted)
     second = evaluation(**{**settings, "extractors": [ModuleExtractor(tiny(), "tiny")]})

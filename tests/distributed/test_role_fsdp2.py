@@ -34,6 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory):
     store = tmp_path_factory.mktemp("store") / "file"
+    if dist.is_initialized():
+        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()

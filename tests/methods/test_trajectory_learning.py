@@ -24,6 +24,7 @@ from lightning_distill.methods import (
     ProgressiveDistillation,
     Shortcut,
 )
+from lightning_distill.metrics.sliced_wasserstein import sliced_wasserstein
 from lightning_distill.networks.analytic import analytic_denoiser, ring
 from lightning_distill.networks.roles import Explicit
 from lightning_distill.networks.small import ResidualMLP
@@ -48,9 +49,34 @@ def two_times(**settings):
 
 
 ONE_SIDED = {"tangent": "one_sided"}
+#: run by ``make test``; the others by ``make matrix``
+FAST = ("ect", "scm", "semigroup", "shortcut")
 #: method, settings, learning rate, largest error (about 1.4 times what it was)
 CASES = {
-CASES_HERE
+    "consistency_distillation": (ConsistencyDistillation, {"intervals": 12, "weight": "inverse_gap"}, 2e-3, 0.7),
+    "ict": (ICT, {"total_updates": UPDATES, "first_intervals": 4, "last_intervals": 32}, 2e-3, 0.5),
+    "ect": (ECT, {"stage_updates": UPDATES // 5}, 2e-3, 0.42),
+    "pcm": (PCM, {"num_steps": 2, "intervals": 16}, 2e-3, 0.34),
+    "progressive": (ProgressiveDistillation, {"stages": 5, "stage_updates": UPDATES // 5}, 2e-3, 0.45),
+    "scm": (SCM, {"warmup_updates": 100, **ONE_SIDED}, 2e-3, 0.65),
+    "mean_flow": (MeanFlow, {"student": two_times(), "power": 0.0, **ONE_SIDED}, 1e-3, 0.6),
+    "lagrangian": (FlowMapDistillation, {"student": two_times(), **ONE_SIDED}, 2e-3, 0.17),
+    "eulerian": (
+        FlowMapDistillation,
+        {"student": two_times(), "objective": "eulerian", **ONE_SIDED},
+        5e-4,
+        0.55,
+    ),
+    "semigroup": (FlowMapDistillation, {"student": two_times(), "objective": "progressive"}, 2e-3, 0.4),
+    "shortcut": (
+        Shortcut,
+        {"student": two_times(input="difference"), "most_steps": 32, "equal_share": 0.5},
+        2e-3,
+        0.24,
+    ),
+    "free_flow": (FreeFlow, {"student": two_times(), **ONE_SIDED}, 5e-4, 0.7),
+    "boot": (BOOT, {"student": two_times()}, 2e-3, 0.42),
+    "cmt": (CMT, {"solver_steps": 12}, 2e-3, 0.17),
 }
 
 
@@ -104,13 +130,31 @@ def test_one_step_is_near_the_end_of_the_trajectory(name, ring_problem):
     teacher = analytic_denoiser(mixture, PROCESS)
     if len(module.student_times) == 1:
         euler = error(generate(teacher, noise, {}, [1.0, 0.5], "ode"), ends)
-        assert found < 1.1 * euler  # the teacher's own two steps
+        assert found < euler  # the teacher's own two steps
 
 
-def test_a_flow_map_is_as_good_in_several_steps(ring_problem):
-    _, module = learned("lagrangian", ring_problem)
+@pytest.mark.slow
+def test_a_flow_map_is_better_in_several_steps(ring_problem):
+    one, module = learned("lagrangian", ring_problem)
     _, _, noise, ends = ring_problem
-    one, four = (error(module.sample(1000, noise=noise, num_steps=n), ends) for n in (1, 4))
-    print(f"lagrangian: {one:.3f} {four:.3f}")
-    assert four < one
-    assert one > 3.0 * error(module.sample(1000, noise=noise, num_steps=64), ends) or four < 0.12
+    four = error(module.sample(1000, noise=noise, num_steps=4), ends)
+    print(f"lagrangian: {one:.3f} in one step, {four:.3f} in four")
+    assert four < 0.9 * one
+
+
+@pytest.mark.slow
+def test_score_regularised_consistency_has_the_distribution(ring_problem):
+    """rCM's second term moves samples along the scores, so that the distribution is the measure, not the end points."""
+    mixture, _, noise, _ = ring_problem
+
+    def adam(parameters):
+        return torch.optim.Adam(parameters, lr=1e-3, betas=(0.0, 0.99), fused=True)
+
+    settings = {"fake_score": student, "fake_score_steps": 1, "fake_score_optimizer": lambda: adam}
+    module = distilled(ring_problem, RCM, {**settings, "warmup_updates": 100, "matching_from": 100, **ONE_SIDED}, 2e-3)
+    reference = mixture.sample(1000, torch.Generator().manual_seed(7))[0]
+    teacher = analytic_denoiser(mixture, PROCESS)
+    two = sliced_wasserstein(generate(teacher, noise, {}, [1.0, 0.5], "ode"), reference)
+    found = sliced_wasserstein(module.sample(1000, noise=noise), reference)
+    print(f"rcm: {found:.3f}, the teacher in two steps {two:.3f}")
+    assert found < 0.8 * two

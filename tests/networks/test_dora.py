@@ -89,7 +89,7 @@ def test_it_starts_at_the_teacher_bit_for_bit_and_merges(dtype):
     assert {p.dtype for _, p in student.adapter_parameters()} == {torch.float32}
     assert all(p.requires_grad for _, p in student.adapter_parameters())
     shake(student, 1)
-    merged = Denoiser(merged_network(student, torch.float32), FlowMatching(), "flow_prediction", null_class=5)
+    merged = Denoiser(merged_network(student, widened=True), FlowMatching(), "flow_prediction", null_class=5)
     wanted = student(x, t, cond).raw
     assert (wanted - before).abs().max() > 1e-2
     torch.testing.assert_close(merged(x, t, cond).raw, wanted, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 0.1)

@@ -441,7 +441,7 @@ def test_a_small_adapter_survives_merging_into_a_half_precision_backbone():
     layer = adapter.bank.layers["blocks.0.inner"]
     change = layer.get_delta_weight(adapter.adapter_name).float()
     before = layer.get_base_layer().weight.detach().float()
-    merged = merged_network(adapter, torch.float32).blocks[0].inner.weight
+    merged = merged_network(adapter, widened=True).blocks[0].inner.weight
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged - before, change, rtol=1e-2, atol=1e-7)
     rounded = merged_network(adapter).blocks[0].inner.weight.float()

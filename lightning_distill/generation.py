@@ -68,8 +68,10 @@ def bound(
 ) -> Callable[..., Prediction]:
     """What samplers call: a network with its conditions and guidance.
 
-    Networks with a target time become a ``TrajectoryMap``, of which every sampler takes what it needs: the jump to the
-    next time (``flow_map``), to 0 (``renoise``), or the direction at t itself (``ode`` and higher orders).
+    Students given a target time (``TwoTime``) become a ``TrajectoryMap``, of which every sampler takes what it needs:
+    the jump to the next time (``flow_map``), to 0 (``renoise``), or the direction at t itself (``ode`` and higher
+    orders). Networks that have one from the start (AnyFlow) do so for ``flow_map``, and else predict at r = t, as
+    methods that know nothing of r train them and as their stock pipeline runs them.
 
     Args:
         denoiser: student or teacher.
@@ -81,7 +83,8 @@ def bound(
         ValueError: ``flow_map`` for a network without a target time, or guidance of a flow map.
     """
     two_times = takes_target(denoiser)
-    if two_times and guidance_scale == 1.0:
+    maps = sampler == "flow_map" or not denoiser.family.needs_target
+    if two_times and maps and guidance_scale == 1.0:
         return TrajectoryMap(denoiser, cond)
     if sampler == "flow_map":
         name = type(denoiser.network).__name__

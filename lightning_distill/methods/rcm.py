@@ -1,7 +1,7 @@
 """rCM: continuous-time consistency with a score regulariser (arXiv:2510.08431)."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods.base import Terms
@@ -28,12 +28,15 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         tangent_step: step of differences, None for the default.
         warmup_updates: H of the tangent's warm-up.
         matching_from: student update from which the score term counts.
+        prior_weight: weight of a time in sCM: ``one``, or ``trig``, 1 / tan(tau).
         weight: factor on the score direction, see ``matching_weight``.
         **kwargs: see ``FakeScoreMethod`` and ``TrajectoryMethod``. Default weights: ``student/consistency`` 100,
             ``student/matching`` 1.
 
     Notes:
-        The mean over elements takes the place of the released code's sum, in both terms.
+        The mean over elements takes the place of the released code's sum, in both terms. The tangent is normalised per
+        sample and the score difference per element, so that their ratio goes with the number of elements: a 2-D problem
+        needs 1 where images have 100.
         Before ``matching_from`` the fake score is trained already.
     """
 
@@ -50,12 +53,13 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         tangent_step: float | None = None,
         warmup_updates: int = 1000,
         matching_from: int = 1000,
+        prior_weight: Literal["one", "trig"] = "one",
         weight: str = "dmd",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
         self.consistency = ContinuousConsistency(
-            times or LogNormal(0.7, 1.6), False, tangent, tangent_step, warmup_updates, "rcm", weight="one"
+            times or LogNormal(0.7, 1.6), False, tangent, tangent_step, warmup_updates, "rcm", weight=prior_weight
         )
         self.matching_from = matching_from
         self.weight = weight

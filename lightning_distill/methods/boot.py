@@ -36,7 +36,7 @@ class BOOT(TwoTimeMethod):
 
     paper = "2306.05544"
     learns_from = "teacher alone"
-    samplers = ("renoise",)
+    samplers = ("flow_map",)
     capability = "one_step_only"
 
     def __init__(
@@ -44,7 +44,7 @@ class BOOT(TwoTimeMethod):
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
         time_step: float = 0.04,
-        sampler: Literal["renoise"] = "renoise",
+        sampler: Literal["flow_map"] = "flow_map",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, sampler=sampler, **kwargs)

@@ -33,14 +33,14 @@ class FreeFlow(TwoTimeMethod):
 
     paper = "2511.19428"
     learns_from = "teacher alone"
-    samplers = ("renoise",)
+    samplers = ("flow_map",)
     capability = "one_step_only"
 
     def __init__(
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        sampler: Literal["renoise"] = "renoise",
+        sampler: Literal["flow_map"] = "flow_map",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, sampler=sampler, **kwargs)

@@ -134,6 +134,7 @@ class TwoTimeMethod(TrajectoryMethod):
 
     samplers: ClassVar[tuple[str, ...]] = ("flow_map", "renoise", "ode")
     capability: ClassVar[Capability | None] = "two_time"
+    takes_target: ClassVar[bool] = True
 
     def __init__(
         self,

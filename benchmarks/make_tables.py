@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     pages = {
-        ROOT / "README.md": {"quickstart": quickstart, "methods": methods},
+        ROOT / "README.md": {"quickstart": quickstart, "methods": methods, "strategies": strategies, "cost": cost},
         ROOT / "docs" / "text_to_emoji.md": {"emoji": emoji},
     }
     written = {ROOT / "docs" / "support_matrix.md": support()}

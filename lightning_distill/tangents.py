@@ -24,7 +24,10 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_distill.attention import differentiable_attention
 
@@ -186,8 +189,38 @@ def _exact(f: _Function, primals: Sequence[Tensor], directions: Sequence[Tensor 
         start = tuple(primals[i] for i in moving)
         if torch.compiler.is_compiling():  # which makes no dual numbers of views (torch 2.15)
             start, along = tuple(p.clone() for p in start), tuple(d.clone() for d in along)
+        else:
+            stack.enter_context(_plain_caches())
         value, change = torch.func.jvp(of_moving, start, along)  # type: ignore[misc]
     return value, change
+
+
+@contextmanager
+def _plain_caches() -> Iterator[None]:
+    """Makes plain tensors of what networks keep from a pass in forward mode, such as tables of rotary frequencies.
+
+    torch wraps every result of such a pass; a wrapper that outlives it can be used, but neither copied nor saved.
+    """
+    called: set[nn.Module] = set()
+    handle = register_module_forward_pre_hook(lambda module, _: called.add(module))
+    try:
+        yield
+    finally:
+        handle.remove()
+    for module in called:
+        _unwrap(module)
+        for held in list(vars(module).values()):  # helpers that are no modules keep tables, too
+            if hasattr(held, "__dict__") and not isinstance(held, (nn.Module, Tensor, type)):
+                _unwrap(held)
+
+
+def _unwrap(owner: object) -> None:
+    for name, kept in list(vars(owner).items()):
+        if isinstance(kept, (Tensor, tuple, list, dict)):
+            leaves, structure = tree_flatten(kept)
+            if any(isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf) for leaf in leaves):
+                plain = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                setattr(owner, name, tree_unflatten(plain, structure))
 
 
 def _central(f: _Function, primals: Sequence[Tensor], directions: Sequence[Tensor | None], h: float) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.commands.run_folder import load_run, weights_name
@@ -19,6 +21,7 @@ from lightning_distill.export.pipeline import stock_student
 from lightning_distill.generation import default_cond
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import ConditionExperts, ExpertNetwork, single_experts
 from lightning_distill.networks.lora import without_adapters
 
 __all__ = ["export_module", "main"]
@@ -37,6 +40,8 @@ def export_module(
     fresh: bool = True,
 ) -> tuple[Path, float]:
     """Export a student and compare the stock pipeline's samples, in a fresh process, with ``module.sample``.
+
+    Experts for groups of classes become one pipeline each, ``expert_0`` and so on in ``out_dir``.
 
     Args:
         module: a trained module.
@@ -64,37 +69,62 @@ def export_module(
             "noise_scale to 1 in the configuration of the run to export it with the plain sampler."
         )
     network = module.sampling_network(weights)
+    differences = []
+    for part, labels, folder in _pipelines(network, Path(out_dir)):
+        differences.append(_export(module, part, labels, folder, weights, overwrite, n, lora, source, license, fresh))
+    return Path(out_dir), max(differences)
+
+
+def _pipelines(network: Denoiser, out_dir: Path) -> list[tuple[Denoiser, Tensor | None, Path]]:
+    """What becomes a pipeline each, the classes it knows (None for all) and its folder."""
+    experts = network.network
+    if not isinstance(experts, ConditionExperts):
+        return [(network, None, out_dir)]
+    owner = experts.groups[:-1].cpu()
+    return [
+        (single, (owner == k).nonzero().squeeze(1), out_dir / f"expert_{k}")
+        for k, single in enumerate(single_experts(network))
+    ]
+
+
+def _export(
+    module: DistillationModule,
+    network: Denoiser,
+    labels: Tensor | None,
+    folder: Path,
+    weights: str | None,
+    overwrite: bool,
+    n: int,
+    lora: Literal["diffusers", "kohya"] | None,
+    source: str | Path | None,
+    license: str | None,
+    fresh: bool,
+) -> float:
     known = [role for role in (network, module.teacher) if role is not None]
     source = source or next((path for role in known if (path := source_of(role.network)) is not None), None)
     options: dict[str, Any] = {"source": source, "shape": module.sample_shape, "license": license}
-    if lora is None:
-        folder = export_denoiser(network, module.student_times, module.sampler, out_dir, overwrite=overwrite, **options)
-    else:
-        folder = export_lora(
-            network,
-            module.student_times,
-            module.sampler,
-            out_dir,
-            style=lora,
-            overwrite=overwrite,
-            **options,
-        )
+    if labels is not None:
+        options["card"] = {"classes": labels.tolist()}
+    export = export_denoiser if lora is None else partial(export_lora, style=lora)
+    export(network, module.student_times, module.sampler, folder, overwrite=overwrite, **options)
     size = json.loads((folder / CONFIG).read_text())["size"]
-    cond = default_cond(network, n)
+    one = single_experts(network)[0] if isinstance(network.network, ExpertNetwork) else network
+    cond = default_cond(one, n)
+    if labels is not None:
+        cond = {"class_labels": labels[torch.arange(n) % len(labels)]}
     if size:
         n = min(n, 2)
-        cond = probe_cond(network, n, size)
+        cond = probe_cond(one, n, size)
     x0 = module.sample(n, cond, generator=torch.Generator().manual_seed(0), weights=weights)
     with tempfile.TemporaryDirectory() as temporary:
         base = None if lora is None else source or _base_pipeline(module, network, Path(temporary) / "base")
         embedded: dict[str, Any] = {"cond": cond} if size else {"class_labels": cond.get("class_labels")}
         try:
-            difference = verify_export(folder, x0, base=base, fresh=fresh, tolerance=_tolerance(network), **embedded)
+            return verify_export(folder, x0, base=base, fresh=fresh, tolerance=_tolerance(network), **embedded)
         except (ValueError, RuntimeError) as error:
             raise RuntimeError(
                 f"{folder} was written, but the stock pipeline does not reproduce the student: {error}"
             ) from None
-    return folder, difference
 
 
 def _tolerance(network: Denoiser) -> float:

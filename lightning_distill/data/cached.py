@@ -265,7 +265,7 @@ def _teacher_folder(trainer: Any) -> Path | None:
     spec = getattr(module, "teacher_source", None)
     if not isinstance(spec, PretrainedDenoiser):
         return None
-    local = spec._local()
+    local = spec.local_path()
     return local if local is not None and (local / "model_index.json").is_file() else None
 
 

@@ -45,6 +45,9 @@ from lightning_distill.networks.families import family_of
 from lightning_distill.processes import NoiseProcess, change_process
 from lightning_distill.times import validate_times
 
+#: of stock flow-matching schedulers, in which a boundary between experts is counted
+TIMESTEPS = 1000.0
+
 __all__ = ["empty_pipeline", "export_denoiser", "export_pipeline", "export_weights", "stock_student"]
 
 
@@ -165,8 +168,11 @@ def export_denoiser(
     Raises:
         ValueError: as ``export_pipeline``; or the network sees rescaled data, which no scheduler undoes.
     """
+    from lightning_distill.networks.experts import ExpertNetwork
     from lightning_distill.networks.lora import merged_network
 
+    if isinstance(denoiser.network, ExpertNetwork):
+        denoiser, options["second"], options["boundary_ratio"] = _switched(denoiser)
     process, times, start = stock_student(denoiser, times)
     options.setdefault("null_class", denoiser.null_class)
     options.setdefault("guidance", denoiser.family.guidance_scale)
@@ -256,6 +262,19 @@ def call_size(
     if parts.entry is None or shape is None:
         return {}
     return pixel_size(parts.entry, empty_pipeline(parts, {**modules, "vae": vae}), shape)
+
+
+def _switched(denoiser: Denoiser) -> tuple[Denoiser, Denoiser, float]:
+    """High-noise expert, low-noise expert and the time between them in (0, 1)."""
+    from lightning_distill.networks.experts import TimeExperts, single_experts
+
+    experts, network = single_experts(denoiser), denoiser.network
+    if not isinstance(network, TimeExperts) or len(experts) != 2 or not network.rising:
+        raise ValueError(
+            f"a stock pipeline switches between two experts by time, not between {len(experts)} in a "
+            f"{type(network).__name__}; export each of networks.experts.single_experts(denoiser) by itself."
+        )
+    return experts[0], experts[1], float(network.boundaries[0]) / TIMESTEPS
 
 
 def _experts(

@@ -19,6 +19,10 @@ from lightning_distill.networks.lora import AdapterDenoiser, adapter_bank
 __all__ = ["adapter_changes", "transfer_adapter"]
 
 _PREFIXES = ("transformer.", "unet.", "adapter.")
+_MAGNITUDES = (
+    "this adapter also learned magnitudes (DoRA), so its change depends on the weights it was learned on and cannot be "
+    "carried over; train a plain LoRA (dora=False)."
+)
 
 
 def adapter_changes(source: AdapterDenoiser | Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
@@ -30,9 +34,11 @@ def adapter_changes(source: AdapterDenoiser | Mapping[str, Tensor] | str | Path)
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: tensors that belong to no adapter.
+        ValueError: tensors that belong to no adapter, or magnitudes (DoRA), whose change depends on the weights.
     """
     if isinstance(source, AdapterDenoiser):
+        if source.config.use_dora:
+            raise ValueError(_MAGNITUDES)
         layers = source.bank.layers.items()
         name = source.adapter_name
         return {path: layer.get_delta_weight(name).detach() for path, layer in layers if name in layer.lora_A}
@@ -42,6 +48,8 @@ def adapter_changes(source: AdapterDenoiser | Mapping[str, Tensor] | str | Path)
             raise FileNotFoundError(f"{file} does not exist; give the safetensors file of an adapter.")
         source = load_file(file)
     tensors = {_without_prefix(key): value for key, value in source.items()}
+    if any("lora_magnitude_vector" in key or key.endswith(".dora_scale") for key in tensors):
+        raise ValueError(_MAGNITUDES)
     changes = {}
     for key, down in tensors.items():
         if not key.endswith(".lora_A.weight"):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
-from lightning_distill.networks.roles import Copy, Role
+from lightning_distill.networks.roles import Copy, Role, with_network
 
-__all__ = ["ConditionExperts", "ExpertNetwork", "Experts", "TimeExperts"]
+__all__ = ["ConditionExperts", "ExpertNetwork", "Experts", "TimeExperts", "single_experts"]
 
 
 class ExpertNetwork(nn.Module):
@@ -108,6 +108,17 @@ class ConditionExperts(ExpertNetwork):
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """By class label."""
         return self.groups[kwargs["class_labels"]]
+
+
+def single_experts(denoiser: Denoiser) -> list[Denoiser]:
+    """The experts as denoisers of their own, which share the weights.
+
+    Args:
+        denoiser: one whose network is an ``ExpertNetwork``.
+    """
+    network = denoiser.network
+    assert isinstance(network, ExpertNetwork)
+    return [with_network(denoiser, expert) for expert in network.experts]
 
 
 class Experts(Role):

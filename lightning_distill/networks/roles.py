@@ -45,6 +45,7 @@ __all__ = [
     "load_role_state",
     "role_state",
     "trainable_parameters",
+    "with_network",
 ]
 
 
@@ -77,7 +78,7 @@ class Copy(Role):
     """A deep copy of the source with every weight trained, in float32 whatever the source's dtype is."""
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
-        copied = _like(source, merged_network(source))
+        copied = with_network(source, merged_network(source))
         if next(copied.parameters(), None) is None:
             raise ValueError(
                 f"{type(source.network).__name__} has no parameters, so a copy of it cannot be trained; give "
@@ -207,15 +208,15 @@ class FromCheckpoint(Role):
         origin = f"role {found!r} of {path}"
         if not any(key.startswith("adapter.") for key in state):
             if isinstance(source, AdapterDenoiser):
-                source = _like(source, merged_network(source))
+                source = with_network(source, merged_network(source))
             copied = Copy().build(source, name)
             load_role_state(copied, state, origin)
             return copied
         if self.merge:
             # a throw-away copy: the teacher's own network stays without the adapter
-            source = _like(source, merged_network(source))
+            source = with_network(source, merged_network(source))
         adapter = self._adapter(source, state, name, origin)
-        return _master(_like(source, merged_network(adapter))) if self.merge else adapter
+        return _master(with_network(source, merged_network(adapter))) if self.merge else adapter
 
     def _adapter(self, source: Denoiser, state: dict[str, Tensor], name: str | None, origin: str) -> AdapterDenoiser:
         downs = [key for key in state if key.endswith(".lora_A.weight")]
@@ -287,11 +288,11 @@ def averaged_copy(denoiser: Denoiser, name: str) -> Denoiser:
     """
     if isinstance(denoiser, AdapterDenoiser):
         return add_adapter_copy(denoiser, f"{denoiser.adapter_name}_{name}")
-    copied = _master(_like(denoiser, merged_network(denoiser)))
+    copied = _master(with_network(denoiser, merged_network(denoiser)))
     return copied.requires_grad_(False).eval()
 
 
-def _like(source: Denoiser, network: nn.Module) -> Denoiser:
+def with_network(source: Denoiser, network: nn.Module) -> Denoiser:
     """The same denoiser around another network."""
     if not isinstance(source, AdapterDenoiser):
         same = (source.process, source.network_process, source.family)

@@ -264,7 +264,7 @@ class PretrainedDenoiser(DenoiserSpec):
     def check(self) -> None:  # noqa: D102
         _dtype(self.dtype)
         check_quantisation(self.quantize)
-        local = self._local()
+        local = self.local_path()
         if local is None:
             if not self.allow_download:
                 raise FileNotFoundError(
@@ -277,7 +277,7 @@ class PretrainedDenoiser(DenoiserSpec):
 
     def build(self) -> Denoiser:  # noqa: D102
         _dtype(self.dtype)
-        source = self._read(self._local() or self._download())
+        source = self._read(self.local_path() or self._download())
         source.check()
         network = source.load(_dtype(self.dtype))
         process, inner, scale = source.process, source.network_process, None
@@ -306,7 +306,7 @@ class PretrainedDenoiser(DenoiserSpec):
             quantise(network, self.quantize, denoiser.family.blocks)
         return denoiser
 
-    def _local(self) -> Path | None:
+    def local_path(self) -> Path | None:
         """The folder or file that ``path`` names, None where there is none."""
         base = os.environ.get(WEIGHTS_VARIABLE)
         candidates = [Path(self.path).expanduser()]

@@ -233,15 +233,19 @@ def test_two_processes_share_the_work(tmp_path):
 
 
 def test_a_store_survives_kill_9_at_any_moment(tmp_path):
-    """Eleven lives: whatever a killed process leaves, the next one goes on, and the result is the same to the byte."""
+    """Many lives: whatever a killed process leaves, the next one goes on, and the result is the same to the byte."""
     width, num, size = 4096, 480, 8
-    fill(tmp_path / "calm", width, num, size)
+    start = time.monotonic()
+    calm = FORK.Process(target=fill, args=(tmp_path / "calm", width, num, size))
+    calm.start()
+    calm.join()
+    whole_life = time.monotonic() - start
     folder, chance = tmp_path / "killed", random.Random(0)
     left, lives = [60], 0
     while left[-1] and lives < 10:
         process = FORK.Process(target=fill, args=(folder, width, num, size))
         process.start()
-        time.sleep(chance.uniform(0.001, 0.08))
+        time.sleep(chance.uniform(0.01, 0.3) * whole_life)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         lives += 1
@@ -250,7 +254,7 @@ def test_a_store_survives_kill_9_at_any_moment(tmp_path):
             left.append(len(writer.missing()))
             finished = [s for s in range(writer.num_shards) if writer.record(s) is not None]
             assert all(writer.is_whole(s, checksums=True) for s in finished), "a shard with a record is whole"
-    assert lives == 10, "too fast to be killed ten times"
+    assert lives >= 3, "too fast to be killed in the middle"
     assert left == sorted(left, reverse=True)
     assert left[-1] < 60, "killed before anything was written"
     fill(folder, width, num, size)

@@ -84,7 +84,7 @@ def named(names: list[str]) -> list[Case]:
 
 def start(*words: str | Path, script: str | Path = __file__, timeout: float = 400.0) -> str:
     """Run this script, or another, in two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), *map(str, words)],

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 from test_lora import NETWORKS, checkpoint_all, inputs, teacher_of
 from torch import nn
 from torch.func import functional_call
 
+from lightning_distill.networks.adapter_transfer import adapter_changes
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import (
     add_adapter,
@@ -137,3 +139,14 @@ def test_what_cannot_be_is_refused():
     Lora(rank=2).build(source, "student")
     with pytest.raises(ValueError, match="convolution in groups"):  # also where a plain adapter is already
         Lora(rank=2, dora=True).build(source, "fake")
+
+
+def test_magnitudes_are_not_carried_to_another_model(tmp_path):
+    """Their change is no sum of matrices: neither the role nor its file is transferred as if it were a plain LoRA."""
+    teacher = teacher_of("plain")
+    role = add_adapter(teacher, "style", rank=2, dora=True)
+    with pytest.raises(ValueError, match=r"learned magnitudes \(DoRA\).*train a plain LoRA"):
+        adapter_changes(role)
+    save_file(role_state(role), tmp_path / "style.safetensors")
+    with pytest.raises(ValueError, match=r"learned magnitudes \(DoRA\)"):
+        adapter_changes(tmp_path / "style.safetensors")

@@ -41,6 +41,7 @@ def option(words, name):
     return Path(words[words.index(f"--{name}") + 1])
 
 
+@pytest.mark.slow
 def test_everything_is_trained_and_measured(words, figures):
     rows = {(row["who"], row["nfe"]): row for row in figures["rows"]}
     assert list(rows) == [("teacher", 5), ("student", 4), ("teacher", 4), ("student", 1), ("teacher", 1)]
@@ -56,6 +57,7 @@ def test_everything_is_trained_and_measured(words, figures):
     assert json.loads((out / "results/latest/emoji.json").read_text())["rows"] == figures["rows"]
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_not_trained_again(words, figures, monkeypatch):
     out = option(words, "out")
     before = (out / "teacher/version_0/checkpoints/last.ckpt").stat().st_mtime_ns
@@ -65,6 +67,7 @@ def test_what_is_trained_is_not_trained_again(words, figures, monkeypatch):
     assert (out / "teacher/version_0/checkpoints/last.ckpt").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_goes_on(words, figures):
     """The note of the stage says two updates more than its checkpoint has."""
     args = emoji.arguments(words)

@@ -40,7 +40,9 @@ def test_two_experts_by_time_become_one_wan_pipeline(tmp_path):
 
 def test_experts_for_classes_become_one_pipeline_each(tmp_path):
     network = small_unet(16, 1, 4, (8, 16), norm_num_groups=4, attention_head_dim=8).eval()
-    teacher = Denoiser(network, VariancePreserving("squaredcos_cap_v2", zero_terminal_snr=True), "v_prediction", null_class=4)
+    teacher = Denoiser(
+        network, VariancePreserving("squaredcos_cap_v2", zero_terminal_snr=True), "v_prediction", null_class=4
+    )
     module = DMD2(teacher, student=Experts(classes=[[0, 3], [1, 2]]), num_steps=2, ema=[])
     folder, difference = export_module(differ(module), tmp_path / "out", fresh=False)
     assert difference <= 1e-5

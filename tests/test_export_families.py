@@ -43,6 +43,9 @@ pytestmark = pytest.mark.filterwarnings(
 #: pipelines of diffusers that read LoRA files, and those that read flattened names
 LORA = [name for name in MAKERS if not name.startswith("pixart")]
 KOHYA = ("sd15", "sd21", "lcm", "sdxl", "qwen_image", "z_image")
+#: kinds of pipeline that every test sees; the others join in ``make matrix``
+FAST = ("sd15", "sdxl", "pixart_alpha", "sd3", "flux", "wan", "anyflow")
+SOME = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in MAKERS]
 
 
 def trained(method: type, name: str, folder: Path, lora: bool, **settings: object) -> tuple[Tiny, object]:
@@ -53,7 +56,7 @@ def trained(method: type, name: str, folder: Path, lora: bool, **settings: objec
 
 
 # ------------------------------------------------------------------------------------------------ every family
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", SOME)
 def test_lora_student_of_dmd2(name, tmp_path):
     """Only adapters get a gradient; without them the backbone is the file's; pipeline and LoRA file make sample()."""
     tiny, module = trained(DMD2, name, tmp_path, lora=True)
@@ -82,7 +85,7 @@ def test_lora_student_of_dmd2(name, tmp_path):
                 export_module(module, tmp_path / style, lora=style, fresh=False)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", SOME)
 def test_full_student_of_teacher_training(name, tmp_path):
     _, module = trained(TeacherTraining, name, tmp_path, lora=False, num_steps=4)
     _, difference = export_module(module, tmp_path / "pipeline", fresh=False)
@@ -119,9 +122,8 @@ def outcome(method: type, name: str, folder: Path, lora: bool) -> str:
     return "same" if difference <= 1e-5 else f"differs by {difference:g}"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("sdxl", marks=pytest.mark.slow), "flux", pytest.param("wan", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
 def test_fresh_process(name, tmp_path):
     """The comparison in a process that has never seen this package."""
     _, module = trained(DMD2, name, tmp_path, lora=True)

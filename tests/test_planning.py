@@ -61,6 +61,11 @@ CASES = {
 }
 
 
+def mostly_slow(*fast):
+    """All cases; of those not named only ``make matrix`` has the time."""
+    return [pytest.param(case, marks=[] if case in fast else [pytest.mark.slow]) for case in CASES]
+
+
 def make(case, **more):
     network, _, settings = CASES[case]
     return DMD2(spec(network, null_class=None if network is mlp else 3), **{**settings(), **more})
@@ -96,10 +101,18 @@ def real_phases(module, size, precision=None):
     return found
 
 
-@pytest.mark.parametrize(
-    ("case", "precision"), [*((case, "32-true") for case in CASES), ("unet_lora", "bf16-mixed"), ("dit", "bf16-mixed")]
-)
-def test_activations_are_those_of_a_real_update(case, precision):
+@pytest.mark.parametrize("case", mostly_slow("mlp", "unet_gan"))
+def test_activations_are_those_of_a_real_update(case):
+    compare_activations(case, "32-true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["unet_lora", "dit"])
+def test_activations_in_mixed_precision(case):
+    compare_activations(case, "bf16-mixed")
+
+
+def compare_activations(case, precision):
     size = CASES[case][1]
     planned = plan(lambda: make(case), size, precision, device="cpu")
     autocast = torch.bfloat16 if precision == "bf16-mixed" else None
@@ -112,7 +125,7 @@ def test_activations_are_those_of_a_real_update(case, precision):
         assert phase.peak > phase.kept > 10_000
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow("mlp", "dit_dora"))
 def test_weights_gradients_and_states_are_exact(case):
     planned = plan(lambda: make(case), CASES[case][1], "32-true", device="cpu")
     module = make(case)
@@ -145,6 +158,7 @@ def test_weights_gradients_and_states_are_exact(case):
     assert planned.need == planned.resident + max(p.peak for p in planned.phases) + RESERVE
 
 
+@pytest.mark.slow
 def test_checkpointing_and_batch_size():
     plain, less, double = (
         plan(lambda: make("unet"), n, "32-true", checkpointing=on, device="cpu")
@@ -163,6 +177,7 @@ def test_checkpointing_and_batch_size():
         plan(lambda: make("mlp"), checkpointing=True)
 
 
+@pytest.mark.slow
 def test_mixed_precision_follows_the_rules_of_the_device():
     on = {d: plan(lambda: make("unet"), 4, "bf16-mixed", device=d) for d in ("cpu", "cuda")}
     assert on["cuda"].phases[0].kept > 1.15 * on["cpu"].phases[0].kept
@@ -248,6 +263,7 @@ def test_a_config_without_weights_is_enough(pipeline):
     assert zoo.roles[0].parameters == sum(p.numel() for p in ZooDenoiser("digits").build().parameters())
 
 
+@pytest.mark.slow
 def test_eight_bits(pipeline):
     folder, network = pipeline
     method = lambda **s: DMD2(PretrainedDenoiser(folder, dtype="bfloat16", **s), **adapters())  # noqa: E731

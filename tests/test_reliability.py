@@ -23,6 +23,7 @@ from lightning_distill.checkpoint_files import (
     damage,
     last_good,
     remove_parts,
+    take_place,
     write_checkpoint,
 )
 from lightning_distill.checkpoints import read_checkpoint
@@ -157,8 +158,32 @@ def test_what_is_no_failure_to_write_is_raised_as_it_is(tmp_path):
 def test_unfinished_files_are_removed(tmp_path):
     write_checkpoint(CONTENT, tmp_path / "last.ckpt")
     (tmp_path / ".last.ckpt.0123.part").write_bytes(b"PK")
+    (tmp_path / ".last.ckpt.shards.part").mkdir()
+    (tmp_path / ".last.ckpt.shards.part" / "0.distcp").write_bytes(b"PK")
     remove_parts(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("old", ["file", "folder", "link to a folder", "nothing"])
+def test_files_and_folders_replace_each_other(tmp_path, old, new):
+    part, path = tmp_path / "part", tmp_path / "last.ckpt"
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "meta.pt").write_bytes(b"old")
+    if old == "file":
+        path.write_bytes(b"old")
+    elif old == "folder":
+        path.mkdir()
+        (path / "meta.pt").write_bytes(b"old")
+    elif old == "link to a folder":
+        path.symlink_to("kept")
+    if new == "folder":
+        part.mkdir()
+    (part / "meta.pt" if new == "folder" else part).write_bytes(b"new")
+    take_place(part, path)
+    assert (path / "meta.pt" if new == "folder" else path).read_bytes() == b"new"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["kept", "last.ckpt"]
+    assert (tmp_path / "kept" / "meta.pt").read_bytes() == b"old"
 
 
 # ------------------------------------------------------------------------------------------------ folder and memory

@@ -27,6 +27,7 @@ def heads(**settings):
     return Adversary(**{"taps": ("blocks.2",), "width": 64, **settings})
 
 
+LONG = ("adm", "flash")
 TWO = [10.0, 1.0]
 FOUR = [10.0, 2.5, 1.0, 0.4]
 #: method, settings, largest distance (about 1.5 times what it was)
@@ -74,7 +75,9 @@ CASES = {
 
 
 @pytest.mark.learn
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "flash" else []) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("flash", "adm") else []) for n in CASES]
+)
 def test_it_learns_four_modes(name, ring4_problem, trained_teacher):
     method, settings, limit = CASES[name]
     made = {k: v() if callable(v) else v for k, v in settings.items()}

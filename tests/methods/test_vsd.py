@@ -120,6 +120,7 @@ def test_settings_that_cannot_work_are_refused():
 
 
 @pytest.mark.learn
+@pytest.mark.slow
 def test_swiftbrush_learns_four_modes_with_an_adapter_as_critic(ring4_problem, trained_teacher):
     teacher = copy.deepcopy(trained_teacher.denoiser)  # it will hold the adapter
     run = distil(ring4_problem, teacher, 300, method=SwiftBrush, fake_score=Lora(rank=32), fake_score_steps=2)

@@ -77,14 +77,30 @@ def comparison() -> list[str]:
     return lines
 
 
+def evidence(name: str, description: str) -> str:
+    """What the formulas of a method were compared with.
+
+    Args:
+        name: of its class.
+        description: its docstring, which says so where a paper left formulas open.
+    """
+    file = ROOT / "tests" / "fixtures" / "parity" / f"{name}.json"
+    if file.is_file():
+        fixture = json.loads(file.read_text())
+        repository, commit = fixture["repository"], fixture["commit"]
+        return f"[parity](https://github.com/{repository}/tree/{commit[:10]})"
+    return "reconstructed" if "reconstructed" in description.lower() else "derived"
+
+
 def methods() -> str:
     """One row per registered method, with its figure on the four modes."""
-    from lightning_distill.commands.methods import method_rows
+    from lightning_distill.commands.methods import method_classes, method_rows
 
     lines = [
-        "| method | paper | trained roles | data | configuration | ring4: steps, SW2 (CPU s) |",
-        "|---|---|---|---|---|---|",
+        "| method | paper | formulas | trained roles | data | configuration | ring4: steps, SW2 (CPU s) |",
+        "|---|---|---|---|---|---|---|",
     ]
+    descriptions = {cls.__name__: cls.__doc__ or "" for cls in method_classes()}
     measured: dict[str, list[dict[str, Any]]] = {}
     for row in (_load("compare_ring4") or {"rows": []})["rows"]:
         measured.setdefault(row["method"], []).append(row)
@@ -92,7 +108,15 @@ def methods() -> str:
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
         best = min(measured.get(method.name, []), key=lambda row: (row["nfe"], row["sw2"]), default=None)
         figure = f"{best['nfe']}, {best['sw2']:.3f} ({best['cpu_seconds']:.0f})" if best else ""
-        lines.append(f"| {method.name} | {paper} | {method.roles} | {method.data} | {method.config} | {figure} |")
+        formulas = evidence(method.name, descriptions[method.name])
+        cells = [method.name, paper, formulas, method.roles, method.data, method.config, figure]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Formulas: *parity*, losses and gradients equal those of released code, run once on tiny networks "
+        "(`tests/methods/test_parity.py`); *derived*, tested against closed forms and independent derivations; "
+        "*reconstructed*, the paper left part of them open.",
+    ]
     if rows := [row for of_method in measured.values() for row in of_method]:
         one, two = (rows[0][f"sw2_teacher_{steps}"] for steps in (1, 2))
         lines += [
@@ -234,6 +258,34 @@ def emoji() -> str:
     return "\n".join(lines)
 
 
+def fastgen() -> str:
+    """Cost of a cycle of DMD2 here and in FastGen, for docs/fastgen.md."""
+    result = _load("throughput_fastgen")
+    if result is None:
+        return "(run `python benchmarks/fastgen.py --fastgen FOLDER` to fill this table)"
+    lines = [
+        "| setting | implementation | CPU s, least | CPU s, median | passes | GFLOP | MiB for backward | host reads |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        seconds = [f"{row['seconds_per_cycle'][key]:.2f}" for key in ("min", "median")]
+        counts = [f"{row['passes']:g}", f"{row['gflop']:.0f}", f"{row['saved_activation_bytes'] / 2**20:.0f}"]
+        if "gflop_ratio" in row:  # of the row above, with which its blocks alternated
+            seconds = [f"{s} (x {row[f'seconds_ratio_{key}']:.2f})" for s, key in zip(seconds, ("min", "median"))]
+            counts[1] += f" (x {row['gflop_ratio']:.2f})"
+            counts[2] += f" (x {row['saved_activation_bytes_ratio']:.2f})"
+        cells = [*seconds, *counts, f"{row['host_syncs']:,}"]
+        lines.append(f"| {row['what']} | {row['implementation']} | {' | '.join(cells)} |")
+    worst = max(result["equality"].values())
+    machine = result["meta"]["machine"]
+    lines += [
+        "",
+        f"Batch {result['rows'][0]['batch']}, {result['rows'][0]['dtype']}, one thread of {machine['cpu']}, "
+        f"{result['repeats']} blocks a side. On equal draws losses and gradients differ by {worst:.0e} at most.",
+    ]
+    return "\n".join(lines)
+
+
 def marked(text: str, name: str, part: str) -> str:
     """The text with the part between the markers of a name replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -249,6 +301,7 @@ def main() -> None:
     pages = {
         ROOT / "README.md": {"quickstart": quickstart, "methods": methods, "strategies": strategies, "cost": cost},
         ROOT / "docs" / "text_to_emoji.md": {"emoji": emoji},
+        ROOT / "docs" / "fastgen.md": {"fastgen": fastgen},
     }
     written = {ROOT / "docs" / "support_matrix.md": support()}
     for page, parts in pages.items():

@@ -6,7 +6,7 @@
 Every row is one way to train: ``lora`` (one frozen backbone for three networks) or ``full``, with or without
 activation checkpointing, compilation and the GAN. A row that does not fit into memory says so. Fields: student updates
 per second (median over blocks), network calls per update, peak bytes (allocated on a GPU; parameters, gradients,
-optimizer state and saved activations on a CPU), bytes saved for backward in the largest phase, and host
+optimizer state and saved activations on a CPU), most bytes saved for backward at one time, and host
 synchronisations in an update that is not logged.
 """
 
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from counting import Counter, floor_bytes
 from lightning.pytorch import Callback, Trainer
 from real_sizes import SIZES, Size, build, parameters
 from results import RESULTS, write_result
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_distill.batch import Batch
@@ -58,17 +58,6 @@ class Conditions(Dataset[Batch]):
         return self.batch
 
 
-class Synchronisations(TorchDispatchMode):
-    """Counts reads of a tensor's value by the host."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 class Measure(Callback):
     """Times updates after a warm-up and counts what one of them does."""
 
@@ -93,35 +82,11 @@ class Measure(Callback):
         pl_module.training_step = training_step
 
     def _look(self, module: Any, step: Any, batch: Batch, index: int) -> None:
-        phases: list[int] = [0]
-        run_phase = module._phase
-
-        def phase(*args: Any) -> Any:
-            phases.append(0)
-            return run_phase(*args)
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, torch.nn.Parameter) and tensor.untyped_storage().data_ptr() not in kept:
-                kept.add(tensor.untyped_storage().data_ptr())
-                phases[-1] += tensor.untyped_storage().nbytes()
-            return tensor
-
-        kept = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-        handles = []
-        for name, role in module.named_children():
-            if isinstance(role, Denoiser):
-                handles.append(role.register_forward_hook(lambda *_, n=name: self._count(n)))
-        module._phase = phase
-        counter = Synchronisations()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter:
+        roles = {name: role for name, role in module.named_children() if isinstance(role, Denoiser)}
+        with Counter(module, roles) as counted:
             step(batch, index)
-        module._phase = run_phase
-        for handle in handles:
-            handle.remove()
-        self.saved, self.synchronisations = max(phases), counter.count
-
-    def _count(self, name: str) -> None:
-        self.calls[name] = self.calls.get(name, 0) + 1
+        self.calls, self.saved = counted.calls, counted.saved
+        self.synchronisations = counted.synchronisations
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Take the time at the borders of blocks."""
@@ -192,13 +157,7 @@ def measure(name: str, way: dict[str, Any], args: argparse.Namespace) -> dict[st
         trainer.fit(module, DataLoader(Conditions(module.student, size.shape, args.batch, way["gan"]), batch_size=None))
     except torch.OutOfMemoryError:
         return row | {"out_of_memory": True}
-    states = [s for o in trainer.optimizers for s in o.state.values()]
-    tensors = {t.data_ptr(): t for t in (*module.parameters(), *module.buffers())}
-    state = sum(t.numel() * t.element_size() for s in states for t in s.values() if isinstance(t, torch.Tensor))
-    weights = sum(t.numel() * t.element_size() for t in tensors.values())
-    phases = [[p for role in roles for p in module.role_parameters(role)] for roles in module.phases.values()]
-    gradients = max(sum(p.numel() * p.element_size() for p in phase) for phase in phases)
-    floor = weights + state + gradients
+    floor = floor_bytes((*module.parameters(), *module.buffers()), trainer.optimizers)
     row |= {
         "updates_per_second": 1.0 / statistics.median(probe.seconds),
         "seconds_per_update": {"min": min(probe.seconds), "median": statistics.median(probe.seconds)},

@@ -1,13 +1,14 @@
 """Checkpoint files that are whole or not there, and how a damaged one is known.
 
-A file is written under another name in the same folder, flushed to the disk and renamed, so that a process that is
-killed at any moment leaves the earlier checkpoints as they were. A checkpoint is a ZIP archive in which torch keeps a
-CRC-32 of every tensor; torch does not look at them when it reads, this module does. They are part of the file, so that
-links, copies and renamed files have them too.
+A file (a folder of shards likewise) is written under another name in the same folder, flushed to the disk and renamed,
+so that a process that is killed at any moment leaves the earlier checkpoints as they were. A checkpoint is a ZIP
+archive in which torch keeps a CRC-32 of every tensor; torch does not look at them when it reads, this module does.
+They are part of the file, so that links, copies and renamed files have them too.
 """
 
 import os
 import pickle
+import shutil
 import struct
 import uuid
 import zipfile
@@ -22,7 +23,17 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.checkpoint import FileSystemReader
 
-__all__ = ["AtomicCheckpointIO", "damage", "last_good", "remove_parts", "require_whole", "write_checkpoint"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "damage",
+    "last_good",
+    "remove",
+    "remove_parts",
+    "require_whole",
+    "take_place",
+    "told",
+    "write_checkpoint",
+]
 
 _UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, KeyError)
 
@@ -68,8 +79,6 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written; earlier checkpoints are untouched.
     """
-    from lightning_distill.data.shards import _flush_folder  # its package imports ``checkpoints``
-
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +86,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(part, path)
+        take_place(part, path)
     except BaseException as error:
         with suppress(OSError):
             part.unlink()
@@ -88,7 +97,32 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         raise OSError(
             f"the checkpoint {path} cannot be written: {told(reason)}; repair that{_instead(path.parent)}."
         ) from reason
-    _flush_folder(path.parent)
+
+
+def take_place(part: Path, path: Path) -> None:
+    """Give a complete file or folder its final name, for good.
+
+    A file replaces a file in one operation. A folder cannot be replaced: it is moved aside first, so that for a moment
+    nothing has the name.
+    """
+    from lightning_distill.data.shards import flush_folder  # its package imports ``checkpoints``
+
+    aside = None
+    if path.is_dir() or (part.is_dir() and path.exists()):
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        os.replace(path, aside)
+    os.replace(part, path)
+    flush_folder(path.parent)
+    if aside is not None:
+        remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def told(error: OSError) -> str:
@@ -98,9 +132,9 @@ def told(error: OSError) -> str:
 
 def remove_parts(folder: Path) -> None:
     """Remove what killed processes left unfinished; nobody else may be writing into the folder."""
-    for file in folder.glob(".*.ckpt.*.part"):
+    for part in folder.glob(".*.ckpt.*.part"):
         with suppress(OSError):
-            file.unlink()
+            remove(part)
 
 
 def damage(path: str | Path) -> str | None:

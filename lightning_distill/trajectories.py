@@ -22,7 +22,7 @@ from lightning_distill.checkpoints import fingerprint
 from lightning_distill.generation import default_cond
 from lightning_distill.guidance import guided
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.lora import base_state_dict
+from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import NoiseProcess
 from lightning_distill.randomness import RandomStreams

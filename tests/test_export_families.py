@@ -28,7 +28,8 @@ from lightning_distill.methods import DMD2, TeacherTraining
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import FAMILIES
-from lightning_distill.networks.lora import add_adapter, base_state_dict
+from lightning_distill.networks.lora import add_adapter
+from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.networks.second_time import add_second_time
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.processes import FlowMatching, TrigFlow, VariancePreserving

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -83,9 +84,10 @@ class TrainingHealth(Callback):
     teacher: then brightness_drift and spread_ratio tell.
 
     The reference of the drifts is the data, where batches have some, else samples of the teacher. Critic, guidance and
-    discriminator are probed on fresh training rollouts (all student steps mixed, as the critic sees them) with noise of
-    their own: a run with this callback has the same weights, bit for bit, as one without, and updates in between wait
-    for nothing. One probe costs about 3 network calls of ``num_samples`` per level.
+    discriminator are probed on fresh training rollouts (all student steps mixed, as the critic sees them, which is told
+    the step where it is in training) with noise of their own: a run with this callback has the same weights, bit for
+    bit, as one without, and updates in between wait for nothing. One probe costs about 3 network calls of
+    ``num_samples`` per level.
 
     Args:
         every_n_steps: student updates between figures.
@@ -194,10 +196,11 @@ class TrainingHealth(Callback):
                 eps = [module.draws.normal(f"noise{i}", x.shape) for i in range(len(self.levels))]
                 real_eps = [module.draws.normal(f"real_noise{i}", x.shape) for i in range(len(self.levels))]
                 u = module.draws.uniform("guidance", len(x))
-            if fake_score is not None:
-                figures |= self._critic(module, teacher, fake_score, x, batch, eps, u)
-            if discriminator is not None and batch.x0 is not None:
-                figures |= self._discriminator(module, discriminator, x, batch, eps, real_eps)
+                # within, the steps that made the samples are known
+                if fake_score is not None:
+                    figures |= self._critic(module, teacher, fake_score, x, batch, eps, u)
+                if discriminator is not None and batch.x0 is not None:
+                    figures |= self._discriminator(module, discriminator, x, batch, eps, real_eps)
         current = list(module.student.parameters())
         for name, average in zip(module.student_ema, module.averages()):
             figures[f"ema_distance/{name}"] = weight_distance(average, current)
@@ -221,7 +224,9 @@ class TrainingHealth(Callback):
         for q, noise in zip(self.levels, eps):
             t = distribution.quantile(torch.full((len(x),), q, dtype=torch.float64, device=x.device), process)
             x_t = process.add_noise(x, noise, t)
-            fake, real = fake_score(x_t, t, cond).x0, teacher(x_t, t, cond).x0
+            with getattr(module, "told_step", nullcontext)():
+                fake = fake_score(x_t, t, cond).x0
+            real = teacher(x_t, t, cond).x0
             state = critic_state(x, real, fake)
             found = {"fake_score_lag": state.lag, "fake_score_residual": state.residual, "score_gap": state.gap}
             if guided and guidance is not None:
@@ -246,13 +251,16 @@ class TrainingHealth(Callback):
             return {}
         process, data = module.process, batch.x0
         distribution = gan.times or getattr(module, "critic_times", None) or bounded(process, 0.0, 1.0)
+        # a shared backbone would tell the teacher, too
+        told = getattr(module, "told_step", nullcontext) if gan.features == "fake_score" else nullcontext
         levels: dict[str, list[Tensor]] = {}
         for q, noise, real_noise in zip(self.levels, eps, real_eps):
             t = distribution.quantile(torch.full((len(x),), q, dtype=torch.float64, device=x.device), process)
-            real, fake = (
-                discriminator(gan.tapped(network, process.add_noise(clean, n, t), t, batch.cond))
-                for clean, n in ((data, real_noise), (x, noise))
-            )
+            with told():
+                real, fake = (
+                    discriminator(gan.tapped(network, process.add_noise(clean, n, t), t, batch.cond))
+                    for clean, n in ((data, real_noise), (x, noise))
+                )
             found = logit_statistics(real, fake, gan.kind)
             for name, value in {
                 "logit_real": found.real_mean,

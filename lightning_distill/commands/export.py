@@ -22,7 +22,7 @@ from lightning_distill.generation import default_cond
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ConditionExperts, ExpertNetwork, single_experts
-from lightning_distill.networks.lora import without_adapters
+from lightning_distill.networks.merging import without_adapters
 
 __all__ = ["export_module", "main"]
 

@@ -21,6 +21,7 @@ __all__ = [
     "Layout",
     "difference",
     "explained",
+    "flush_folder",
     "listed",
     "plain_key",
     "read_header",
@@ -80,10 +81,10 @@ def write_file(file: Path, data: bytes) -> None:
         with suppress(OSError):
             part.unlink()
         raise
-    _flush_folder(file.parent)
+    flush_folder(file.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make renames last through a power cut, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

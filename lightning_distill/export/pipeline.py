@@ -169,7 +169,7 @@ def export_denoiser(
         ValueError: as ``export_pipeline``; or the network sees rescaled data, which no scheduler undoes.
     """
     from lightning_distill.networks.experts import ExpertNetwork
-    from lightning_distill.networks.lora import merged_network
+    from lightning_distill.networks.merging import merged_network
 
     if isinstance(denoiser.network, ExpertNetwork):
         denoiser, options["second"], options["boundary_ratio"] = _switched(denoiser)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MeanValue", "Reward", "exponential_weight", "saliency_map"]
+__all__ = ["MeanValue", "Reward", "exponential_weight", "rewards_of", "saliency_map"]
 
 #: samples (B, ...) and their conditions -> rewards (B,)
 Reward = Callable[[Tensor, Mapping[str, Any]], Tensor]
@@ -34,6 +34,24 @@ class MeanValue(nn.Module):
         """
         part = x if self.channel is None else x[:, self.channel : self.channel + 1]
         return self.sign * part.flatten(1).mean(1)
+
+
+@torch.no_grad()
+def rewards_of(reward: Reward, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    """R(x), (B,), without graph.
+
+    Args:
+        reward: gives one number per sample.
+        x: samples, (B, ...).
+        cond: their conditions.
+
+    Raises:
+        ValueError: it gives anything else.
+    """
+    rewards = reward(x, cond)
+    if rewards.shape != (len(x),):
+        raise ValueError(f"the reward gave shape {tuple(rewards.shape)} for {len(x)} samples; it gives one each.")
+    return rewards
 
 
 def exponential_weight(reward: Tensor, beta: float, limit: float = 10.0) -> Tensor:

@@ -10,6 +10,7 @@ from lightning_distill.methods.cdm import CDM
 from lightning_distill.methods.cmt import CMT
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
 from lightning_distill.methods.consistency_training import ECT, ICT, ConsistencyTraining
+from lightning_distill.methods.critic_schedule import UpdateSchedule
 from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.diff_instruct import DiffInstruct
 from lightning_distill.methods.disback import DisBack
@@ -98,4 +99,5 @@ __all__ = [
     "TeacherTraining",
     "Terms",
     "UniInstruct",
+    "UpdateSchedule",
 ]

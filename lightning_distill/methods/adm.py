@@ -36,6 +36,7 @@ class ADM(AdversarialMethod):
             teacher's step. Default weights of ``student/gan`` and ``fake_score/gan`` are 1.
 
     Notes:
+        Reconstructed from the paper's description; its released settings were not at hand.
         Fake score and heads are trained in one phase; the paper has a rate for each.
         Where the fake score is wrong the discriminator may see that rather than the student; ``fake_score_steps`` keeps
         it close.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
@@ -36,6 +37,10 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
 
     phases = {"student": ("student",), "fake_score": ("fake_score", "discriminator")}
     default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 1e-3, "fake_score/gan": 1e-2}
+    #: critic updates per game; see DMD2
+    gan_every: int = 1
+    #: whether the generator's side is played at the noisy samples of the scores; see DMD2
+    gan_at_scores: bool = False
 
     def __init__(
         self, teacher: DenoiserSpec | Denoiser | None = None, *, gan: Adversary | None = None, **kwargs: Any
@@ -68,6 +73,26 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
         with self.told_step() if self.gan.features == "fake_score" else nullcontext():
             return super().logits(x_t, t, cond)
 
+    # ------------------------------------------------------------------------------------------------ student
+    @property
+    def scores_share_forward(self) -> bool:
+        """Whether the forward of a score has the features of the noisy samples at which scores are compared."""
+        gan = self.gan
+        if gan is None or not gan.network_taps:
+            return False
+        if gan.features == "fake_score":
+            return not self.fake_guidance.needs_null
+        return self.gan_at_scores and self.real_score() is self.feature_network
+
+    def scores_and_logits(self, x: Tensor, batch: Batch) -> tuple[Scores, Tensor]:
+        """Both scores and the discriminator's logits (B, n) at the same noisy samples."""
+        assert self.gan is not None
+        if not self.scores_share_forward:
+            scores = self.scores(x, batch)
+            return scores, self.logits(scores.x_t, scores.t, batch.cond)
+        scores = self.scores(x, batch, self.gan.network_taps, tapped=self.gan.features)
+        return scores, self.heads(self.gan.in_passing(scores.x_t, scores.features))
+
     # ------------------------------------------------------------------------------------------------ critic
     def gan_weight(self, batch: Batch) -> Tensor | None:
         """Factor on the game of each of the slice's samples, (B,); None for none."""
@@ -79,10 +104,29 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
         gan = self.gan
         return gan is not None and gan.features == "fake_score" and gan.times is None and self.critic_is_plain
 
+    @property
+    def game_is_due(self) -> bool:
+        """Whether the critic update that runs is one of those with a game."""
+        if self.gan_every == 1:
+            return True
+        update = self.draws.update * self.fake_score_steps + int(self.draws.phase.removeprefix("fake_score"))
+        return update % self.gan_every == 0
+
+    def idle_heads(self) -> Tensor:
+        """Zero, with zero gradients for the heads: their optimizer steps alike on one process and on many."""
+        assert self.discriminator is not None
+        like = next(self.discriminator.parameters())
+        shapes = self.discriminator.shapes.items()
+        return 0.0 * self.heads({tap: torch.zeros(1, *shape).to(like) for tap, shape in shapes}).sum()
+
     def fake_score_loss(self, batch: Batch) -> Terms:
         """Denoising of student samples, and the discriminator's side of the GAN."""
         if self.gan is None:
             return self.critic_denoising(batch)[0]
+        if not self.game_is_due:
+            terms = self.critic_denoising(batch)[0]
+            terms.losses["denoising"] = terms.losses["denoising"] + self.idle_heads()
+            return terms
         terms, prediction = self.critic_denoising(batch, self.gan.network_taps if self.shares_forward else ())
         if self.shares_forward:
             fake, t = self.heads(self.gan.in_passing(prediction.x_t, prediction.features)), prediction.t
@@ -90,7 +134,8 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
             x_s, t, _ = self.renoise(self.rollout(batch, grad=False).x0, self.gan_times, "gan")
             fake = self.logits(x_s, t, batch.cond)
         real = self.real_logits(batch, t)
-        terms.losses["gan"] = discriminator_loss(real, fake, self.gan.kind, weight=self.gan_weight(batch))
+        game = discriminator_loss(real, fake, self.gan.kind, weight=self.gan_weight(batch))
+        terms.losses["gan"] = self.gan_every * game
         terms.diagnostics["logit_real"], terms.diagnostics["logit_fake"] = real.mean(), fake.mean()
         return terms
 
@@ -100,6 +145,9 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
         if self.gan is not None and self.gan.network_taps:
             source = self.gan.features
             counts["student"][source] += 2 if self.gan.kind == "relativistic" else 1
+            if self.gan_at_scores and self.scores_share_forward:
+                unconditional = source == "teacher" and self.guidance.needs_null  # a call of its own
+                counts["student"][source] += unconditional - 1
             counts["fake_score"][source] += 1 if self.shares_forward else 2
         return counts
 
@@ -129,24 +177,8 @@ class RatioMethod(AdversarialMethod):
         if self.gan.times is not None:
             check_coverage(self.matching_times, self.gan.times, self.process)
 
-    @property
-    def ratio_shares_forward(self) -> bool:
-        """Whether one forward of the fake score gives its prediction and the discriminator's features."""
-        gan = self.gan
-        plain = not self.fake_guidance.needs_null
-        return gan is not None and gan.features == "fake_score" and bool(gan.network_taps) and plain
-
-    def scores_and_logits(self, x: Tensor, batch: Batch) -> tuple[Scores, Tensor]:
-        """Both scores and the discriminator's logits (B, n) at the same noisy samples."""
-        assert self.gan is not None
-        if not self.ratio_shares_forward:
-            scores = self.scores(x, batch)
-            return scores, self.logits(scores.x_t, scores.t, batch.cond)
-        scores = self.scores(x, batch, self.gan.network_taps)
-        return scores, self.heads(self.gan.in_passing(scores.x_t, scores.features))
-
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
         counts = super().forward_counts()
-        if self.ratio_shares_forward:
+        if self.scores_share_forward:
             counts["student"]["fake_score"] -= 1
         return counts

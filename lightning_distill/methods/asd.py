@@ -30,6 +30,7 @@ class ASD(DMD2):
         **kwargs: see ``DMD2``; ``gan`` is needed.
 
     Notes:
+        Reconstructed from the paper's description; its weights were not at hand.
         All lists of times start at the student's first time and are trailing grids (see ``few_step_times``).
         The paper's video part, more steps for the first frames, is a matter of sampling.
     """

@@ -30,7 +30,8 @@ from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
 from lightning_distill.methods.terms import Terms, mean_terms
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.lora import base_state_dict, enable_activation_checkpointing
+from lightning_distill.networks.lora import enable_activation_checkpointing
+from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.networks.roles import Copy, Role, averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 from lightning_distill.optim import default_optimizer, guard_step

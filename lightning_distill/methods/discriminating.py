@@ -1,15 +1,19 @@
 """The adversarial term of a method: heads on a network's features, and both sides of the game."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.guidance import Guidance
 from lightning_distill.losses.adversarial import generator_loss
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.discriminators import DiscriminatorHeads
+from lightning_distill.processes import expand
 from lightning_distill.times import TimeDistribution
 
 if TYPE_CHECKING:
@@ -19,7 +23,73 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["Discriminating"]
+__all__ = ["Discriminating", "graph_until", "score_with_features"]
+
+
+@contextmanager
+def graph_until(network: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Within it one forward of a network has a graph up to the last of some blocks, and none behind it.
+
+    Gradients of their outputs reach the input; activations of the blocks behind them are not kept.
+
+    Args:
+        network: the module that is called.
+        blocks: names of its submodules.
+    """
+    left = set(blocks)
+
+    def ran(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            left.discard(name)
+            if not left:
+                torch.set_grad_enabled(False)
+
+        return hook
+
+    with torch.enable_grad(), ExitStack() as stack:  # which restores the caller's mode at its end
+        for name in blocks:
+            stack.callback(network.get_submodule(name).register_forward_hook(ran(name)).remove)
+        yield
+
+
+def score_with_features(
+    policy: Guidance,
+    network: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Any],
+    u: Tensor,
+    taps: Sequence[str],
+    differentiable: bool = False,
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """A guided x0-prediction, and features out of the forward with the conditions that it needs anyway.
+
+    The features have a graph to ``x_t``; the prediction has one if ``differentiable``. With taps the unconditional
+    branch is a call of its own, so that features of it are neither computed with a graph nor differentiated.
+
+    Args:
+        policy: classifier-free guidance.
+        network: teacher or fake score.
+        x_t: noisy samples, (B, ...).
+        t: native times, (B,).
+        cond: conditioning by keyword.
+        u: one uniform number per sample, (B,), for random guidance.
+        taps: blocks whose outputs are wanted; none for the prediction alone.
+        differentiable: whether the prediction keeps its graph.
+
+    Returns:
+        y (B, ...) and the features by name.
+    """
+    if not taps:
+        return policy(network, x_t, t, cond, u).x0, {}
+    with nullcontext() if differentiable else graph_until(network.network, taps):
+        prediction = network(x_t, t, cond, taps=taps)
+    x0 = prediction.x0 if differentiable else prediction.x0.detach()
+    if policy.needs_null:
+        without = network(x_t, t, network.null_cond(cond)).x0
+        w = policy.scales(t, u)
+        x0 = without + (expand(w, x_t) if isinstance(w, Tensor) else w) * (x0 - without)
+    return x0, prediction.features
 
 
 class Discriminating(_Base):
@@ -61,8 +131,22 @@ class Discriminating(_Base):
         if self.gan is None:
             return {}
         x_s, s, _ = self.renoise(x, self.gan_times, "gan")
+        return self.generator_term(self.logits(x_s, s, batch.cond), s, batch, weight)
+
+    def generator_term(
+        self, logits: Tensor, s: Tensor, batch: Batch, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The generator's side, of logits that are there.
+
+        Args:
+            logits: of student samples at times ``s``, (B, n), with graph.
+            s: native times, (B,).
+            batch: conditions; data for the relativistic loss.
+            weight: factor per sample, (B,).
+        """
+        assert self.gan is not None
         real = self.real_logits(batch, s) if self.gan.kind == "relativistic" else None
-        return {"gan": generator_loss(self.logits(x_s, s, batch.cond), self.gan.kind, real=real, weight=weight)}
+        return {"gan": generator_loss(logits, self.gan.kind, real=real, weight=weight)}
 
     def real_noisy(self, batch: Batch, t: Tensor) -> Tensor:
         """The batch's data at the given times, with noise independent of the student's, (B, ...)."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.methods.adversarial import AdversarialMethod
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.grouped import Grouped
 from lightning_distill.methods.regression import PairRegression
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.networks.denoiser import Denoiser
@@ -31,6 +32,11 @@ class DMD2(AdversarialMethod):
     Args:
         teacher: the pretrained model.
         weight: factor lambda on the direction; ``dmd`` is 1 / mean |x - y_T| per sample (see ``matching_weight``).
+        gan_at_scores: the student's adversarial term reads the noisy samples at which scores are compared, and its
+            features come out of a score's own forward: one network call less. Otherwise it has times and noise of its
+            own.
+        gan_every: the discriminator is trained in every k-th critic update only, k times as heavily (lazy as in
+            arXiv:1912.04958, Appendix B).
         regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) with noise and teacher
             outputs, for a warm-up by regression.
         regression_conditions: store of the embeddings with which they were made, for text models.
@@ -52,6 +58,8 @@ class DMD2(AdversarialMethod):
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
         weight: str = "dmd",
+        gan_at_scores: bool = False,
+        gan_every: int = 1,
         regression_pairs: str | None = None,
         regression_conditions: str | None = None,
         regression_steps: int = 0,
@@ -62,11 +70,31 @@ class DMD2(AdversarialMethod):
             raise ValueError(
                 f"regression_steps={regression_steps} needs regression_pairs, a store or file of noise-image pairs."
             )
+        if ((gan_at_scores or gan_every != 1) and self.gan is None) or gan_every < 1:
+            raise ValueError(
+                f"gan_at_scores={gan_at_scores} and gan_every={gan_every} say how the game of gan=Adversary(...) is "
+                "played; give gan, and gan_every of 1 or more."
+            )
+        if gan_at_scores and self.gan is not None and self.gan.times is not None:
+            raise ValueError(
+                "gan_at_scores plays the game at the matching times, and gan has times of its own; leave one out."
+            )
         self.weight = weight
+        self.gan_at_scores = gan_at_scores
+        self.gan_every = gan_every
         self.regression_steps = regression_steps
         self.regression = None
         if regression_pairs is not None:
             self.regression = PairRegression(regression_pairs, conditions=regression_conditions)
+
+    def check_configuration(self) -> None:
+        """Samples in groups have a game of their own."""
+        super().check_configuration()
+        if self.gan_at_scores and isinstance(self, Grouped):
+            raise ValueError(
+                f"{type(self).__name__} compares scores within groups and plays its game elsewhere; leave out "
+                "gan_at_scores."
+            )
 
     def student_loss(self, batch: Batch) -> Terms:
         """Score difference at a random time, and the generator's side of the GAN."""
@@ -76,9 +104,16 @@ class DMD2(AdversarialMethod):
 
     def rollout_terms(self, rollout: Rollout, batch: Batch) -> Terms:
         """Both terms of a rollout with graph."""
-        x = rollout.x0
-        terms = self.matching(x, self.scores(x, batch), self.weight, self.sample_factor(x, batch))
-        terms.losses |= self.gan_term(x, batch, self.gan_weight(batch))
+        x, logits = rollout.x0, None
+        if self.gan_at_scores:
+            scores, logits = self.scores_and_logits(x, batch)
+        else:
+            scores = self.scores(x, batch)
+        terms = self.matching(x, scores, self.weight, self.sample_factor(x, batch))
+        weight = self.gan_weight(batch)
+        terms.losses |= (
+            self.gan_term(x, batch, weight) if logits is None else self.generator_term(logits, scores.t, batch, weight)
+        )
         return terms
 
     def sample_factor(self, x: Tensor, batch: Batch) -> Tensor | float:

@@ -14,6 +14,8 @@ from lightning_distill.generation import default_cond
 from lightning_distill.guidance import Guidance, check_guidance
 from lightning_distill.losses.score_matching import denoising_loss, matching_weight, score_difference
 from lightning_distill.methods.base import DistillationModule, Terms
+from lightning_distill.methods.critic_schedule import ScheduledCritic, UpdateSchedule
+from lightning_distill.methods.discriminating import score_with_features
 from lightning_distill.methods.dropping import drop_conditions
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.methods.step_aware import Scores, StepAware
@@ -27,7 +29,7 @@ from lightning_distill.times import TimeDistribution, bounded, check_coverage
 __all__ = ["FakeScoreMethod", "Scores"]
 
 
-class FakeScoreMethod(StepAware, DistillationModule):
+class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
     """Base of the distribution-matching family: roles, the two time-scale cycle and the critic's denoising loss.
 
     A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update uses the
@@ -40,6 +42,7 @@ class FakeScoreMethod(StepAware, DistillationModule):
         fake_score: how the fake score is realised.
         guidance: classifier-free guidance inside the teacher's prediction.
         fake_score_steps: critic updates per student update.
+        critic_schedule: sets that number from the critic's measured lag instead; None for a fixed one.
         updates_per_sample: critic updates that share one batch of student samples.
         matching_times: distribution of the times at which scores are compared; None is uniform on [.02, .98] of
             t_max, on the Karras scale for EDM.
@@ -72,6 +75,7 @@ class FakeScoreMethod(StepAware, DistillationModule):
         fake_score: Role | None = None,
         guidance: Guidance | None = None,
         fake_score_steps: int = 5,
+        critic_schedule: UpdateSchedule | None = None,
         updates_per_sample: int = 1,
         matching_times: TimeDistribution | None = None,
         critic_times: TimeDistribution | None = None,
@@ -101,6 +105,7 @@ class FakeScoreMethod(StepAware, DistillationModule):
         self._fake_score_role.check()
         self.guidance = guidance or Guidance(1.0)
         self.fake_score_steps = fake_score_steps
+        self.add_schedule(critic_schedule)
         self.updates_per_sample = updates_per_sample
         self._given_matching_times = matching_times
         self._given_critic_times = critic_times
@@ -133,6 +138,7 @@ class FakeScoreMethod(StepAware, DistillationModule):
         super().check_configuration()
         check_guidance(self.require_teacher(), self.guidance, self.fake_guidance, self.critic_guidance)
         check_coverage(self.matching_times, self.critic_times, self.process)
+        self.check_schedule()
 
     @property
     def slices_per_cycle(self) -> int:
@@ -141,7 +147,7 @@ class FakeScoreMethod(StepAware, DistillationModule):
 
     def phase_plan(self) -> list[tuple[str, int]]:
         """Student first; its slice is the critic's first."""
-        critic = [("fake_score", k // self.updates_per_sample) for k in range(self.fake_score_steps)]
+        critic = [("fake_score", k // self.updates_per_sample) for k in range(self.critic_updates)]
         return [("student", 0), *critic]
 
     # ------------------------------------------------------------------------------------------------ student
@@ -155,30 +161,28 @@ class FakeScoreMethod(StepAware, DistillationModule):
         batch: Batch,
         taps: tuple[str, ...] = (),
         noisy: tuple[Tensor, Tensor] | None = None,
+        tapped: str = "fake_score",
     ) -> Scores:
         """Teacher and fake score at the student's samples, noised to a random matching time.
 
-        Both have a graph to ``x`` where the method differentiates scores. With ``taps`` the fake score alone has one,
-        and its features come with it.
+        Both have a graph to ``x`` where the method differentiates scores; tapped features always have one.
 
         Args:
             x: student samples, (B, ...).
             batch: their conditions.
-            taps: blocks of the (then unguided) fake score whose outputs are wanted.
+            taps: blocks whose outputs are wanted, from the forward with the conditions.
             noisy: x_t and t, where they are not ``x`` noised to a matching time.
+            tapped: whose blocks, ``teacher`` or ``fake_score``.
         """
         x_t, t = noisy or self.renoise(x, self.matching_times, "matching")[:2]
         u = self.draws.uniform("guidance", len(x))
-        with nullcontext() if self.differentiates_scores else torch.no_grad():
-            real = self.guidance(self.real_score(), x_t, t, batch.cond, u).x0
-            if not taps:
-                with self.told_step():
-                    fake = self.fake_guidance(self.fake_score, x_t, t, batch.cond, u).x0
-        if not taps:
-            return Scores(x_t, t, real, fake)
-        with self.told_step():
-            prediction = self.fake_score(x_t, t, batch.cond, taps=taps)
-        return Scores(x_t, t, real, prediction.x0, prediction.features)
+        at, whole = (x_t, t, batch.cond, u), self.differentiates_scores
+        of_teacher, of_fake = (taps, ()) if tapped == "teacher" else ((), taps)
+        with nullcontext() if whole else torch.no_grad():
+            real, seen = score_with_features(self.guidance, self.real_score(), *at, of_teacher, whole)
+            with self.told_step():
+                fake, own = score_with_features(self.fake_guidance, self.fake_score, *at, of_fake, whole)
+        return Scores(x_t, t, real, fake, {**seen, **own})
 
     def matching(self, x: Tensor, scores: Scores, kind: str, factor: Tensor | float = 1.0) -> Terms:
         """The student term of distribution matching, along factor * lambda * (y_T - y_F).
@@ -198,13 +202,12 @@ class FakeScoreMethod(StepAware, DistillationModule):
         """Denoising loss of the fake score on detached student samples, and the prediction it came from."""
         rollout = self.rollout(batch, grad=False)
         x_t, t, x, eps, weight = self.critic_samples(rollout)
-        with self.told_step():
-            prediction = self._criticised(x_t, t, batch.cond, taps)
-        own = "edm" if self.fake_score.network_process is not None else self.fake_score.prediction_type
-        loss = denoising_loss(prediction, x, eps, self.critic_space or own, self.fake_score.data_scale, weight)
+        prediction = self.criticised(x_t, t, batch.cond, taps)
+        loss = self.critic_error(prediction, x, eps, weight)
+        self.remember_prediction(batch.cond, prediction, x, eps, weight)
         if isinstance(self.fake_score.network, OracleNetwork):
             self._remember(rollout, batch)
-        return Terms({"denoising": loss}), prediction
+        return Terms({"denoising": loss}, self.schedule_diagnostics()), prediction
 
     def _remember(self, rollout: Rollout, batch: Batch) -> None:
         """Samples of all ranks enter the bank of an oracle, after it was judged on them."""
@@ -228,13 +231,20 @@ class FakeScoreMethod(StepAware, DistillationModule):
         """Whether the fake score is trained on its unguided prediction with the batch's own conditions."""
         return not self.critic_guidance.needs_null and not self.critic_dropout
 
-    def _criticised(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], taps: tuple[str, ...]) -> Any:
-        if self.critic_is_plain:
-            return self.fake_score(x_t, t, cond, taps=taps)
-        if self.critic_dropout and cond:
-            u = self.draws.uniform("critic/dropout", len(x_t))
-            cond = drop_conditions(self.fake_score, cond, u, self.critic_dropout)
-        return self.critic_guidance(self.fake_score, x_t, t, cond, self.draws.uniform("critic/guidance", len(x_t)))
+    def criticised(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], taps: tuple[str, ...] = ()) -> Any:
+        """The fake score's prediction in its own training."""
+        with self.told_step():
+            if self.critic_is_plain:
+                return self.fake_score(x_t, t, cond, taps=taps)
+            if self.critic_dropout and cond:
+                u = self.draws.uniform("critic/dropout", len(x_t))
+                cond = drop_conditions(self.fake_score, cond, u, self.critic_dropout)
+            return self.critic_guidance(self.fake_score, x_t, t, cond, self.draws.uniform("critic/guidance", len(x_t)))
+
+    def critic_error(self, prediction: Any, x0: Tensor, eps: Tensor, weight: Tensor | None) -> Tensor:
+        """The fake score's squared error, in its space; arguments as ``denoising_loss``."""
+        own = "edm" if self.fake_score.network_process is not None else self.fake_score.prediction_type
+        return denoising_loss(prediction, x0, eps, self.critic_space or own, self.fake_score.data_scale, weight)
 
     def fake_score_loss(self, batch: Batch) -> Terms:
         """Denoising on student samples."""

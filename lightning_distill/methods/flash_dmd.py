@@ -26,6 +26,7 @@ class FlashDMD(DMD2):
             on the samples themselves.
 
     Notes:
+        Reconstructed from the paper's description; its times and weights were not at hand.
         The paper's discriminator sees decoded images without noise; this one is ``gan``'s.
         Its second stage, preference optimisation of the distilled student, is not part of this method.
         Factors are 1 within their half, so that the two terms keep the weights of ``loss_weights``.

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
@@ -39,6 +40,12 @@ class Grouped(_Base):
             return value
         self._check_groups(len(value))
         return value.view(-1, self.group_size).mean(1).repeat_interleave(self.group_size)
+
+    def group_advantage(self, value: Tensor) -> Tensor:
+        """Each number's distance from the mean of its group in units of the group's spread, (B,); 0 in equal groups."""
+        difference = value - self.group_mean(value)
+        spread = self.group_mean(difference.square()).sqrt()
+        return difference / spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
     def grouped(self, batch: Batch) -> Batch:
         """The batch with common conditions in every group."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
-from lightning_distill.losses.reward_weights import exponential_weight, saliency_map
+from lightning_distill.losses.reward_weights import exponential_weight, rewards_of, saliency_map
 from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.running import RunningMeans
 from lightning_distill.networks.denoiser import Denoiser
@@ -72,11 +72,7 @@ class RewardedDMD(RunningMeans, DMD2):
     def sample_factor(self, x: Tensor, batch: Batch) -> Tensor | float:
         """exp(beta R) over its mean, times the map of the saliency."""
         samples = x.detach()
-        with torch.no_grad():
-            rewards = self.reward(samples, batch.cond)
-        if rewards.shape != (len(x),):
-            raise ValueError(f"the reward gave shape {tuple(rewards.shape)} for {len(x)} samples; it gives one each.")
-        weight = exponential_weight(rewards, self.beta)
+        weight = exponential_weight(rewards_of(self.reward, samples, batch.cond), self.beta)
         mean = self.running_means("reward")
         self.note("reward", weight.sum()[None], torch.full_like(weight[:1], len(weight)))
         factor = expand(weight / mean, x)

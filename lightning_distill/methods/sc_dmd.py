@@ -26,8 +26,9 @@ class SCDMD(DMD2):
     All settings are those of ``DMD2``; the default weight of ``student/consistency`` is .1.
 
     Notes:
-        The rollout's own prediction is the long step. The weight and the choice of times are ours, the paper's were not
-        at hand; its cache-aware features for video are not part of this method.
+        Reconstructed from the paper's description: the weight and the choice of times are ours, the paper's were not
+        at hand. The rollout's own prediction is the long step.
+        Its cache-aware features for video are not part of this method.
     """
 
     learns_from = "teacher alone; data for gan"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lightning_distill.networks.adapter_bank import BANK, AdapterBank, AdapterCheckpoint, adapter_bank
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.quantisation import QuantisedLinear, dequantise, plain_tensors
+from lightning_distill.networks.quantisation import QuantisedLinear
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.weightless import where
 
@@ -37,15 +37,11 @@ __all__ = [
     "adapter_bank",
     "add_adapter",
     "add_adapter_copy",
-    "base_state_dict",
     "check_adapter",
     "enable_activation_checkpointing",
     "load_role_state",
-    "merged_network",
     "role_state",
     "trainable_parameters",
-    "widen",
-    "without_adapters",
 ]
 
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -294,7 +290,7 @@ def _inject(network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig
         if name in layer.lora_magnitude_vector:
             _measure_rows(layer, name, dtype)
     if checkpointing:
-        _checkpoint_with(network, bank)
+        checkpoint_with(network, bank)
 
 
 def _measure_rows(layer: Any, name: str, dtype: torch.dtype) -> None:
@@ -321,95 +317,13 @@ def enable_activation_checkpointing(denoiser: Denoiser) -> None:
             f"{type(network).__name__} has no activation checkpointing; switch it off, or call "
             "AdapterCheckpoint around its blocks."
         )
-    _checkpoint_with(network, adapter_bank(network))
+    checkpoint_with(network, adapter_bank(network))
 
 
-def _checkpoint_with(network: nn.Module, bank: AdapterBank | None) -> None:
+def checkpoint_with(network: nn.Module, bank: AdapterBank | None) -> None:
     network.enable_gradient_checkpointing(  # type: ignore[operator]
         gradient_checkpointing_func=AdapterCheckpoint(bank)
     )
-
-
-# ---------------------------------------------------------------------------------------- plain copies
-def without_adapters(network: nn.Module) -> nn.Module:
-    """A deep copy of the original network: same weights, no adapters.
-
-    Args:
-        network: any network, with or without adapters.
-    """
-    return _plain_copy(network, None)
-
-
-def merged_network(denoiser: Denoiser, widened: bool = False) -> nn.Module:
-    """A deep copy of the network a role runs, as an ordinary module: its adapter is added to the weights.
-
-    For a role without adapter it is the plain copy of its network.
-
-    Args:
-        denoiser: any role.
-        widened: bring half-precision weights of the copy to float32 first; they would round away most of a small
-            adapter.
-
-    Returns:
-        a network of the original class, equal in output up to rounding, ready for ``save_pretrained``.
-    """
-    name = denoiser.adapter_name if isinstance(denoiser, AdapterDenoiser) else None
-    return _plain_copy(denoiser.network, name, widened)
-
-
-def _plain_copy(network: nn.Module, name: str | None, widened: bool = False) -> nn.Module:
-    network = copy.deepcopy(network)
-    dequantise(network, torch.float32 if widened else None)
-    if widened:
-        widen(network)
-    bank = network.__dict__.pop(BANK, None)
-    if bank is None:
-        return network
-    for path, layer in bank.layers.items():
-        base = layer.get_base_layer()
-        if name in layer.lora_A:
-            with torch.no_grad():
-                weight = base.weight.to(layer.lora_A[name].weight.dtype) + layer.get_delta_weight(name)
-                if name in layer.lora_magnitude_vector:
-                    magnitude = layer.lora_magnitude_vector[name].weight.flatten()
-                    scale = magnitude / weight.flatten(1).norm(dim=1)
-                    weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-                base.weight.copy_(weight)
-        parent, _, child = path.rpartition(".")
-        network.get_submodule(parent)._modules[child] = base
-    network.__dict__.pop("peft_config", None)
-    if getattr(network, "is_gradient_checkpointing", False):
-        _checkpoint_with(network, None)
-    return network
-
-
-def widen(network: nn.Module) -> None:
-    """Bring parameters and buffers of half precision to float32, in place; wider ones keep their dtype."""
-    narrow = {torch.float16, torch.bfloat16}
-    for module in network.modules():
-        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if any(t.dtype in narrow for t in tensors):
-            module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
-
-
-def base_state_dict(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state under its original names, adapters left out: what identifies a frozen source.
-
-    Quantised weights are listed as the tensors they consist of.
-
-    Args:
-        network: any network, with or without adapters.
-    """
-    bank = adapter_bank(network) or AdapterBank()
-    state: dict[str, Tensor] = {}
-    for key, value in network.state_dict().items():
-        path, _, rest = key.rpartition(".base_layer.")
-        if path in bank.layers:
-            key = f"{path}.{rest}"
-        elif any(key.startswith(f"{layer}.lora_") for layer in bank.layers):
-            continue
-        state |= {f"{key}.{part}" if part else key: tensor for part, tensor in plain_tensors(value).items()}
-    return state
 
 
 # ---------------------------------------------------------------------------------------- one door

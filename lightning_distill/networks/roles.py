@@ -24,11 +24,10 @@ from lightning_distill.networks.lora import (
     add_adapter_copy,
     check_adapter,
     load_role_state,
-    merged_network,
     role_state,
     trainable_parameters,
-    widen,
 )
+from lightning_distill.networks.merging import merged_network, widen
 from lightning_distill.networks.specs import (
     DenoiserSpec,
     as_denoiser,

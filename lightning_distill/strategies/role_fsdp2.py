@@ -1,8 +1,8 @@
 """Fully sharded data parallelism, network by network; ``strategy: role_fsdp2``."""
 
-import os
-import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +13,18 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_distill import checkpoints
+from lightning_distill.checkpoint_files import write_checkpoint
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, enable_activation_checkpointing
+from lightning_distill.networks.quantisation import QuantisedLinear
+from lightning_distill.networks.weightless import weightless
 from lightning_distill.strategies import sharded_files
+from lightning_distill.strategies.handed_out import Shapes, give_room, hand_out, structure, take_off
 from lightning_distill.strategies.reducer import same_everywhere
 from lightning_distill.strategies.role_data_parallel import check_teacher, distillation_module
 from lightning_distill.strategies.sharding import (
@@ -35,6 +40,7 @@ from lightning_distill.strategies.sharding import (
 __all__ = ["RoleFSDP2"]
 
 _OFFLOADABLE = ("teacher", "student_ema")
+_DIFFERENT = "the processes have built different networks (their {} differ); give every node the same files and seeds."
 
 
 class RoleFSDP2(ModelParallelStrategy):
@@ -44,7 +50,8 @@ class RoleFSDP2(ModelParallelStrategy):
     student are sharded like the student and updated shard by shard, without communication. LoRA roles are sharded with
     the backbone they share.
 
-    Every process first builds all networks in host memory, and keeps its share.
+    Every process first builds all networks in host memory, and keeps its share; with ``meta_device`` only the first
+    process does, and sends the others theirs.
 
     Args:
         replicas: hybrid sharding: copies of the sharded networks, each over ``world_size / replicas`` neighbouring
@@ -56,7 +63,12 @@ class RoleFSDP2(ModelParallelStrategy):
         teacher_dtype: dtype in which the frozen teacher is held; None for that of its files.
         activation_checkpointing: recompute the blocks' activations of trained networks in the backward pass.
         offload: networks whose shards live in host memory, of ``teacher`` and ``student_ema``.
-        compare_networks: compare the sha256 of all networks over processes before training.
+        meta_device: read weights on the first process only. All others build networks that specs describe
+            (``PretrainedDenoiser``, ``NewDenoiser``, ``ZooDenoiser``, roles made from them) on the meta device, and get
+            their share of each tensor from the first. A node then has room for its shards, the first one for all
+            networks once.
+        compare_networks: compare the sha256 of all networks over processes before training; with ``meta_device`` only
+            names, shapes and dtypes, since all weights are the first process'.
         save_distributed_checkpoint: write a folder to which every process contributes, instead of one file; both can
             be resumed by any number of processes, and converted into the other by ``lightning-distill convert``.
         process_group_backend: None for nccl on GPUs and gloo on CPUs.
@@ -75,6 +87,7 @@ class RoleFSDP2(ModelParallelStrategy):
         teacher_dtype: Literal["float32", "bfloat16"] | None = None,
         activation_checkpointing: bool = False,
         offload: list[str] | None = None,
+        meta_device: bool = False,
         compare_networks: bool = True,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
@@ -98,6 +111,7 @@ class RoleFSDP2(ModelParallelStrategy):
         self.teacher_dtype = _dtype("teacher_dtype", teacher_dtype)
         self.activation_checkpointing = activation_checkpointing
         self.offload = tuple(offload or ())
+        self.meta_device = meta_device
         self.compare_networks = compare_networks
         self.mesh: Any = None
 
@@ -117,25 +131,45 @@ class RoleFSDP2(ModelParallelStrategy):
             shape = (replicas, self.world_size // replicas)
             self.mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Where networks are built: with ``meta_device`` without weights, but on the first process."""
+        others = self.meta_device and not self.is_global_zero
+        with super().tensor_init_context(empty_init), weightless(others), Shapes() if others else nullcontext():
+            yield
+
     def setup(self, trainer: Any) -> None:
         """Shard every network, then create the optimizers on the shards."""
         module = distillation_module(self.lightning_module, type(self).__name__)
-        self._refuse(trainer)
-        if self.compare_networks:
-            check_teacher(module)
-            if not same_everywhere(checkpoints.fingerprint(map(unsharded, checkpoints.checkpointed_tensors(module)))):
-                raise ValueError(
-                    "the processes have built different networks (their sha256 differ); give every node the same files "
-                    "and seeds."
-                )
-        elif module.teacher is not None:
-            module.teacher_fingerprint()  # while it is whole
+        self._refuse(trainer, module)
+        self._compare(module)
         # networks end in views (chunks, transpositions), and nothing here changes an output in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._shard(module)
         super().setup(trainer)
 
-    def _refuse(self, trainer: Any) -> None:
+    def _compare(self, module: DistillationModule) -> None:
+        """Raise unless all processes have the same networks."""
+        if self.meta_device:
+            if not same_everywhere(structure(module)):
+                raise ValueError(_DIFFERENT.format("names, shapes or dtypes"))
+            if module.teacher is not None:
+                module._teacher_fingerprint = self.broadcast(
+                    module.teacher_fingerprint() if self.is_global_zero else None
+                )
+        elif self.compare_networks:
+            check_teacher(module)
+            if not same_everywhere(checkpoints.fingerprint(map(unsharded, checkpoints.checkpointed_tensors(module)))):
+                raise ValueError(_DIFFERENT.format("sha256"))
+        elif module.teacher is not None:
+            module.teacher_fingerprint()  # while it is whole
+
+    def _refuse(self, trainer: Any, module: DistillationModule) -> None:
+        if any(isinstance(part, QuantisedLinear) or "planned_kind" in part.__dict__ for part in module.modules()):
+            raise ValueError(
+                "role_fsdp2 cannot shard weights that are stored in few bits (PretrainedDenoiser quantize=...); leave "
+                "quantize out, or use strategy=role_ddp, which keeps them whole on every GPU."
+            )
         precision = str(trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):
             raise ValueError(
@@ -146,6 +180,8 @@ class RoleFSDP2(ModelParallelStrategy):
     # ------------------------------------------------------------------------------------------------ sharding
     def _shard(self, module: DistillationModule) -> None:
         parts = role_modules(module)
+        sent = self.meta_device and not any(isinstance(p, DTensor) for p in module.parameters())
+        weights = take_off(module, keep=self.is_global_zero) if sent else {}
         if self.teacher_dtype is not None and module.teacher is not None:
             _cast_frozen(module.teacher, self.teacher_dtype)
         if self.activation_checkpointing:
@@ -162,6 +198,10 @@ class RoleFSDP2(ModelParallelStrategy):
                     precision = MixedPrecisionPolicy(self.compute_dtype, self.reduce_dtype, cast_forward_inputs=False)
                 policy = self._offload_policy(offloaded)
                 shard_network(network, blocks, self.mesh, mp_policy=precision, offload_policy=policy)
+                if sent:
+                    give_room(network, torch.device("cpu") if offloaded else self.root_device)
+        if sent:
+            hand_out(module, weights, self.root_device)
         if getattr(module, "r1", "none") == "exact":  # its gradient is differentiated again, which needs the weights
             for part in module.modules():
                 if isinstance(part, FSDPModule):
@@ -218,24 +258,30 @@ class RoleFSDP2(ModelParallelStrategy):
         return kept
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a folder of shards or a single file; a file or folder under the final name is complete."""
+        """Write a folder of shards or a single file; a file or folder under the final name is complete.
+
+        Raises:
+            OSError: on every process, when one of them cannot write.
+        """
         path = Path(self.broadcast(filepath))
-        part = path.with_name(f"{path.name}.part")
+        if not self._save_distributed_checkpoint:
+            self._first(lambda: write_checkpoint(checkpoint, path))
+            return
+        tensors, meta = sharded_files.split(checkpoint)
+        self._first(lambda: sharded_files.begin(path))
+        sharded_files.write_shards(tensors, path)
+        self._first(lambda: sharded_files.finish(meta, path))
+
+    def _first(self, deed: Callable[[], None]) -> None:
+        """Let the first process do something, and all wait for it; if it fails, it fails on all."""
+        failure = None
         if self.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(part)
-        self.barrier()
-        if self._save_distributed_checkpoint:
-            tensors, meta = sharded_files.split(checkpoint)
-            dcp.save(dict(tensors), checkpoint_id=part)
-            if self.is_global_zero:
-                sharded_files.write_meta(meta, part)
-        elif self.is_global_zero:
-            torch.save(checkpoint, part)
-        if self.is_global_zero:
-            _remove(path)
-            os.replace(part, path)
-        self.barrier()
+            try:
+                deed()
+            except OSError as error:
+                failure = str(error)
+        if (failure := self.broadcast(failure)) is not None:
+            raise OSError(failure)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder of shards or a single file, written by any number of processes."""
@@ -315,10 +361,3 @@ def _empty_like(like: Tensor, entry: Tensor) -> Tensor:
     if like.shape == entry.shape:
         return torch.empty_like(like, dtype=entry.dtype)
     return torch.empty(entry.shape, dtype=entry.dtype)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

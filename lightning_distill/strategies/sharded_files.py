@@ -20,18 +20,25 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lightning_distill.checkpoint_files import remove, take_place, told, write_checkpoint
 
 __all__ = [
     "assemble",
+    "begin",
+    "finish",
     "from_single",
     "is_sharded",
     "optimizer_key",
+    "part_of",
     "read_meta",
     "split",
     "stored_tensors",
     "to_single",
     "write_meta",
+    "write_shards",
 ]
 
 META = "meta.pt"
@@ -126,7 +133,42 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 def write_meta(meta: Mapping[str, Any], path: str | Path) -> None:
     """Write what is not a tensor, which makes the folder a checkpoint."""
-    torch.save(dict(meta), Path(path) / META)
+    write_checkpoint(dict(meta), Path(path) / META)
+
+
+def begin(path: Path) -> None:
+    """Clear the place in which the folder of a checkpoint is written; called by one process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(part_of(path))
+
+
+def part_of(path: Path) -> Path:
+    """The name of a folder before it is complete."""
+    return path.with_name(f".{path.name}.shards.part")
+
+
+def write_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write this process' part of a folder; all processes call it.
+
+    Raises:
+        OSError: on every process, when one of them cannot write.
+    """
+    try:
+        dcp.save(dict(tensors), checkpoint_id=part_of(path))
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(
+            f"the checkpoint {path} cannot be written by process {rank}: {told(reason)}; repair that, earlier "
+            "checkpoints are untouched."
+        ) from reason
+
+
+def finish(meta: Mapping[str, Any], path: Path) -> None:
+    """Complete the folder that all processes have written to, and give it its name; called by one process."""
+    write_meta(meta, part_of(path))
+    take_place(part_of(path), path)
 
 
 def from_single(checkpoint: Mapping[str, Any], folder: Path) -> None:

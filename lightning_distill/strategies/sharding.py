@@ -6,15 +6,26 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import TAPPED, AllTapsSeen, Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 
-__all__ = ["block_names", "distribute_like", "networks_of", "reshard", "role_modules", "shard_network", "unsharded"]
+__all__ = [
+    "block_names",
+    "distribute_like",
+    "layout",
+    "networks_of",
+    "reshard",
+    "role_modules",
+    "shard_network",
+    "unsharded",
+]
 
 #: blocks with parameters that the network's own forward reads past the block, which a shard of its own would hide
 _READ_FROM_OUTSIDE = {"DiTTransformer2DModel": ("transformer_blocks.0",)}
@@ -113,10 +124,28 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+def layout(tensor: DTensor) -> tuple[int, int]:
+    """The mesh dimension over which a tensor is cut, and the rows of a part; the last parts may have fewer."""
+    cut = tensor.placements.index(Shard(0))
+    return cut, -(-tensor.shape[0] // tensor.device_mesh.size(cut))
+
+
+@torch.no_grad()
 def unsharded(tensor: Tensor) -> Tensor:
-    """The whole of a tensor on the CPU; a collective for a sharded one."""
-    gather = getattr(tensor, "full_tensor", None)
-    return (tensor if gather is None else gather()).detach().cpu()
+    """The whole of a tensor on the CPU; a collective for a sharded one, also where its parts lie in host memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().cpu()
+    mesh, (cut, rows) = tensor.device_mesh, layout(tensor)
+    own = tensor.to_local()
+    sent = own.new_zeros((rows, *own.shape[1:]), device=mesh.device_type)
+    sent[: own.shape[0]] = own
+    parts = [torch.empty_like(sent) for _ in range(mesh.size(cut))]
+    # the plain collective: it has returned when it is over, and leaves nothing to wait for
+    dist.all_gather(parts, sent, group=mesh.get_group(cut))
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for piece, part in zip(whole.split(rows), parts):
+        piece.copy_(part[: piece.shape[0]])
+    return whole
 
 
 @torch.no_grad()
@@ -127,10 +156,8 @@ def distribute_like(whole: Tensor, like: Tensor) -> Tensor:
         whole: of the global shape of ``like``.
         like: a sharded tensor, or an ordinary one.
     """
-    mesh = getattr(like, "device_mesh", None)
-    if mesh is None:
+    if not isinstance(like, DTensor):
         return whole.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    placed = distribute_tensor(whole.to(mesh.device_type), mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    mesh = like.device_mesh
+    placed = distribute_tensor(whole.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
     return placed.to(like.device)

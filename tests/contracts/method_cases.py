@@ -71,6 +71,7 @@ from lightning_distill.methods import (
     SwiftBrush,
     TeacherTraining,
     UniInstruct,
+    UpdateSchedule,
 )
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import ring4
@@ -275,6 +276,10 @@ CASES: list[Case] = [
     Case("shared_4", DMD2, vp_mlp, lambda: without_data(points(labelled=True)), dmd2(
         fake_score_steps=4, updates_per_sample=2, weight="vsd"
     )),
+    Case("by_the_lag", DMD2, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
+        # measured and decided within three updates; the number may change in the fourth
+        critic_schedule=UpdateSchedule(1, 2, every=2), guidance=Guidance(2.0)
+    )),
     Case("accumulate", DMD2, flow_mlp, points, dmd2(gan=heads(), accumulate_grad_batches=2, num_steps=2)),
     Case("regression", DMD2, flow_mlp, lambda: without_data(points()), lambda folder: {
         **with_pairs(folder), "regression_steps": 3
@@ -336,6 +341,9 @@ CASES: list[Case] = [
     Case("one_against_two", ASD, flow_mlp, lambda: without_data(points()), dmd2(gan=heads(), most_steps=2)),
     Case("groups", GNDM, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
         guidance=Guidance(2.0), group_size=2
+    )),
+    Case("groups_with_rewards", GNDM, flow_mlp, lambda: without_data(points()), dmd2(
+        group_size=2, reward=lambda: MeanValue(channel=0)
     )),
     Case("one_student", MSD, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
         classes=[[0, 1, 2, 3]]

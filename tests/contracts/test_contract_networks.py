@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from method_cases import CASES, DMD2, concrete_methods, methods_without_case, trainer
 
 from lightning_distill.methods import DistillationModule, TeacherTraining
-from lightning_distill.networks.lora import AdapterDenoiser, base_state_dict
+from lightning_distill.networks.lora import AdapterDenoiser
+from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.prediction import Prediction
 
 pytestmark = pytest.mark.filterwarnings(

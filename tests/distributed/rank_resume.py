@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rank_runs import named, train
+from rank_runs import leave, named, train
 
 from lightning_distill.strategies import RoleDataParallel, RoleFSDP2
 
@@ -37,7 +37,7 @@ def run(
     return train(case, folder / f"files{rank}", strategy, rank, world, STEPS, ckpt_path=ckpt_path, **settings)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     """Every way of writing a checkpoint, and every way of reading one."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
         if rank == 0:
             torch.save(state, folder / f"{name}.pt")
 
-    for name in CASES:
+    for name in names:
         for kind, strategy in STRATEGIES.items():
             out = folder / f"{name}-{kind}"
             keep(run(name, out, strategy(), rank, world), f"{name}-{kind}-whole")
@@ -63,4 +63,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
+    leave()

@@ -6,15 +6,21 @@ Starting processes is what costs, so that one pair of them runs all cases under 
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
+import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1] / "contracts"))
@@ -24,8 +30,14 @@ from method_cases import BATCH, CASES, Case, trainer  # noqa: E402
 from lightning_distill.data import InMemory, ResumableLoader  # noqa: E402
 from lightning_distill.methods import DistillationModule  # noqa: E402
 from lightning_distill.strategies import RoleDataParallel, RoleFSDP2  # noqa: E402
+from lightning_distill.strategies.sharding import unsharded  # noqa: E402
 
 STEPS = 3
+#: imported once, in the process from which ranks are forked
+PRELOADED = [
+    *("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"),
+    *("lightning.pytorch", "lightning_distill.methods", "lightning_distill.strategies"),
+]
 
 
 class WithoutAveraging(RoleDataParallel):
@@ -62,8 +74,7 @@ def loader(case: Case, module: DistillationModule, rank: int, world: int) -> Res
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    gather = getattr(tensor, "full_tensor", None)
-    return (tensor if gather is None else gather()).detach().cpu().clone()
+    return unsharded(tensor).clone()
 
 
 def train(
@@ -82,21 +93,49 @@ def named(names: list[str]) -> list[Case]:
     return [case for case in CASES if case.name in names]
 
 
-def start(*words: str | Path, script: str | Path = __file__, timeout: float = 400.0) -> str:
-    """Run this script, or another, in two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if done.returncode:
-        raise AssertionError(done.stdout[-2000:] + done.stderr[-6000:])
-    return done.stdout
+def start(*words: str | Path, script: str | Path = __file__, timeout: float = 400.0, processes: int = 2) -> str:
+    """Run this script, or another, in two processes; returns what they print.
+
+    They are told what torchrun would tell them, and are forked from a process that has imported everything.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        logs = [Path(folder) / f"rank{rank}.log" for rank in range(processes)]
+        told = [[str(script), *map(str, words)], processes, port]
+        ranks = [context.Process(target=as_rank, args=(rank, str(logs[rank]), *told)) for rank in range(processes)]
+        for process in ranks:
+            process.start()
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and any(process.is_alive() for process in ranks):
+            if any(process.exitcode for process in ranks):
+                end = min(end, time.monotonic() + 20.0)  # the other has lost its partner
+            time.sleep(0.05)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+            process.join()
+        text = [log.read_text() if log.exists() else "" for log in logs]
+    if any(code != 0 for code in codes):
+        raise AssertionError("\n".join(f"rank {i} ended with {codes[i]}:\n{text[i][-5000:]}" for i in range(processes)))
+    return "".join(text)
+
+
+def as_rank(rank: int, log: str, words: list[str], processes: int, port: int) -> None:
+    """Run a script as one of several processes."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    faulthandler.enable(open(2, "w", closefd=False))  # noqa: SIM115  (to the end)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({key: str(value) for key, value in {**names, **launched, "HF_HUB_OFFLINE": 1}.items()})
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def main(folder: Path, plan: dict[str, list[str]]) -> None:
@@ -118,5 +157,13 @@ def main(folder: Path, plan: dict[str, list[str]]) -> None:
                 torch.save(state, out / f"{case.name}.second.pt")
 
 
+def leave() -> None:
+    """End together: threads of gloo that outlive the interpreter may crash it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave()

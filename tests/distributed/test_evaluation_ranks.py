@@ -4,8 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rank_runs import start
 
 pytestmark = pytest.mark.distributed
 
@@ -35,13 +40,12 @@ if run.is_global_zero:
 """
 
 
-def rows(folder, devices, samples, script):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable]
-    if devices > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+def torchrun(*words, script, processes):
+    """What the script prints, started as users start it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*words, str(script), str(folder), str(devices), str(samples)],
+        [sys.executable, *launcher, str(script), *map(str, words)],
         env=environment,
         capture_output=True,
         text=True,
@@ -49,17 +53,22 @@ def rows(folder, devices, samples, script):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("ROWS"))
+    return done.stdout
+
+
+def rows(folder, devices, samples, script, launch=start):
+    printed = launch(folder, devices, samples, script=script, processes=devices)
+    line = next(line for line in printed.splitlines() if line.startswith("ROWS"))
     return json.loads(line[4:])
 
 
 # 61: the second rank's last sample is a surplus; 31 to a rank is not a multiple of the draws' blocks
-@pytest.mark.parametrize("samples", [61])
-def test_two_processes_measure_what_one_does(tmp_path, samples):
+@pytest.mark.parametrize("launch", [start, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_two_processes_measure_what_one_does(tmp_path, launch):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    one = rows(tmp_path / "one", 1, samples, script)
-    two = rows(tmp_path / "two", 2, samples, script)
+    one = rows(tmp_path / "one", 1, 61, script)
+    two = rows(tmp_path / "two", 2, 61, script, launch)
     assert len(one) == len(two) == 2
     for a, b in zip(one, two):
         assert a.keys() == b.keys()

@@ -19,14 +19,19 @@ from lightning_distill.commands.convert import convert
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
 
+@pytest.fixture(scope="module", params=[CASES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CASES[1:])])
+def name(request):
+    """Of the case."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, name):
     """What one process wrote, then what two did."""
     root = tmp_path_factory.mktemp("resume")
-    for name in CASES:
-        torch.save(run(name, root / f"{name}-one", "auto", 0, 1), root / f"{name}-one.pt")
-        convert(root / f"{name}-one" / f"step={STOP}.ckpt", root / f"{name}-one" / "sharded.ckpt")
-    start(root, script=Path(__file__).parent / "rank_resume.py")
+    torch.save(run(name, root / f"{name}-one", "auto", 0, 1), root / f"{name}-one.pt")
+    convert(root / f"{name}-one" / f"step={STOP}.ckpt", root / f"{name}-one" / "sharded.ckpt")
+    start(root, name, script=Path(__file__).parent / "rank_resume.py")
     return root
 
 
@@ -41,7 +46,6 @@ def check_close(got, want):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "single"])
-@pytest.mark.parametrize("name", CASES)
 def test_resumed_equals_uninterrupted_bit_for_bit(folder, name, kind):
     whole, resumed = state(folder, f"{name}-{kind}-whole"), state(folder, f"{name}-{kind}-resumed")
     assert whole.keys() == resumed.keys()
@@ -50,13 +54,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder, name, kind):
 
 
 @pytest.mark.parametrize("origin", ["one", "converted", "other"])
-@pytest.mark.parametrize("name", CASES)
 def test_two_processes_resume_what_others_wrote(folder, name, origin):
     check_close(state(folder, f"{name}-from-{origin}"), state(folder, f"{name}-one"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "single", "sharded"])
-@pytest.mark.parametrize("name", CASES)
 def test_one_process_resumes_what_two_wrote(folder, name, kind, tmp_path, capsys):
     path = folder / f"{name}-{kind}" / f"step={STOP}.ckpt"
     if kind == "sharded":
@@ -66,7 +68,6 @@ def test_one_process_resumes_what_two_wrote(folder, name, kind, tmp_path, capsys
     check_close(run(name, tmp_path, "auto", 0, 1, path, save=False), state(folder, f"{name}-one"))
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_conversion_there_and_back_changes_nothing(folder, name, tmp_path):
     path = folder / f"{name}-one" / f"step={STOP}.ckpt"
     again = convert(folder / f"{name}-one" / "sharded.ckpt", tmp_path / "again.ckpt")
@@ -77,8 +78,8 @@ def test_conversion_there_and_back_changes_nothing(folder, name, tmp_path):
     assert want["lightning_distill"]["teacher"] == got["lightning_distill"]["teacher"]
 
 
-def test_conversion_says_what_is_wrong(folder, tmp_path, capsys):
-    source = str(folder / f"{CASES[0]}-one" / f"step={STOP}.ckpt")
+def test_conversion_says_what_is_wrong(folder, name, tmp_path, capsys):
+    source = str(folder / f"{name}-one" / f"step={STOP}.ckpt")
     assert main(["convert", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["convert", source, str(tmp_path)]) == 2

@@ -191,6 +191,7 @@ runs("role_fsdp2/other start", other_start, "role_fsdp2")
 runs("role_ddp/unused", unused, "role_ddp", ema=[])
 runs("role_ddp/stray", stray, "role_ddp")
 (folder / f"found{{rank}}.json").write_text(json.dumps(found))
+leave()
 """
 
 

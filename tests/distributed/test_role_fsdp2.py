@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
 from rank_runs import STEPS, build, named, train
 from tiny_pipelines import MAKERS
 
+from lightning_distill.checkpoint_files import damage, remove_parts
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter, enable_activation_checkpointing
+from lightning_distill.networks.quantisation import QuantisedLinear
 from lightning_distill.networks.small import small_dit
 from lightning_distill.processes import FlowMatching, VariancePreserving
 from lightning_distill.strategies import RoleDataParallel, RoleFSDP2, check_strategy
@@ -146,6 +150,12 @@ def run(name, folder, **options):
     return module, strategy, train(case, folder, strategy, module=module)
 
 
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def far(got, want):
     return max(float((got[k] - v).abs().max()) for k, v in want.items())
 
@@ -155,9 +165,10 @@ def far(got, want):
     [
         {},
         {"offload": ["teacher", "student_ema"]},
+        {"meta_device": True, "offload": ["student_ema"]},
         {"save_distributed_checkpoint": False, "shard_blocks": False, "compare_networks": False},
     ],
-    ids=["default", "offload", "whole"],
+    ids=["default", "offload", "meta", "whole"],
 )
 @pytest.mark.parametrize("name", ["unet_gan", "dit_lora"])
 def test_options_change_no_figure(mesh, alone, tmp_path, name, options):
@@ -176,7 +187,8 @@ def test_bfloat16_computes_with_float32_weights_and_times(mesh, alone, tmp_path,
     seen = set()
     network = module.teacher.network  # the first argument is the sample, the second its time
     network.register_forward_pre_hook(lambda _m, args: seen.add((args[0].dtype, args[1].dtype)))
-    got = train(case, tmp_path, RoleFSDP2(compute_dtype="bfloat16", teacher_dtype="bfloat16"), module=module)
+    dtypes = {"compute_dtype": "bfloat16", "teacher_dtype": "bfloat16"}
+    got = train(case, tmp_path, RoleFSDP2(**dtypes, meta_device=name == "dit_lora"), module=module)
     assert {x for x, _ in seen} == {torch.bfloat16}
     assert torch.bfloat16 not in {t for _, t in seen}
     trained = [p for roles in module.phases.values() for role in roles for p in module.role_parameters(role)]
@@ -232,6 +244,45 @@ def test_damaged_and_foreign_checkpoints_are_refused(mesh, tmp_path):
         train(case, tmp_path, RoleFSDP2(), ckpt_path=tmp_path / "other" / "x.ckpt")
 
 
+@pytest.mark.parametrize("sharded", [True, False], ids=["folder", "file"])
+def test_a_full_disk_leaves_the_earlier_checkpoint(mesh, tmp_path, monkeypatch, sharded):
+    """Both forms are whole or not there, and a failure to write is one sentence."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    (case,) = named(["one_step"])
+    original, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(descriptor)
+
+    def fit(folder):
+        saving = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        strategy = RoleFSDP2(save_distributed_checkpoint=sharded)
+        train(case, tmp_path, strategy, callbacks=[saving], enable_checkpointing=True)
+
+    limit = 10**6
+    monkeypatch.setattr(os, "fsync", full)
+    fit(tmp_path / "whole")
+    each = len(calls) // STEPS
+    assert each == (5 if sharded else 2)  # shards, metadata, what is no tensor and its folder; the name
+    calls.clear()
+    limit = each
+    with pytest.raises(OSError, match=r"step=2\.ckpt cannot be written.*: no space left on device.*checkpoint"):
+        fit(tmp_path / "full")
+    found = [file for file in (tmp_path / "full").iterdir() if not file.name.startswith(".")]
+    assert [file.name for file in found] == ["step=1.ckpt"]
+    assert damage(found[0]) is None
+    remove_parts(tmp_path / "full")
+    assert len(list((tmp_path / "full").iterdir())) == 1
+    if not sharded:
+        flip(found[0])
+        with pytest.raises(ValueError, match="wrong checksum"):
+            train(case, tmp_path, RoleFSDP2(), ckpt_path=found[0])
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -255,6 +306,15 @@ def test_low_precision_weights_are_refused(mesh, tmp_path):
     (case,) = named(["one_step"])
     with pytest.raises(ValueError, match="precision=bf16-true; use precision=32-true"):
         train(case, tmp_path, RoleFSDP2(), precision="bf16-true")
+
+
+def test_weights_in_few_bits_are_refused(mesh, tmp_path):
+    (case,) = named(["one_step"])
+    module = build(case, tmp_path)
+    module.teacher.network.output.__class__ = QuantisedLinear
+    with pytest.raises(ValueError, match=r"cannot shard weights .*in few bits.* use strategy=role_ddp"):
+        train(case, tmp_path, RoleFSDP2(), module=module)
+    assert not any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def test_replicas_must_divide_the_processes(mesh, tmp_path):

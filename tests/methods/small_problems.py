@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -118,7 +119,14 @@ class Run:
     module: DistillationModule
 
 
-def distil(problem, teacher, updates, method=DMD2, **settings):
+def trained_steps(module):
+    """A trainer's part in what a module does after a phase, for a module on one process."""
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
+    module._trainer = SimpleNamespace(strategy=strategy, world_size=1)
+    module._fabric = None
+
+
+def distil(problem, teacher, updates, method=DMD2, callbacks=(), **settings):
     def decay(optimizer):
         return WarmupDecay(optimizer, 0, updates, "linear", final=0.1)
 
@@ -137,7 +145,7 @@ def distil(problem, teacher, updates, method=DMD2, **settings):
             **settings,
         },
     )
-    problem.fit(module, updates, problem.data)
+    problem.fit(module, updates, problem.data, callbacks=list(callbacks))
     samples = module.sample(5000, generator=torch.Generator().manual_seed(1))
     if not bool(samples.isfinite().all()):
         return Run(samples, float("inf"), [], module)

@@ -30,6 +30,13 @@ def heads(**settings):
     return Adversary(**{"taps": ("blocks.0", "input"), "width": 4, **settings})
 
 
+class Itself(torch.nn.Module):
+    """No reward: as many numbers as a sample has."""
+
+    def forward(self, x, cond):
+        return x
+
+
 def labelled(n=16):
     return Batch(cond={"class_labels": torch.arange(n) % 3}, x0=torch.randn(n, 2))
 
@@ -191,6 +198,33 @@ def test_the_direction_statistic_forgets_the_scale_of_the_direction():
     moves = [c * d / module.normaliser(x, Scores(x, t, real, real + c * d)) for c in (1.0, 7.0)]
     torch.testing.assert_close(*moves)
     torch.testing.assert_close(moves[0].view(2, 8).abs().mean(1), torch.ones(2))
+
+
+def test_rewards_count_by_their_rank_in_the_group():
+    module = ready(GNDM(mlp(), group_size=4, reward=MeanValue(channel=0), beta=0.7))
+    x = torch.randn(8, 2)
+    weight = module.reward_weight(x, Batch(size=8)).flatten()
+    rewards = x[:, 0].view(2, 4)
+    advantage = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, correction=0, keepdim=True)
+    want = (0.7 * advantage).softmax(1) * 4
+    torch.testing.assert_close(weight, want.flatten())
+    moved = torch.cat([3.0 * x[:4] + 5.0, 0.1 * x[4:] - 2.0])  # each prompt has a scale of its own
+    torch.testing.assert_close(module.reward_weight(moved, Batch(size=8)).flatten(), weight)
+    assert torch.equal(module.reward_weight(torch.ones(8, 2), Batch(size=8)), torch.ones(8, 1))
+    # it is what the samples' gradients are multiplied by
+    plain, weighted = (ready(GNDM(mlp(), group_size=4, **s)) for s in ({}, {"reward": MeanValue(channel=0)}))
+    rows = []
+    for m in (plain, weighted):
+        shift(m.fake_score)
+        made = m.rollout(Batch(size=8))
+        made.x0.retain_grad()
+        m.rollout = lambda batch, made=made: made
+        m.student_loss(Batch(size=8)).losses["matching"].backward()
+        rows.append(made.x0.grad)
+    weight = weighted.reward_weight(made.x0, Batch(size=8))
+    torch.testing.assert_close(rows[1], weight * rows[0])
+    with pytest.raises(ValueError, match=r"the reward gave shape \(8, 2\) for 8 samples"):
+        ready(GNDM(mlp(), group_size=4, reward=Itself())).student_loss(Batch(size=8))
 
 
 def test_groups_must_be_whole():

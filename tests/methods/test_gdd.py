@@ -10,12 +10,16 @@ from small_problems import ready
 from torch import nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import ConstantEMA
 from lightning_distill.methods import GDD, GDDI
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.frozen_features import FrozenFeatures
-from lightning_distill.networks.small import small_unet
-from lightning_distill.processes import FlowMatching
+from lightning_distill.networks.small import ResidualMLP, small_unet
+from lightning_distill.processes import FlowMatching, TrigFlow
 from lightning_distill.randomness import Draws
+from lightning_distill.schedules import WarmupDecay
+
+pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 
 
 def extractor():
@@ -99,6 +103,53 @@ def test_the_trained_part_is_the_one_asked_for():
     assert {id(p) for p in module.role_parameters("student")} == {
         id(p) for n, p in module.student.network.named_parameters() if n in without
     }
+
+
+# ------------------------------------------------------------------------------------------------ learning
+POINTS = (2, 1, 1)
+
+
+def play(problem, teacher, method, updates=100, **settings):
+    """The four modes as images of one pixel in two colours; features are random functions of the colour."""
+    network = ResidualMLP(POINTS, 128, 3)
+    network.load_state_dict(teacher.network.state_dict())
+    source = Denoiser(network, teacher.process, "v_prediction", network_process=TrigFlow(), sigma_data=1.12)
+    torch.manual_seed(2)
+    colours = nn.Sequential(nn.Conv2d(2, 64, 1), nn.Tanh(), nn.Conv2d(64, 64, 1), nn.Tanh())
+    nn.init.normal_(colours[0].weight, std=1.5)
+
+    def decay(optimizer):
+        return WarmupDecay(optimizer, 0, updates, "linear", final=0.1)
+
+    module = method(
+        source,
+        features=FrozenFeatures(colours, ["1"], channels=2),
+        width=64,
+        student_times=[2.5],
+        student_optimizer=problem.adam,
+        discriminator_optimizer=lambda ps: torch.optim.Adam(ps, lr=3e-3, betas=(0.0, 0.99), fused=True),
+        student_scheduler=decay,
+        discriminator_scheduler=decay,
+        ema=[ConstantEMA(0.97)],
+        loss_weights={"discriminator/r1": 0.1},
+        **settings,
+    )
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    problem.fit(module, updates, Batch(x0=problem.data.x0.view(-1, *POINTS)))
+    samples = module.sample(5000, generator=torch.Generator().manual_seed(1)).flatten(1)
+    changed = {n for n, v in module.student.network.state_dict().items() if not torch.equal(v, before[n])}
+    return problem.distance(samples), problem.shares(samples), changed
+
+
+@pytest.mark.learn
+@pytest.mark.parametrize(("method", "frozen"), [(GDD, []), (GDDI, ["^blocks.0", "^input"])])
+def test_it_learns_four_modes_from_data(method, frozen, ring4_problem, trained_teacher):
+    distance, shares, changed = play(ring4_problem, trained_teacher.denoiser, method, freeze=frozen)
+    print(f"{method.__name__}: {distance:.3f} {shares}")
+    assert distance < 0.2
+    assert all(0.12 < share < 0.4 for share in shares), shares
+    assert changed
+    assert not {name for name in changed if frozen and name.startswith(("blocks.0", "input"))}
 
 
 def test_bad_input():

@@ -136,7 +136,7 @@ class SignFlipped(LADD):
         return Terms({"gan": -terms.losses["gan"]}, terms.diagnostics)
 
 
-def play(problem, teacher, updates, method=LADD):
+def play(problem, teacher, updates, method=LADD, **settings):
     def decay(optimizer):
         return WarmupDecay(optimizer, 0, updates, "linear", final=0.1)
 
@@ -150,6 +150,7 @@ def play(problem, teacher, updates, method=LADD):
         student_scheduler=decay,
         discriminator_scheduler=decay,
         ema=[ConstantEMA(0.99)],
+        **settings,
     )
     problem.fit(module, updates, problem.data)
     samples = module.sample(5000, generator=torch.Generator().manual_seed(1))
@@ -161,6 +162,18 @@ def test_it_learns_four_modes(ring4_problem, trained_teacher):
     distance, shares = play(ring4_problem, trained_teacher.denoiser, 300)
     assert distance < 0.35
     assert all(0.12 < share < 0.4 for share in shares), shares
+
+
+@pytest.mark.learn
+def test_the_distance_to_the_teacher_helps_the_game(ring4_problem, trained_teacher):
+    """ADD, with a weight for two dimensions; the distance alone draws every sample to the teacher's mean."""
+    weights = {"student/distillation": 0.05}
+    distance, shares = play(ring4_problem, trained_teacher.denoiser, 150, ADD, loss_weights=weights)
+    print(distance, shares)
+    assert distance < 0.5
+    assert all(0.12 < share < 0.4 for share in shares), shares
+    alone = {"student/distillation": 1.0, "student/gan": 0.0}
+    assert play(ring4_problem, trained_teacher.denoiser, 40, ADD, loss_weights=alone)[0] > 0.7
 
 
 @pytest.mark.learn

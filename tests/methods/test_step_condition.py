@@ -9,6 +9,7 @@ from small_problems import Exact, Gaussian, Given, distil, mlp, ready, shift
 from torch import nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.callbacks.health import TrainingHealth
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2, VSD, SiD
 from lightning_distill.networks.adversary import Adversary
@@ -163,6 +164,44 @@ def test_both_sides_of_the_gan_know_the_step():
     module.fake_score_loss(batch)
     assert len(seen) == 2
     assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("features", ["fake_score", "teacher"])
+def test_health_tells_the_step_that_made_the_samples(features, ring4_problem):
+    """Fake score and a discriminator on its features know the step, the teacher and one on its features do not."""
+    module = DMD2(
+        mlp(),
+        num_steps=2,
+        rollout_step="sample",
+        critic_condition_on="step",
+        gan=Adversary(taps=("blocks.1",), width=4, features=features),
+        ema=[],
+    )
+    module.configure_model()
+    told, seen, calls = module.fake_score.step_condition.vectors, [], []
+    rollout = module.rollout
+
+    def watched(batch, grad=True):
+        made = rollout(batch, grad)
+        if module.draws.phase == "health":
+            calls.append(made.steps)
+        return made
+
+    def vectors(step, *times):
+        if module.draws.phase == "health":
+            seen.append(step)
+        return told(step, *times)
+
+    module.rollout, module.fake_score.step_condition.vectors = watched, vectors
+    health = TrainingHealth(every_n_steps=2, terms_every_n_steps=0, num_samples=8, levels=(0.2, 0.7))
+    data = Batch(x0=ring4_problem.data.x0[:64])
+    ring4_problem.fit(module, 2, data, batch_size=16, callbacks=[health])
+    assert health.measured_at == 2
+    assert len(calls) == 1
+    assert len(calls[0].unique()) == 2
+    per_level = 3 if features == "fake_score" else 1  # the score, and real and fake samples of the game
+    assert len(seen) == per_level * 2
+    assert all(torch.equal(step, calls[0]) for step in seen)
 
 
 def test_without_the_option_nothing_changes():

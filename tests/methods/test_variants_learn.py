@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import pytest
+import torch
 from small_problems import distil
 
+from lightning_distill.batch import Batch
 from lightning_distill.losses.reward_weights import MeanValue
 from lightning_distill.methods import (
     ACDMD,
     ADM,
     ASD,
     GNDM,
+    MSD,
     SCDMD,
     VDOT,
     DecoupledDMD,
@@ -19,6 +24,11 @@ from lightning_distill.methods import (
     RewardedDMD,
 )
 from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.analytic import analytic_denoiser, ring
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Role
+from lightning_distill.networks.small import ResidualMLP
+from lightning_distill.processes import TrigFlow
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 
@@ -68,10 +78,50 @@ CASES = {
         0.2,
     ),
     "gndm": (GNDM, {"group_size": 4}, 0.28),
+    "gndm_rewarded": (GNDM, {"group_size": 4, "reward": lambda: MeanValue(channel=0), "beta": 0.5}, 0.33),
     "rewarded": (RewardedDMD, {"reward": lambda: MeanValue(channel=0), "beta": 1.0}, 0.33),
     "sc_dmd": (SCDMD, {"student_times": TWO, "critic_condition_on": "step", "sampler": "ode"}, 0.25),
     "vdot": (VDOT, {"group_size": 8}, 0.34),
 }
+
+
+class Labelled(Role):
+    """The unconditional network, to which a class means nothing at first."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def build(self, source, name=None):
+        network = ResidualMLP((2,), 128, 3, num_classes=2)
+        network.load_state_dict(self.source.network.state_dict(), strict=False)
+        torch.nn.init.zeros_(network.class_embedding.weight)
+        return Denoiser(network, source.process, "v_prediction", network_process=TrigFlow(), sigma_data=1.12)
+
+
+@pytest.mark.learn
+def test_every_student_learns_its_own_classes(ring4_problem, trained_teacher):
+    """Two students for one class each, of an exact teacher that makes a mode of two of either."""
+    modes = ring(2, 1.5, 0.35, labelled=True)
+    teacher = analytic_denoiser(modes, ring4_problem.process)
+    problem = copy(ring4_problem)
+    problem.data = Batch(cond={"class_labels": torch.arange(50_000) % 2})
+    problem.reference = modes.sample(5000, torch.Generator().manual_seed(7))[0]
+    run = distil(
+        problem,
+        teacher,
+        120,
+        method=MSD,
+        classes=[[1], [0]],
+        student=Labelled(trained_teacher.denoiser),
+        fake_score=Labelled(trained_teacher.denoiser),
+        fake_score_steps=2,
+        shape=[2],
+    )
+    nearest = torch.cdist(run.samples, modes.means.float()).argmin(1)
+    own = [float((nearest[k::2] == k).float().mean()) for k in range(2)]
+    print(f"msd: {run.distance:.3f} {own}")
+    assert run.distance < 0.65
+    assert min(own) > 0.93
 
 
 @pytest.mark.learn

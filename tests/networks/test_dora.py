@@ -12,15 +12,8 @@ from torch.func import functional_call
 
 from lightning_distill.networks.adapter_transfer import adapter_changes
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.lora import (
-    add_adapter,
-    add_adapter_copy,
-    base_state_dict,
-    load_role_state,
-    merged_network,
-    role_state,
-    without_adapters,
-)
+from lightning_distill.networks.lora import add_adapter, add_adapter_copy, load_role_state, role_state
+from lightning_distill.networks.merging import base_state_dict, merged_network, without_adapters
 from lightning_distill.networks.roles import Lora
 from lightning_distill.processes import FlowMatching
 

@@ -26,7 +26,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import FAMILIES, example_cond
 from lightning_distill.networks.families.packed import flux2_mu
 from lightning_distill.networks.latents import LatentScale, latent_scale
-from lightning_distill.networks.lora import base_state_dict, merged_network
+from lightning_distill.networks.merging import base_state_dict, merged_network
 from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora
 from lightning_distill.networks.specs import DiffusersDenoiser, PretrainedDenoiser, as_denoiser
 from lightning_distill.processes import FlowMatching, TrigFlow, VariancePreserving

@@ -12,7 +12,8 @@ from lightning_distill.methods import DMD2
 from lightning_distill.networks.adapter_transfer import adapter_changes, transfer_adapter
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.lora import add_adapter, merged_network
+from lightning_distill.networks.lora import add_adapter
+from lightning_distill.networks.merging import merged_network
 from lightning_distill.networks.negative_prompts import negative_prompts
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.processes import EDM, FlowMatching

@@ -13,14 +13,12 @@ from lightning_distill.networks.lora import (
     adapter_bank,
     add_adapter,
     add_adapter_copy,
-    base_state_dict,
     enable_activation_checkpointing,
     load_role_state,
-    merged_network,
     role_state,
     trainable_parameters,
-    without_adapters,
 )
+from lightning_distill.networks.merging import base_state_dict, merged_network, without_adapters
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.processes import FlowMatching
 

@@ -13,7 +13,8 @@ from lightning_distill import checkpoints
 from lightning_distill.methods import DMD2
 from lightning_distill.networks import quantisation
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.lora import add_adapter, add_adapter_copy, base_state_dict, merged_network
+from lightning_distill.networks.lora import add_adapter, add_adapter_copy
+from lightning_distill.networks.merging import base_state_dict, merged_network
 from lightning_distill.networks.quantisation import (
     KINDS,
     QuantisedLinear,

@@ -11,13 +11,12 @@ from lightning_distill.networks.analytic import analytic_denoiser, ring
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import (
     add_adapter,
-    base_state_dict,
     enable_activation_checkpointing,
     load_role_state,
-    merged_network,
     role_state,
     trainable_parameters,
 )
+from lightning_distill.networks.merging import base_state_dict, merged_network
 from lightning_distill.networks.roles import Copy, Lora, averaged_copy
 from lightning_distill.networks.second_time import (
     SecondTime,

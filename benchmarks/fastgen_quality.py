@@ -1,0 +1,224 @@
+"""Seconds until a student is good, here and in FastGen, from the same teacher weights on the same network.
+
+The network is the shipped Fashion-MNIST teacher behind FastGen's network interface; data-free DMD2 to one step, batch
+48, float32. Each side has its own defaults and the same grid of learning rates and critic updates per student update.
+CPU seconds count training alone; the distance is taken at every ``every`` seconds of it. Runs are kept in a folder and
+go on where they stopped.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fastgen_peer import Peer
+from lightning.pytorch import Callback, Trainer
+from results import RESULTS, write_result
+from torch import Tensor, nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.data import InMemory, ResumableLoader
+from lightning_distill.generation import index_noise
+from lightning_distill.methods import DMD2
+from lightning_distill.metrics.features import extract, load_classifier
+from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_distill.metrics.progress import progress
+from lightning_distill.metrics.reference import load_reference
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import ZooDenoiser, as_denoiser
+from lightning_distill.optim import default_optimizer
+from lightning_distill.processes import EDM
+from lightning_distill.zoo import zoo_file
+
+SHAPE = (1, 32, 32)
+BATCH = 48
+RATES = (1e-4, 3e-4, 1e-3)
+#: critic updates per student update; 4 is FastGen's default
+RATIOS = (1, 4)
+GOALS = (0.8, 0.9)
+
+
+def fashion(library: SimpleNamespace) -> type[nn.Module]:
+    """The shipped teacher as a network of FastGen's: x0 of an x_t with noise level t, labels as condition."""
+
+    class Fashion(library.base.FastGenNetwork):  # type: ignore[misc, name-defined]
+        """Lives in EDM's process; the exact change of process is inside."""
+
+        def __init__(self) -> None:
+            super().__init__("x0", "edm")
+            own = as_denoiser(ZooDenoiser("fashion"))
+            self.inner = Denoiser(
+                own.network,
+                EDM(),
+                own.prediction_type,
+                network_process=own.process,
+                sigma_data=own.sigma_data,
+                data_scale=1.0,
+                null_class=own.null_class,
+            )
+
+        def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, **_: Any) -> Tensor:
+            """The prediction of x0."""
+            return self.inner(x_t, t, {"class_labels": condition}).x0
+
+    return Fashion
+
+
+class Judge:
+    """Progress of a one-step student in ``fd_cnn``, on the noise of one seed.
+
+    Args:
+        samples: number of samples.
+    """
+
+    def __init__(self, samples: int) -> None:
+        card = json.loads(zoo_file("fashion", "card.json", "benchmarks/package_teacher.py").read_text())
+        distances = {int(steps): row["fd_cnn"] for steps, row in card["figures"]["by_steps"].items()}
+        self.first, self.best = distances[1], min(distances.values())
+        self.classifier, self.reference = load_classifier("fashion"), load_reference("fashion")
+        self.noise, self.labels = index_noise(samples, SHAPE, 5), torch.arange(samples) % 10
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> float:
+        """Progress of a network that predicts x0 of pure noise at level 80."""
+        training = network.training
+        network.eval()
+        parts = []
+        for noise, labels in zip(self.noise.split(250), self.labels.split(250)):
+            t = torch.full((len(noise),), 80.0, dtype=torch.float64)
+            parts.append(network(80.0 * noise, t, labels).clamp(-1, 1))
+        network.train(training)
+        statistics = FeatureStatistics.from_features(extract(self.classifier, torch.cat(parts)))
+        distance = frechet_distance(statistics, self.reference.statistics["train"])
+        return progress(self.first, distance, self.best)
+
+
+class Curve:
+    """What a run has reached, kept in a file beside its weights."""
+
+    def __init__(self, folder: Path, name: str, budget: float, every: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.weights = folder / f"{name}.json", folder / f"{name}.ckpt"
+        self.budget, self.every = budget, every
+        self.points: list[list[float]] = []
+        if self.file.is_file() and self.weights.is_file():
+            self.points = json.loads(self.file.read_text())
+        self.seconds = self.points[-1][0] if self.points else 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the best goal or the end of the budget is reached."""
+        return self.seconds >= self.budget or any(done >= max(GOALS) for _, done in self.points)
+
+    def spent(self, seconds: float, judge: Callable[[], float], save: Callable[[Path], None]) -> None:
+        """Add seconds of training; at every so many of them the student is judged and everything saved."""
+        due = int(self.seconds / self.every) != int((self.seconds + seconds) / self.every)
+        self.seconds += seconds
+        if due or self.finished:
+            self.points.append([self.seconds, judge()])
+            partial = self.weights.with_suffix(".partial")
+            save(partial)
+            partial.replace(self.weights)
+            self.file.write_text(json.dumps(self.points))
+
+    def reached(self, goal: float) -> float | None:
+        """Seconds until a progress, None if it never came."""
+        return next((seconds for seconds, done in self.points if done >= goal), None)
+
+
+def train_peer(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int) -> None:
+    """FastGen with its defaults and these two settings."""
+    make = fashion(library)
+    state = make().state_dict()
+    data = {"real": torch.zeros(BATCH, *SHAPE)}
+    settings = {"student_update_freq": ratio + 1, "input_shape": list(SHAPE), "use_ema": False}
+    weights = dict.fromkeys(("teacher", "net", "fake_score"), state)
+    peer = Peer(library, weights, False, None, data, network=make, rate=rate, **settings)
+    torch.manual_seed(0)
+    if curve.points:
+        kept = torch.load(curve.weights, weights_only=False)  # FastGen's schedules hold numbers of numpy
+        peer.load_state_dict(kept)
+        torch.set_rng_state(kept["random"])
+
+    def save(path: Path) -> None:
+        torch.save({**peer.state_dict(), "random": torch.get_rng_state()}, path)
+
+    def with_labels() -> None:
+        peer.data["condition"] = torch.randint(0, 10, (BATCH,))
+        peer.data["neg_condition"] = torch.full((BATCH,), 10)
+
+    while not curve.finished:
+        start = time.process_time()
+        for _ in range(ratio + 1):
+            with_labels()
+            peer.step()
+        curve.spent(time.process_time() - start, lambda: judge(peer.model.net), save)
+
+
+class _Watch(Callback):
+    def __init__(self, curve: Curve, judge: Judge) -> None:
+        self.curve, self.judge, self.start = curve, judge, 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = self.start or time.process_time()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        now = time.process_time()
+        student = pl_module.sampling_network(None)
+        self.curve.spent(now - self.start, lambda: self.judge(student.network), trainer.save_checkpoint)
+        self.start = time.process_time()  # the loop between two batches counts, judging does not
+        trainer.should_stop = self.curve.finished
+
+
+def train_ours(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int) -> None:
+    """This library with its defaults and these two settings."""
+    teacher = Denoiser(fashion(library)(), EDM(), "sample", sigma_data=0.664)
+    module = DMD2(
+        teacher,
+        shape=list(SHAPE),
+        fake_score_steps=ratio,
+        updates_per_sample=min(2, ratio),
+        student_optimizer=default_optimizer(rate),
+        fake_score_optimizer=default_optimizer(rate),
+    )
+    labels = torch.arange(1000) % 10
+    module.configure_model()
+    loader = ResumableLoader(
+        InMemory(Batch(cond={"condition": labels}, size=1000)), BATCH, slices=module.slices_per_cycle
+    )
+    trainer = Trainer(
+        max_steps=10**6,
+        accelerator="cpu",
+        callbacks=[_Watch(curve, judge)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=10**9,
+    )
+    trainer.fit(module, loader, ckpt_path=str(curve.weights) if curve.points else None, weights_only=False)
+
+
+def quality(library: SimpleNamespace, args: argparse.Namespace, results: Path = RESULTS) -> dict[str, Any]:
+    """Run the grid on both sides and write ``quality_fastgen``."""
+    judge = Judge(args.samples)
+    rows = []
+    # point by point, so that the two sides meet the same moods of the machine
+    for rate, ratio in itertools.product(args.rates, args.ratios):
+        for name, train in (("FastGen", train_peer), ("lightning_distill", train_ours)):
+            curve = Curve(args.out, f"{name}_{rate:g}_{ratio}", args.budget, args.every)
+            if not curve.finished:
+                train(library, curve, judge, rate, ratio)
+            row = {"implementation": name, "rate": rate, "fake_score_steps": ratio, "points": curve.points}
+            row |= {f"seconds_to_{goal}": curve.reached(goal) for goal in GOALS}
+            row["best"] = max(done for _, done in curve.points)
+            rows.append(row)
+            print({k: v for k, v in row.items() if k != "points"}, flush=True)
+            figures = {"rows": rows, "samples": args.samples, "budget": args.budget}
+            write_result("quality_fastgen", figures, results=results, seeds=[0])
+    return figures

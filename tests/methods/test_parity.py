@@ -1,0 +1,471 @@
+"""The losses of released code, reproduced: tiny networks given by a formula, numbers recorded from the official code.
+
+Each fixture names a repository, a commit, the functions that were run, their inputs, and the losses and gradients that
+they gave in double precision. Where a method differs on purpose, the test states the relation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.ema import ConstantEMA
+from lightning_distill.guidance import Guidance
+from lightning_distill.losses.adversarial import approximate_r1
+from lightning_distill.losses.f_divergences import log_ratio
+from lightning_distill.losses.reward_weights import MeanValue
+from lightning_distill.losses.score_matching import matching_weight, score_difference
+from lightning_distill.methods import (
+    DMD2,
+    ECT,
+    LADD,
+    RCM,
+    TDM,
+    VSD,
+    ConsistencyTraining,
+    DiffInstruct,
+    FDistill,
+    MeanFlow,
+    ProgressiveDistillation,
+    RewardedDMD,
+    SiD,
+    subinterval,
+)
+from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Role
+from lightning_distill.parameterisations import edm_boundary
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving, expand
+from lightning_distill.times import Uniform
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
+F64 = torch.float64
+SHAPE = (2, 2, 1)
+VIDEO = (2, 1, 2, 1)
+#: phases of the sines that the weights of student, teacher and fake score are
+STUDENT, TEACHER, FAKE = 0.3, 1.1, 2.3
+
+
+# ------------------------------------------------------------------------------------------------ networks and draws
+class Formula(nn.Module):
+    """tanh(W (x + shift) + b + a t / (1 + t) + c r / (1 + r)); all weights are sines of their index."""
+
+    def __init__(self, phase, shape=SHAPE):
+        super().__init__()
+        d = math.prod(shape)
+        sines = torch.sin(1.7 * torch.arange(d * d + 3 * d, dtype=F64) + phase)
+        weight, bias, slope, second = sines.split([d * d, d, d, d])
+        self.weight = nn.Parameter(0.4 * weight.view(d, d))
+        self.bias = nn.Parameter(0.3 * bias)
+        self.slope = nn.Parameter(0.5 * slope)
+        self.second = nn.Parameter(0.5 * second)
+
+    def forward(self, x, t, r=None, shift=None):
+        x_in = x if shift is None else x + shift.view(-1, *[1] * (x.ndim - 1))
+        h = x_in.flatten(1) @ self.weight.T + self.bias + self.slope * (t / (1 + t))[:, None]
+        if r is not None:
+            h = h + self.second * (r / (1 + r))[:, None]
+        return torch.tanh(h).view_as(x)
+
+
+class Preconditioned(Formula):
+    """The formula within the scalings of EDM, or those of consistency models, which are the identity at sigma_min."""
+
+    def __init__(self, phase, sigma_min=0.0):
+        super().__init__(phase)
+        self.sigma_min = sigma_min
+
+    def forward(self, x, t):
+        skip, out = (expand(c, x) for c in edm_boundary(t, 0.5, self.sigma_min))
+        return skip * x + out * super().forward(x / expand((t**2 + 0.25).sqrt(), x), t)
+
+
+class Head(nn.Module):
+    """A linear discriminator on its one feature."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.sin(1.7 * torch.arange(4, dtype=F64) + 0.9))
+
+    def forward(self, features):
+        return (features["input"].flatten(1) @ self.weight)[:, None]
+
+
+class Is(Role):
+    """A role that is a denoiser made beforehand."""
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+
+    def build(self, source, name=None):
+        return self.denoiser
+
+
+class Given:
+    """Draws whose numbers are given by name; uniform ones that are not are 1/2."""
+
+    slice_index = first = 0
+
+    def __init__(self, update=0, **numbers):
+        self.update = update
+        self.numbers = {name.replace("__", "/"): value for name, value in numbers.items()}
+
+    def normal(self, name, shape):
+        value = self.numbers[name]
+        assert value.shape == tuple(shape)
+        return value
+
+    def uniform(self, name, n):
+        return self.numbers.get(name, torch.full((n,), 0.5, dtype=F64))
+
+    def integer(self, name, high):
+        return 0
+
+    def of_slice(self):
+        return self
+
+
+def fixture(name, shape=SHAPE):
+    """Inputs, expected values; rows of samples get their shape."""
+    found = json.loads((FIXTURES / f"{name}.json").read_text())
+    assert found["method"] == name
+    assert len(found["commit"]) == 40
+    given = {}
+    for key, value in found["inputs"].items():
+        value = torch.tensor(value, dtype=F64) if isinstance(value, list) else value
+        rows = isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == math.prod(shape)
+        given[key] = value.view(-1, *shape) if rows else value
+    return SimpleNamespace(**given), found["expected"]
+
+
+def denoiser(phase, process, kind="sample", network=None, sigma_data=0.5, **settings):
+    return Denoiser(network or Formula(phase), process, kind, sigma_data=sigma_data, **settings)
+
+
+def built(method, teacher, student, fake=None, shape=SHAPE, **settings):
+    """A method with finished networks."""
+    if fake is not None:
+        settings["fake_score"] = Is(fake)
+    module = method(teacher, student=Is(student), shape=list(shape), **{"ema": [], **settings})
+    module.configure_model()
+    return module
+
+
+def scores(method, process, kinds=("sample", "sample", "sample"), shape=SHAPE, sigma_data=0.5, **settings):
+    """A method with student, teacher and fake score."""
+    networks = [
+        denoiser(phase, process, kind, Formula(phase, shape), sigma_data, null_cond={"shift": 0.25})
+        for phase, kind in zip((TEACHER, STUDENT, FAKE), kinds)
+    ]
+    return built(method, *networks, shape=shape, **settings)
+
+
+def check(loss, network, expected, factor=1.0, value=True):
+    """A loss and its gradients, times ``factor``, are those recorded."""
+    names, parameters = zip(*network.named_parameters())
+    found = torch.autograd.grad(factor * loss, parameters, retain_graph=True, allow_unused=True)
+    gradients = {n: torch.zeros(1) if g is None else g for n, g in zip(names, found)}
+    recorded = expected["student"] if "student" in expected else expected["fake_score"]
+    if value:
+        assert factor * float(loss.detach()) == pytest.approx(expected["loss"], rel=1e-5)
+    for name, gradient in gradients.items():
+        assert float(gradient.norm()) == pytest.approx(recorded[name], rel=1e-5, abs=1e-12), name
+    slack = 1e-5 * recorded["bias"]
+    assert gradients["bias"].tolist() == pytest.approx(recorded["bias_entries"], rel=0, abs=slack)
+
+
+def of_normal(x, mean, std):
+    """Uniform numbers at which a log-normal distribution has the values x."""
+    return torch.special.ndtr((x.log() - mean) / std)
+
+
+# ------------------------------------------------------------------------------------------------ score differences
+def test_dmd2():
+    given, expected = fixture("DMD2")
+    everywhere = Uniform(0.0, 1.0)
+    module = scores(
+        DMD2,
+        EDM(),
+        gan=Adversary(taps=("input",)),
+        student_times=[given.start],
+        matching_times=everywhere,
+        critic_times=everywhere,
+        critic_space="edm",
+    )
+    module.discriminator = head = Head()
+    module.draws = Given(
+        start=given.z,
+        matching__time=given.matching_sigma / 80,
+        matching__noise=given.matching_noise,
+        gan__time=given.gan_sigma / 80,
+        gan__noise=given.gan_noise,
+    )
+    batch, student = Batch(x0=given.real), module.student.network
+    losses = module.student_loss(batch).losses
+    check(losses["matching"], student, expected["matching"])
+    check(losses["gan"], student, expected["generator"])
+    module.draws = Given(
+        critic__time=given.critic_sigma / 80, critic__noise=given.critic_noise, gan__real_noise=given.real_noise
+    )
+    losses = module.fake_score_loss(batch).losses
+    check(losses["denoising"], module.fake_score.network, expected["denoising"])
+    assert float(losses["gan"].detach()) == pytest.approx(expected["discriminator"]["loss"], rel=1e-5)
+    (slope,) = torch.autograd.grad(losses["gan"], head.weight)
+    assert slope.tolist() == pytest.approx(expected["discriminator"]["head"], rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+def test_sid(alpha):
+    """Means over elements in the place of 100 times their sum; times are the method's own."""
+    given, expected = fixture("SiD")
+    module = scores(SiD, EDM(), alpha=alpha, student_times=[given.start], critic_space="edm")
+    module.draws = Given(start=given.z, matching__time=given.matching_u, matching__noise=given.matching_noise)
+    loss = module.student_loss(Batch(size=3)).losses["fisher"]
+    check(loss, module.student.network, expected[f"generator_{alpha}"], factor=100 * 4)
+    module.critic_times = Uniform(0.0, 1.0)
+    module.draws = Given(critic__time=given.critic_sigma / 80, critic__noise=given.critic_noise)
+    loss = module.fake_score_loss(Batch(size=3)).losses["denoising"]
+    check(loss, module.fake_score.network, expected["fake_score"], factor=100 * 4)
+
+
+def test_diff_instruct():
+    """Means in the place of sums over elements; the value of a surrogate says nothing."""
+    given, expected = fixture("DiffInstruct")
+    module = scores(DiffInstruct, EDM(), student_times=[given.start], critic_space="edm")
+    module.draws = Given(
+        start=given.z,
+        matching__time=of_normal(given.matching_sigma, -1.2, 1.2),
+        matching__noise=given.matching_noise,
+        critic__time=of_normal(given.critic_sigma, -1.2, 1.2),
+        critic__noise=given.critic_noise,
+    )
+    loss = module.student_loss(Batch(size=3)).losses["matching"]
+    check(loss, module.student.network, expected["generator"], factor=4, value=False)
+    loss = module.fake_score_loss(Batch(size=3)).losses["denoising"]
+    check(loss, module.fake_score.network, expected["fake_score"], factor=4)
+
+
+def test_vsd():
+    """A mean in the place of a sum over elements."""
+    given, expected = fixture("VSD")
+    module = scores(
+        VSD,
+        VariancePreserving(),
+        ("epsilon", "sample", "epsilon"),
+        guidance=Guidance(given.guidance),
+        matching_times=Uniform(0.0, 1.0),
+    )
+    time = (given.index + 1).expand(3) / 1000
+    module.draws = Given(start=given.z, matching__time=time, matching__noise=given.noise)
+    loss = module.student_loss(Batch(cond={"shift": torch.zeros(3, dtype=F64)})).losses["matching"]
+    check(loss, module.student.network, expected, factor=4, value=False)
+
+
+@pytest.mark.parametrize("name", ["kl", "js", "sf", "neyman", "sh", "jf"])
+def test_f_distill(name):
+    """Running means of past samples in the place of those of the batch and of its bins."""
+    given, expected = fixture("FDistill")
+    want = expected[name]
+    own = {"sf": "softened_rkl", "sh": "hellinger", "jf": "jeffreys"}.get(name, name)
+    limits = {"ratio_min": given.ratio_min, "ratio_max": given.ratio_max, "divergence": own}
+    u = log_ratio(given.logits)
+
+    def module(bins):
+        gan, everywhere = Adversary(taps=("input",)), Uniform(0.0, 1.0)
+        times = {"matching_times": everywhere, "critic_times": everywhere}
+        return scores(FDistill, FlowMatching(), gan=gan, ratio_bins=bins, **times, **limits)
+
+    h = module(0).ratio_weight(u, given.t)
+    h = h / h.mean()
+    assert h.tolist() == pytest.approx(want["h"], rel=1e-5)
+    x = given.x.requires_grad_()
+    weight = matching_weight("dmd", x, given.real, given.t, FlowMatching()) * expand(h, x)
+    loss = score_difference(x, given.real, given.fake, weight)
+    assert float(loss.detach()) == pytest.approx(want["loss"], rel=1e-5)
+    assert float(torch.autograd.grad(loss, x)[0].norm()) == pytest.approx(want["gradient_norm"], rel=1e-5)
+    binned = module(2)
+    binned.ratio_state[0, :2] = torch.tensor(want["bins"])
+    h = binned.ratio_weight(u, given.t)
+    assert (h / h.mean()).tolist() == pytest.approx(want["h_binned"], rel=1e-5)
+
+
+def test_tdm(monkeypatch):
+    """Twice as large, without the factor 1/2; the released script diffuses from one index above the end of a step."""
+    given, expected = fixture("TDM")
+    module = scores(
+        TDM,
+        VariancePreserving("linear", 1e-4, 0.02),
+        ("epsilon",) * 3,
+        student_times=[0.8, 0.6, 0.4, 0.2],
+        guidance=Guidance(given.guidance),
+        critic_condition_on="none",
+    )
+    monkeypatch.setattr(module, "step_ends", lambda: [0.601, 0.401, 0.201, 0.001])
+    monkeypatch.setattr(subinterval, "restricted", lambda *_: (given.time_index + 1) / 1000)
+    module.draws = Given(start=given.z, stops=(given.step + 0.5) / 4, matching__noise=given.noise)
+    batch = Batch(cond={"shift": torch.zeros(4, dtype=F64)})
+    points = module.rollout(batch).prediction.x_t.flatten(1)
+    torch.testing.assert_close(points, torch.tensor(expected["points"], dtype=F64), rtol=1e-5, atol=1e-6)
+    loss = module.student_loss(batch).losses["matching"]
+    check(loss, module.student.network, expected["generator"], factor=2, value=False)
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_rewarded_dmd(beta):
+    """The first update, before which the running mean of the weights is 1."""
+    given, expected = fixture("RewardedDMD")
+    module = scores(
+        RewardedDMD,
+        FlowMatching(),
+        reward=MeanValue(),
+        beta=beta,
+        guidance=Guidance(given.guidance),
+        matching_times=Uniform(0.0, 1.0),
+    )
+    module.draws = Given(start=given.z, matching__time=given.t, matching__noise=given.noise)
+    loss = module.student_loss(Batch(cond={"shift": torch.zeros(1, dtype=F64)})).losses["matching"]
+    check(loss, module.student.network, expected[f"beta_{beta}"], value=beta == 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ adversarial
+def test_ladd():
+    """The penalty's neighbours are given here: the released ones are those of the clean sample."""
+    given, expected = fixture("LADD")
+    networks = [denoiser(phase, FlowMatching()) for phase in (TEACHER, STUDENT)]
+    gan = Adversary(taps=("input",), features="teacher", times=Uniform(0.0, 1.0))
+    module = built(LADD, *networks, gan=gan)
+    module.discriminator = head = Head()
+    module.draws = Given(start=given.z, gan__time=given.t, gan__noise=given.noise, gan__real_noise=given.noise)
+    batch = Batch(x0=given.real)
+    check(module.student_loss(batch).losses["gan"], module.student.network, expected["generator"])
+    loss = module.discriminator_loss(batch).losses["gan"]
+    near = head({"input": given.real + given.r1_std * given.r1_noise})
+    penalty = approximate_r1(module.real_logits(batch, given.t), near, 1.0)
+    for name, value in (("discriminator", loss), ("approximate_r1", penalty)):
+        assert float(value.detach()) == pytest.approx(expected[name]["loss"], rel=1e-5)
+        (slope,) = torch.autograd.grad(value, head.weight)
+        assert slope.tolist() == pytest.approx(expected[name]["head"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ consistency
+def learner(method, process, network=None, other=None, kind="sample", **settings):
+    """A method that trains a student on data."""
+    teacher = denoiser(TEACHER, process, kind, other)
+    return built(method, teacher, denoiser(STUDENT, process, kind, network), **settings)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("c", [0.0, 0.06])
+def test_ect(stage, c):
+    given, expected = fixture("ECT")
+    module = learner(ECT, EDM(), first_stage=stage, huber=c)
+    module.draws = Given(t=of_normal(given.sigma, -1.1, 2.0), noise=given.noise)
+    loss = module.student_loss(Batch(x0=given.x0)).losses["consistency"]
+    check(loss, module.student.network, expected[f"stage{stage}_c{c}"])
+
+
+@pytest.mark.parametrize(("released", "metric"), [("l2", "mse"), ("l1", "l1")])
+def test_consistency_training(released, metric):
+    given, expected = fixture("ConsistencyTraining")
+    module = learner(
+        ConsistencyTraining,
+        EDM(),
+        Preconditioned(STUDENT, sigma_min=0.002),
+        schedule="fixed",
+        last_intervals=given.times - 1,
+        metric=metric,
+        target_ema=ConstantEMA(0.5),
+    )
+    with torch.no_grad():
+        for own, other in zip(module.sampling_network().parameters(), Formula(TEACHER).parameters()):
+            own.data = other.clone()  # of the target, in double precision
+    module.draws = Given(interval=(given.index + 0.5) / (given.times - 1), noise=given.noise)
+    loss = module.student_loss(Batch(x0=given.x0)).losses["consistency"]
+    check(loss, module.student.network, expected[released])
+
+
+def test_progressive_distillation():
+    given, expected = fixture("ProgressiveDistillation")
+    rho = 7
+    high, low = 80.0 ** (1 / rho), 0.002 ** (1 / rho)
+    times = [(high + i / given.steps * (low - high)) ** rho for i in range(given.steps)]
+    networks = [Preconditioned(phase) for phase in (STUDENT, TEACHER)]
+    module = learner(ProgressiveDistillation, EDM(), *networks, stages=1, student_times=times)
+    module.draws = Given(step=(given.index + 0.5) / given.steps, noise=given.noise)
+    loss = module.student_loss(Batch(x0=given.x0)).losses["progressive"]
+    check(loss, module.student.network, expected)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+def test_mean_flow(power):
+    given, expected = fixture("MeanFlow")
+    module = learner(
+        MeanFlow,
+        FlowMatching(),
+        kind="flow_prediction",
+        from_data=True,
+        power=power,
+        constant=given.constant,
+        equal_share=0.0,
+        training_times=Uniform(0.0, 1.0),
+    )
+    module.draws = Given(t=given.t, r=given.r, noise=given.noise)
+    loss = module.student_loss(Batch(x0=given.x0)).losses["mean_flow"]
+    check(loss, module.student.network, expected[f"p{power}"])
+
+
+def test_rcm():
+    """Sums over elements; no factor 1/2 in the score term; the critic's error is that of ``edm`` with sigma_data 1."""
+    given, expected = fixture("RCM", VIDEO)
+    elements, batch = math.prod(VIDEO), Batch(x0=given.x0)
+
+    def flow_time(tau):
+        return tau.sin() / (tau.sin() + tau.cos())
+
+    everywhere = Uniform(0.0, 1.0)
+    module = scores(
+        RCM,
+        FlowMatching(),
+        ("flow_prediction",) * 3,
+        VIDEO,
+        sigma_data=1.0,
+        times=everywhere,
+        matching_times=everywhere,
+        critic_times=everywhere,
+        critic_space="edm",
+    )
+    student = module.student.network
+    draws = {
+        "tau": given.tau / (math.pi / 2),
+        "noise": given.noise,
+        "start": given.z,
+        "matching__time": flow_time(given.matching_tau),
+        "matching__noise": given.matching_noise,
+        "critic__time": flow_time(given.matching_tau),
+        "critic__noise": given.critic_noise,
+    }
+    for update in (250, 5000):
+        module.draws = Given(update, **draws)
+        losses = module.student_loss(batch).losses
+        check(losses["consistency"], student, expected[f"scm_{update}"], factor=100 * elements)
+    check(losses["matching"], student, expected["dmd"], factor=2 * elements)
+    loss = module.fake_score_loss(batch).losses["denoising"]
+    check(loss, module.fake_score.network, expected["critic"], factor=elements)
+
+
+# ------------------------------------------------------------------------------------------------ the fixtures
+def test_every_fixture_is_replayed():
+    from lightning_distill import methods
+
+    names = sorted(path.stem for path in FIXTURES.glob("*.json"))
+    assert all(hasattr(methods, name) for name in names)
+    source = Path(__file__).read_text()
+    assert all(f'fixture("{name}"' in source for name in names)
+    assert all(path.stat().st_size < 30_000 for path in FIXTURES.iterdir())

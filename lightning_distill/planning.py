@@ -28,7 +28,7 @@ from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
-from lightning_distill.networks.weightless import weightless
+from lightning_distill.networks.weightless import Shapes, weightless
 from lightning_distill.optim import AdamW8bit
 
 __all__ = ["GIB", "PRECISIONS", "RESERVE", "PhasePlan", "Plan", "RolePlan", "plan"]
@@ -195,7 +195,8 @@ def plan(
         module = build()
         if checkpointing is not None:
             module.activation_checkpointing = checkpointing
-        module.configure_model()
+        with Shapes():  # a discriminator asks the network for the shapes of its features
+            module.configure_model()
     autocast, narrow = PRECISIONS[precision]
     if narrow is not None:
         nn.Module.to(module, narrow)

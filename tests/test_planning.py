@@ -57,6 +57,7 @@ CASES = {
     "dit": (dit, 4, dict),
     "mlp": (mlp, 512, dict),
     "unet_gan": (unet, 4, lambda: {"gan": Adversary(taps=["mid_block"], width=16)}),
+    "dit_gan": (dit, 4, lambda: {"gan": Adversary(taps=["transformer_blocks.0"], width=16)}),
     "dit_dora": (dit, 4, lambda: {"student": Lora(rank=4, dora=True), "num_steps": 2}),
 }
 
@@ -125,7 +126,7 @@ def compare_activations(case, precision):
         assert phase.peak > phase.kept > 10_000
 
 
-@pytest.mark.parametrize("case", mostly_slow("mlp", "dit_dora"))
+@pytest.mark.parametrize("case", mostly_slow("mlp", "dit_gan", "dit_dora"))
 def test_weights_gradients_and_states_are_exact(case):
     planned = plan(lambda: make(case), CASES[case][1], "32-true", device="cpu")
     module = make(case)

@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from lightning_distill.checkpoint_files import write_checkpoint
 from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.commands.errors import CommandParser
 
@@ -49,15 +48,15 @@ def convert(source: Path, out: Path) -> Path:
         raise FileNotFoundError(f"{source} does not exist; give a checkpoint of a run.")
     if out.exists():
         raise FileExistsError(f"{out} exists; give another name, or remove it first.")
-    part = out.with_name(f"{out.name}.part")
-    out.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        torch.save(sharded_files.to_single(source), part)
+        write_checkpoint(sharded_files.to_single(source), out)
     else:
+        part = out.with_name(f"{out.name}.part")
+        out.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = read_checkpoint(source)
         if "lightning_distill" not in checkpoint:
             raise ValueError(f"{source} was not written by lightning_distill (its header is missing).")
         shutil.rmtree(part, ignore_errors=True)
         sharded_files.from_single(checkpoint, part)
-    os.replace(part, out)
+        os.replace(part, out)
     return out

@@ -26,11 +26,13 @@ class MethodRow:
 
 
 def method_classes(base: type[DistillationModule] = DistillationModule) -> Iterator[type[DistillationModule]]:
-    """Concrete methods: subclasses, here and in plugins, that define or inherit a student loss."""
+    """Concrete methods, each once: subclasses, here and in plugins, that define or inherit a student loss."""
+    found: dict[type[DistillationModule], None] = {}
     for cls in base.__subclasses__():
         if hasattr(cls, "student_loss"):
-            yield cls
-        yield from method_classes(cls)
+            found[cls] = None
+        found |= dict.fromkeys(method_classes(cls))
+    yield from found
 
 
 def method_rows() -> list[MethodRow]:

@@ -7,34 +7,15 @@ The first process sends every process the rows of a tensor that are its own, one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_distill.strategies.sharding import layout
 
-__all__ = ["Shapes", "give_room", "hand_out", "structure", "take_off"]
-
-
-class Shapes(TorchDispatchMode):
-    """Operations on tensors of the meta device and of others give tensors of the meta device.
-
-    Networks without weights have buffers with values. What a method finds out by running such a network while it is
-    built is the shapes of features.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves, spec = tree_flatten((args, kwargs or {}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            leaves = [leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = tree_unflatten(leaves, spec)
-        return func(*args, **(kwargs or {}))
+__all__ = ["give_room", "hand_out", "structure", "take_off"]
 
 
 def _owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

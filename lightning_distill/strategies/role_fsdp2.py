@@ -22,9 +22,9 @@ from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, enable_activation_checkpointing
 from lightning_distill.networks.quantisation import QuantisedLinear
-from lightning_distill.networks.weightless import weightless
+from lightning_distill.networks.weightless import Shapes, weightless
 from lightning_distill.strategies import sharded_files
-from lightning_distill.strategies.handed_out import Shapes, give_room, hand_out, structure, take_off
+from lightning_distill.strategies.handed_out import give_room, hand_out, structure, take_off
 from lightning_distill.strategies.reducer import same_everywhere
 from lightning_distill.strategies.role_data_parallel import check_teacher, distillation_module
 from lightning_distill.strategies.sharding import (

@@ -110,6 +110,7 @@ def test_progress_is_that_of_kid():
     assert emoji.kid_progress(rows[2], rows) is None
 
 
+@pytest.mark.slow
 def test_the_table_is_made_from_the_record(words, figures, monkeypatch):
     monkeypatch.setattr(make_tables, "LATEST", option(words, "out") / "results" / "latest")
     text = make_tables.emoji()

@@ -266,7 +266,7 @@ def evaluate(args: argparse.Namespace, store: Store) -> dict[str, Any]:
     held_data = Emoji(**settings, split="held_out", cond_keys=[TOKENS, POOLED])
     order = torch.randperm(len(train_data.rows), generator=torch.Generator().manual_seed(0))
     seen = train_data.make_source().gather(order[: args.most], 0)
-    held = held_data.make_source().gather(torch.arange(min(len(held_data.rows), args.most)), 0)
+    held = held_data.make_source().gather(torch.arange(len(held_data.rows))[: args.most], 0)
     # skin tones have nearly the caption of the plain emoji: one caption for each name is to be told from the others
     names = [held_data.pictures[i].name for i in held_data.rows.tolist()][: held.size]
     plain = torch.tensor([i for i, name in enumerate(names) if name not in names[:i]])

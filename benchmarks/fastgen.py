@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bare import bare_trainer
 from counting import Counter, floor_bytes
 from fastgen_peer import BLOCKS, Peer, PeerHeads, load, network
 from fastgen_quality import RATES, RATIOS, quality
@@ -278,15 +279,9 @@ def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.
         size=args.batch * slices,
     )
     probe = Alternate(peer, args.batch, args.block)
-    trainer = Trainer(
+    trainer = bare_trainer(
         max_steps=2 + args.block * args.repeats,
-        accelerator="cpu",
         callbacks=[probe],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=10**9,
     )
     trainer.fit(module, DataLoader(Repeated(batch), batch_size=None))
     sides = {

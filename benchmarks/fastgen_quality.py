@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bare import bare_trainer
 from fastgen_peer import Peer
 from lightning.pytorch import Callback, Trainer
 from results import RESULTS, write_result
@@ -191,17 +192,11 @@ def train_ours(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float
     loader = ResumableLoader(
         InMemory(Batch(cond={"condition": labels}, size=1000)), BATCH, slices=module.slices_per_cycle
     )
-    trainer = Trainer(
+    trainer = bare_trainer(
         max_steps=10**6,
-        accelerator="cpu",
         callbacks=[_Watch(curve, judge)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=10**9,
     )
-    trainer.fit(module, loader, ckpt_path=str(curve.weights) if curve.points else None, weights_only=False)
+    trainer.fit(module, loader, ckpt_path=str(curve.weights) if curve.points else None)
 
 
 def quality(library: SimpleNamespace, args: argparse.Namespace, results: Path = RESULTS) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 import warnings
 
 import torch
+from bare import bare_trainer
 from lightning.pytorch import Callback, Trainer
 from results import write_result
 
@@ -104,15 +105,9 @@ def main() -> None:
                         bare.cycle()
                     seconds["bare"].append((time.process_time() - start) / args.cycles)
 
-    trainer = Trainer(
+    trainer = bare_trainer(
         max_steps=args.cycles * args.repeats + 1,
-        accelerator="cpu",
         precision="bf16-mixed",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=10**9,
         callbacks=[Clock()],
     )
     trainer.fit(method, data)

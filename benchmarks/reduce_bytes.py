@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from bare import bare_trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -66,15 +66,10 @@ def count(strategy: str, settings: dict[str, Any], teacher: str) -> list[dict[st
         return original(tensor, *args, **kwargs)
 
     chosen: Any = VisibleDDP(find_unused_parameters=True) if strategy == PLAIN else RoleDataParallel()
-    run = Trainer(
-        accelerator="cpu",
+    run = bare_trainer(
         devices=2,
         strategy=chosen,
         max_steps=CYCLES,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     dist.all_reduce = all_reduce
     try:

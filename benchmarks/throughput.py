@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bare import bare_trainer
 from counting import Counter, floor_bytes
 from lightning.pytorch import Callback, Trainer
 from real_sizes import SIZES, Size, build, parameters
@@ -142,17 +143,12 @@ def measure(name: str, way: dict[str, Any], args: argparse.Namespace) -> dict[st
     try:
         module = method(size, way, args)
         probe = Measure(args.blocks, args.block)
-        trainer = Trainer(
+        trainer = bare_trainer(
             max_steps=WARMUP + args.blocks * args.block,
             accelerator="gpu" if cuda else "cpu",
             devices=1,
             precision="bf16-mixed" if args.dtype == "bfloat16" else "32-true",
             callbacks=[probe],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=10**9,
         )
         trainer.fit(module, DataLoader(Conditions(module.student, size.shape, args.batch, way["gan"]), batch_size=None))
     except torch.OutOfMemoryError:

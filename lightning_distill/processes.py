@@ -162,6 +162,9 @@ class FlowMatching(NoiseProcess):
         t = t.double()
         return self.shift * t / (1.0 + (self.shift - 1.0) * t)
 
+    def prior_std(self, t_init: float) -> float:  # noqa: D102
+        return float(t_init)
+
 
 class VariancePreserving(NoiseProcess):
     """Discrete-time diffusion (DDPM, DDIM, LCM, ...) made continuous: alpha^2 + sigma^2 = 1, t in [0, 1].
@@ -309,6 +312,9 @@ class EDM(NoiseProcess):
 
     def network_time(self, t: Tensor) -> Tensor:  # noqa: D102
         return 250.0 * t.double().log()
+
+    def prior_std(self, t_init: float) -> float:  # noqa: D102
+        return float(t_init)
 
 
 class TrigFlow(NoiseProcess):

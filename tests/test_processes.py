@@ -221,3 +221,11 @@ def test_expand_broadcasts_over_samples():
 def test_constructors_refuse_nonsense(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
+def test_prior_std_is_sigma_except_in_vp(process):
+    for share in (0.1, 0.5, 1.0):
+        t = share * process.t_max
+        expected = 1.0 if isinstance(process, VariancePreserving) else float(process.sigma(torch.tensor(t, dtype=torch.float64)))
+        assert process.prior_std(t) == expected

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 from jsonargparse import ArgumentParser
 
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
+from lightning_distill.time_coverage import check_coverage, density_ratio
 from lightning_distill.times import (
     Beta,
     Karras,
@@ -17,8 +18,6 @@ from lightning_distill.times import (
     TimeDistribution,
     Uniform,
     UniformIndex,
-    check_coverage,
-    density_ratio,
     few_step_times,
     t_min,
     validate_times,

@@ -70,7 +70,11 @@ def export_module(
         )
     network = module.sampling_network(weights)
     differences = []
-    for part, labels, folder in _pipelines(network, Path(out_dir)):
+    pipelines = _pipelines(network, Path(out_dir))
+    taken = [str(folder) for *_, folder in pipelines if folder.exists()]
+    if taken and not overwrite:
+        raise FileExistsError(f"{', '.join(taken)}: these exist; give another folder, or overwrite=True.")
+    for part, labels, folder in pipelines:
         differences.append(_export(module, part, labels, folder, weights, overwrite, n, lora, source, license, fresh))
     return Path(out_dir), max(differences)
 

@@ -16,7 +16,8 @@ from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.discriminators import DiscriminatorHeads
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.times import TimeDistribution, check_coverage
+from lightning_distill.time_coverage import check_coverage
+from lightning_distill.times import TimeDistribution
 
 __all__ = ["AdversarialMethod", "RatioMethod"]
 

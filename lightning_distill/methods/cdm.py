@@ -12,7 +12,8 @@ from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.samplers import transport
-from lightning_distill.times import bounded, restricted
+from lightning_distill.time_coverage import restricted
+from lightning_distill.times import bounded
 
 __all__ = ["CDM"]
 

@@ -15,7 +15,8 @@ from lightning_distill.methods.rollout import Rollout
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import expand
-from lightning_distill.times import TimeDistribution, restricted
+from lightning_distill.time_coverage import restricted
+from lightning_distill.times import TimeDistribution
 
 __all__ = ["DecoupledDMD"]
 

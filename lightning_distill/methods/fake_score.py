@@ -24,7 +24,8 @@ from lightning_distill.networks.oracle import OracleNetwork
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.networks.step_condition import CONDITIONS, StepCondition, entrance
-from lightning_distill.times import TimeDistribution, bounded, check_coverage
+from lightning_distill.time_coverage import check_coverage
+from lightning_distill.times import TimeDistribution, bounded
 
 __all__ = ["FakeScoreMethod", "Scores"]
 

@@ -38,6 +38,8 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         sample and the score difference per element, so that their ratio goes with the number of elements: a 2-D problem
         needs 1 where images have 100.
         Before ``matching_from`` the fake score is trained already.
+        The critic's error counts in its network's own prediction by default; the released code weights it as EDM does,
+        which is ``critic_space="edm"`` with unit data.
     """
 
     paper = "2510.08431"
@@ -76,7 +78,4 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
-        counts = super().forward_counts()
-        for name, calls in self.consistency.forward_counts().items():
-            counts["student"][name] += calls
-        return counts
+        return self.consistency.added_counts(super().forward_counts())

@@ -100,7 +100,4 @@ class SANASprint(TrajectoryMethod, LADD):
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
-        counts = super().forward_counts()
-        for name, calls in self.consistency.forward_counts().items():
-            counts["student"][name] += calls
-        return counts
+        return self.consistency.added_counts(super().forward_counts())

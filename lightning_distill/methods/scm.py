@@ -160,6 +160,11 @@ class ContinuousConsistency:
         calls = {"jvp": 2, "central": 3, "one_sided": 2, "semi": 4}[self.tangent]
         return {"student": calls, "teacher": 0 if self.from_data else 1}
 
+    def added_counts(self, counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """The calls of a method's other terms by phase and network, and those of this one in its student phase."""
+        own = {name: counts["student"][name] + calls for name, calls in self.forward_counts().items()}
+        return {**counts, "student": {**counts["student"], **own}}
+
 
 class SCM(TrajectoryMethod):
     """Continuous-time consistency: the end of the trajectory does not change along it.

@@ -25,7 +25,7 @@ class Scores:
         t: their times, (B,).
         real: y_T, the teacher's guided x0-prediction, (B, ...).
         fake: y_F, the fake score's.
-        features: tapped activations of the fake score by name.
+        features: tapped activations of the network whose forward was shared, fake score or teacher, by name.
     """
 
     x_t: Tensor

@@ -11,7 +11,7 @@ from lightning_distill.methods.consistency_training import ECT
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import expand
-from lightning_distill.times import restricted
+from lightning_distill.time_coverage import restricted
 
 __all__ = ["TCM"]
 

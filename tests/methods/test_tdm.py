@@ -14,7 +14,8 @@ from lightning_distill.methods import DMD2, TDM, PhasedDMD
 from lightning_distill.methods.base import Terms
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws
-from lightning_distill.times import Uniform, restricted
+from lightning_distill.time_coverage import restricted
+from lightning_distill.times import Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 

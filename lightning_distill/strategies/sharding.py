@@ -96,7 +96,8 @@ def _show_taps(part: nn.Module, network: nn.Module, inside: str) -> None:
     """Return the features tapped inside of a part along with its output, so that FSDP sees them leave.
 
     FSDP gathers a part's parameters again when a gradient reaches its output; a tap is a second way out. A forward that
-    ends at its last tap ends here, before it would leave FSDP in the middle of things.
+    ends at its last tap ends here, before it would leave FSDP in the middle of things. Where the graph ended inside,
+    behind the last tap, gradients are enabled while FSDP looks at what leaves.
     """
     forward = part.forward
 
@@ -108,13 +109,20 @@ def _show_taps(part: nn.Module, network: nn.Module, inside: str) -> None:
                 raise
             out = None
         tapped = {name: t for name, t in network.__dict__.get(TAPPED, {}).items() if name.startswith(inside)}
-        return (_WITH_TAPS, out, tapped) if tapped else out
+        if not tapped:
+            return out
+        mode = torch.is_grad_enabled()
+        torch.set_grad_enabled(mode or any(t.requires_grad for t in tapped.values()))
+        return _WITH_TAPS, out, tapped, mode
 
     part.__dict__["forward"] = with_taps
 
 
 def _hide_taps(_part: nn.Module, _args: Any, out: Any) -> Any:
-    return out[1] if isinstance(out, tuple) and len(out) == 3 and out[0] is _WITH_TAPS else out
+    if not (isinstance(out, tuple) and len(out) == 4 and out[0] is _WITH_TAPS):
+        return out
+    torch.set_grad_enabled(out[3])
+    return out[1]
 
 
 def reshard(module: nn.Module) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["Batch", "as_batch", "slice_cond"]
 
 
-def slice_cond(cond: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """The given rows of every tensor in a conditioning mapping."""
+def slice_cond(cond: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Any]:
+    """The given rows of every tensor in a conditioning mapping; indices may repeat some."""
     return {k: v[rows] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in cond.items()}
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.policy_head import policy_head_of, policy_prediction
 from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import EDM, FlowMatching, NoiseProcess, TrigFlow, change_process, expand
@@ -39,6 +40,7 @@ __all__ = [
     "embeds_guidance",
     "lcm_boundary",
     "segment_end",
+    "segment_start",
     "takes_target",
     "trigflow_consistency",
     "trigflow_input",
@@ -158,7 +160,12 @@ def average_velocity(x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ students
 def takes_target(denoiser: Denoiser) -> bool:
-    """Whether a network takes a target time, of its own or by an installed branch (``networks.second_time``)."""
+    """Whether a network takes a target time, of its own, by an installed branch or for its policy.
+
+    See ``networks.second_time`` and ``networks.policy_head``.
+    """
+    if policy_head_of(denoiser.network) is not None:
+        return True
     installed = second_time_of(denoiser.network)
     if installed is not None and installed.kind is not None:
         return True
@@ -275,7 +282,8 @@ class TrajectoryMap(FewStep):
 
     The network's prediction g(x, t, r) is what ``transport`` carries to r: in flow matching its ``flow_prediction`` is
     the average velocity u, X = x + (r - t) u (MeanFlow, arXiv:2505.13447, Eq. 12); in EDM its ``x0`` is CTM's g,
-    X = (r/t) x + (1 - r/t) g (arXiv:2310.02279, Section 3). X_{t -> t} is the identity in any of them.
+    X = (r/t) x + (1 - r/t) g (arXiv:2310.02279, Section 3). X_{t -> t} is the identity in any of them. A network with a
+    policy head leads to where its policy does.
 
     Args:
         denoiser: a two-time network.
@@ -290,6 +298,10 @@ class TrajectoryMap(FewStep):
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Prediction:
         """The prediction that leads to r; None is r = t, the direction of the trajectory itself."""
+        if policy_head_of(self.denoiser.network) is not None:
+            if r is None:
+                return self._predict(x, t, None)
+            return policy_prediction(self.denoiser, x, t, r, self.cond, self.guidance)
         return self._predict(x, t, t if r is None else r)
 
     def jump(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -316,6 +328,17 @@ def segment_end(t: Tensor, edges: Sequence[float]) -> Tensor:
     ascending = torch.tensor([0.0, *reversed([float(e) for e in edges])], dtype=torch.float64, device=t.device)
     t = t.double().contiguous()
     return ascending[(torch.searchsorted(ascending, t) - 1).clamp_min(0)]
+
+
+def segment_start(t: Tensor, edges: Sequence[float]) -> Tensor:
+    """The edge at which the segment of each time begins: the smallest of the edges that is at least t, float64.
+
+    Args:
+        t: native times, any shape, in (0, edges[0]].
+        edges: descending edges without the final 0; the first is the largest time.
+    """
+    ascending = torch.tensor([float(e) for e in reversed(edges)], dtype=torch.float64, device=t.device)
+    return ascending[torch.searchsorted(ascending, t.double().contiguous()).clamp_max(len(ascending) - 1)]
 
 
 class SegmentMap(FewStep):

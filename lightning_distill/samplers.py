@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_distill.losses.subinterval import noise_further
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import FlowMatching, NoiseProcess, change_process, expand
 from lightning_distill.times import validate_times
@@ -26,11 +27,13 @@ __all__ = [
     "check_capability",
     "dpmpp_2m",
     "flow_map",
+    "gamma",
     "heun",
     "heun_step",
     "ode",
     "renoise",
     "simulate",
+    "start_noise",
     "transport",
 ]
 
@@ -59,12 +62,12 @@ def _to_clean(denoise: Denoise) -> Denoise:
 _TRAINED_FOR = {
     "one_step_only": ("one step from t_max", "sampler 'renoise' or 'ode' with the one time t_max"),
     "any_step": ("jumps to clean data", "sampler 'renoise'"),
-    "two_time": ("jumps between two times", "sampler 'flow_map', 'renoise', 'ode' or 'heun'"),
+    "two_time": ("jumps between two times", "sampler 'flow_map', 'gamma', 'renoise', 'ode' or 'heun'"),
     "segments": ("jumps to the end of a segment", "sampler 'ode' with the edges as times"),
 }
 _SAMPLERS_OF = {
     "any_step": ("renoise",),
-    "two_time": ("flow_map", "renoise", "ode", "heun"),
+    "two_time": ("flow_map", "gamma", "renoise", "ode", "heun"),
     "segments": ("ode",),
 }
 
@@ -200,6 +203,17 @@ def ode(
     return denoise(x, _time(times[-1], x)).x0
 
 
+def start_noise(
+    denoise: Denoise, x: Tensor, times: Sequence[float], process: NoiseProcess, *, noise: Noise | None = None
+) -> Tensor:
+    """Add the starting noise to every prediction of x0 (arXiv:2405.20320): exact where flows are straight.
+
+    ``noise`` is accepted for the common signature and unused.
+    """
+    eps = x / process.prior_std(float(times[0]))
+    return renoise(denoise, x, times, process, noise=lambda _i, _x: eps)
+
+
 def heun_step(denoise: Denoise, x: Tensor, t: Tensor, r: Tensor, process: NoiseProcess) -> Tensor:
     """One step of ``heun`` from t to r, both native times, (B,) or ()."""
     prediction = denoise(x, t)
@@ -280,10 +294,51 @@ def flow_map(
     return x
 
 
+def gamma(
+    denoise: TwoTimeDenoise,
+    x: Tensor,
+    times: Sequence[float],
+    process: NoiseProcess,
+    *,
+    noise: Noise | None = None,
+    share: float = 0.2,
+) -> Tensor:
+    """Jump below each next time and add fresh noise up to it (gamma-sampling of CTM, arXiv:2310.02279, Section 3.4).
+
+        x_s = X_{t -> s}(x_t),     sigma_s / alpha_s = sqrt(1 - gamma^2) sigma_r / alpha_r,     x_r = x_s noised to r
+
+    gamma = 0 is ``flow_map`` and gamma = 1 is ``renoise``. The last jump is to 0.
+
+    Args:
+        denoise: two-time network, (x_t, t, r) -> Prediction.
+        x: noisy sample at ``times[0]``, (B, ...).
+        times: descending native times without the final 0.
+        process: process of the times.
+        noise: the fresh noise before the step at ``times[i]``, i >= 1; None draws from the global generator.
+        share: gamma in [0, 1].
+
+    Raises:
+        ValueError: bad times, or a gamma out of range.
+    """
+    validate_times(times, process)
+    check_capability(denoise, "gamma", times, process)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"gamma(share={share}): the share of fresh noise lies in [0, 1].")
+    noise = noise or _gaussian
+    for i, (t, later) in enumerate(pairwise(times)):
+        r = _time(later, x)
+        kept = torch.tensor(1.0 - share**2, dtype=torch.float64, device=x.device)
+        s = process.t_from_log_snr(process.log_snr(r) - kept.log()) if share < 1.0 else torch.zeros_like(r)
+        x = noise_further(transport(denoise(x, _time(t, x), s), s), s, r, noise(i + 1, x), process)
+    return transport(denoise(x, _time(times[-1], x), _time(0.0, x)), 0.0)
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "renoise": renoise,
     "ode": ode,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "start_noise": start_noise,
     "flow_map": flow_map,
+    "gamma": gamma,
 }

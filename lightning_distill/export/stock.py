@@ -31,6 +31,7 @@ from lightning_distill.export.schedules import (
     vp_scheduler,
 )
 from lightning_distill.networks.families import family_of
+from lightning_distill.networks.policy_head import policy_head_of
 from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving
 from lightning_distill.times import validate_times
@@ -102,6 +103,11 @@ def stock_parts(
         raise ValueError(
             f"this {name} was given a further input (networks.second_time), which no stock pipeline fills; distil it "
             f"into a student of one time, or use AnyFlowTransformer3DModel. {OTHERWISE}"
+        )
+    if policy_head_of(network) is not None:
+        raise ValueError(
+            f"this {name} puts out a policy for each of its steps (networks.policy_head), and no stock pipeline can "
+            f"sample it. {OTHERWISE}"
         )
     if sampler not in ("renoise", "ode"):
         raise ValueError(f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.")

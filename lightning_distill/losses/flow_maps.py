@@ -25,8 +25,10 @@ from lightning_distill.processes import expand
 
 __all__ = [
     "adaptive_weight",
+    "balance_weight",
     "boot_boundary",
     "boot_target",
+    "euler_slope",
     "eulerian_residual",
     "flow_jump",
     "free_flow_target",
@@ -126,6 +128,23 @@ def mean_flow_loss(u: Tensor, target: Tensor, p: float = 1.0, eps: float = 1e-2)
     """
     error = (u - target.detach()).square().flatten(1).sum(1)
     return (adaptive_weight(error, p, eps) * error).mean()
+
+
+def balance_weight(error: Tensor, reference: Tensor, equal: Tensor, eps: float = 1e-3) -> Tensor:
+    """Weights with which every sample with r < t counts as much as one with r = t does on average (AnyFlow).
+
+        1 where r = t,     reference / (e + eps) elsewhere
+
+    Args:
+        error: squared error of each sample, (B,).
+        reference: mean error of samples with r = t, ().
+        equal: whether r = t, (B,).
+        eps: keeps the weight finite.
+
+    Returns:
+        (B,), without graph.
+    """
+    return torch.where(equal, torch.ones_like(error), reference / (error + eps)).detach()
 
 
 def rcgm_target(
@@ -241,6 +260,31 @@ def shortcut_target(average: AverageVelocity, x: Tensor, t: Tensor, step: Tensor
         second = average(flow_jump(x, first, t, t - step), t - step, t - 2.0 * step)
         target = 0.5 * (first + second)
         return target if clamp is None else target.clamp(-clamp, clamp)
+
+
+def euler_slope(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, steps: int = 2) -> Tensor:
+    """Average velocity of N Euler steps from t to 0 (SnapFlow, arXiv:2604.05656; N = 2 there).
+
+        [ v(x, t) + v(x - t/N v, t - t/N) + .. ] / N
+
+    For exact marginal velocities it is u(x, t, 0) up to O(1/N); velocities of single pairs would be wrong at the second
+    point, which lies on no pair's line.
+
+    Args:
+        velocity: v(x, t), run without graph.
+        x: samples at t, (B, ...).
+        t: flow-matching times, (B,).
+        steps: N.
+
+    Returns:
+        (B, ...), without graph.
+    """
+    with torch.no_grad():
+        h, total = t / steps, torch.zeros_like(x)
+        for i in range(steps):
+            v = velocity(x, t - i * h)
+            x, total = flow_jump(x, v, t, t - h), total + v
+        return total / steps
 
 
 # ------------------------------------------------------------------------------------------------ from noise alone

@@ -1,16 +1,21 @@
 """Distillation methods; every module of this package is imported by the command line, so a new file is enough."""
 
 from lightning_distill.methods.ac_dmd import ACDMD
+from lightning_distill.methods.accvideo import AccVideo
 from lightning_distill.methods.adm import ADM
 from lightning_distill.methods.adversarial import AdversarialMethod, RatioMethod
+from lightning_distill.methods.arc_flow import ArcFlow
+from lightning_distill.methods.any_flow import AnyFlow, AnyFlowOnPolicy
 from lightning_distill.methods.asd import ASD
 from lightning_distill.methods.base import DistillationModule, Rollout, Terms
 from lightning_distill.methods.boot import BOOT
+from lightning_distill.methods.boss import BOSS, Straightening
 from lightning_distill.methods.cdm import CDM
 from lightning_distill.methods.cmt import CMT
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
 from lightning_distill.methods.consistency_training import ECT, ICT, ConsistencyTraining
 from lightning_distill.methods.critic_schedule import UpdateSchedule
+from lightning_distill.methods.ctm import CTM
 from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.diff_instruct import DiffInstruct
 from lightning_distill.methods.disback import DisBack
@@ -23,25 +28,37 @@ from lightning_distill.methods.flow_map_distillation import FlowMapDistillation
 from lightning_distill.methods.free_flow import FreeFlow
 from lightning_distill.methods.gdd import GDD, GDDI
 from lightning_distill.methods.gndm import GNDM
+from lightning_distill.methods.guidance_distillation import GuidanceDistillation
+from lightning_distill.methods.knowledge_distillation import InstaFlow, KnowledgeDistillation
 from lightning_distill.methods.ladd import ADD, LADD
 from lightning_distill.methods.lcm import LCM
+from lightning_distill.methods.mdt_dist import MDTDist
 from lightning_distill.methods.mean_flow import MeanFlow
+from lightning_distill.methods.mlcm import MLCM
 from lightning_distill.methods.msd import MSD
 from lightning_distill.methods.pcm import PCM
 from lightning_distill.methods.phased_dmd import PhasedDMD
+from lightning_distill.methods.pi_flow import PiFlow
 from lightning_distill.methods.progressive import ProgressiveDistillation
 from lightning_distill.methods.rcm import RCM
+from lightning_distill.methods.reflow import Reflow
 from lightning_distill.methods.regression import PairRegression
 from lightning_distill.methods.rewarded_dmd import RewardedDMD
+from lightning_distill.methods.rf_plus_plus import RFPlusPlus
 from lightning_distill.methods.sana_sprint import SANASprint
 from lightning_distill.methods.sc_dmd import SCDMD
 from lightning_distill.methods.scm import SCM
 from lightning_distill.methods.shortcut import Shortcut
 from lightning_distill.methods.sid import SiD
+from lightning_distill.methods.slim_flow import SlimFlow, SlimFlowDistillation
+from lightning_distill.methods.snap_flow import SnapFlow
+from lightning_distill.methods.splam import SPLAM
 from lightning_distill.methods.swiftbrush import SwiftBrush
+from lightning_distill.methods.tbcm import TBCM
 from lightning_distill.methods.tcm import TCM
 from lightning_distill.methods.tdm import TDM
 from lightning_distill.methods.teacher_training import TeacherTraining
+from lightning_distill.methods.tscd import TSCD
 from lightning_distill.methods.uni_instruct import UniInstruct
 from lightning_distill.methods.vdot import VDOT
 from lightning_distill.methods.vsd import VSD
@@ -52,8 +69,10 @@ __all__ = [
     "ADM",
     "ASD",
     "BOOT",
+    "BOSS",
     "CDM",
     "CMT",
+    "CTM",
     "DMD",
     "DMD2",
     "ECT",
@@ -63,16 +82,24 @@ __all__ = [
     "ICT",
     "LADD",
     "LCM",
+    "MLCM",
     "MSD",
     "PCM",
     "RCM",
     "SCDMD",
     "SCM",
+    "SPLAM",
+    "TBCM",
     "TCM",
     "TDM",
+    "TSCD",
     "VDOT",
     "VSD",
+    "AccVideo",
     "AdversarialMethod",
+    "ArcFlow",
+    "AnyFlow",
+    "AnyFlowOnPolicy",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "DecoupledDMD",
@@ -84,17 +111,28 @@ __all__ = [
     "FlashDMD",
     "FlowMapDistillation",
     "FreeFlow",
+    "GuidanceDistillation",
+    "InstaFlow",
+    "KnowledgeDistillation",
+    "MDTDist",
     "MeanFlow",
     "PairRegression",
     "PhasedDMD",
+    "PiFlow",
     "ProgressiveDistillation",
+    "RFPlusPlus",
     "RatioMethod",
+    "Reflow",
     "RewardedDMD",
     "Rollout",
     "SANASprint",
     "Scores",
     "Shortcut",
     "SiD",
+    "SlimFlow",
+    "SlimFlowDistillation",
+    "SnapFlow",
+    "Straightening",
     "SwiftBrush",
     "TeacherTraining",
     "Terms",

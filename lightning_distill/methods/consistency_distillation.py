@@ -1,5 +1,6 @@
 """Consistency distillation (arXiv:2303.01469)."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,33 @@ from lightning_distill.parameterisations import ConsistencyFunction
 from lightning_distill.processes import expand
 from lightning_distill.times import t_min
 
-__all__ = ["ConsistencyDistillation", "PairMethod"]
+__all__ = ["ConsistencyDistillation", "Metric", "Pair", "PairMethod"]
 
 
 Metric = Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"]
+
+
+@dataclass
+class Pair:
+    """Two points of one trajectory for each sample, and what goes with them.
+
+    Attributes:
+        x_t: later (noisier) points, (B, ...).
+        t: their native times, (B,), float64.
+        x_r: earlier points, same shape.
+        r: their times, (B,), below ``t``.
+        batch: conditions of the B samples.
+        scale: what a student with an embedded scale is told, (B,); None where it embeds none.
+        gap: the times whose gap the weight goes with, where they are not ``t`` and ``r``.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    x_r: Tensor
+    r: Tensor
+    batch: Batch
+    scale: Tensor | None = None
+    gap: tuple[Tensor, Tensor] | None = None
 
 
 class PairMethod(TrajectoryMethod):
@@ -91,19 +115,30 @@ class PairMethod(TrajectoryMethod):
         consistent = self.function(network, batch, scale)(x_r, r).x0
         return torch.where(expand(r > t_min(self.process), x_r).bool(), consistent, x_r)
 
-    def pair_loss(self, batch: Batch) -> Terms:
-        """Distance of the two ends of a pair's trajectory."""
+    def pair(self, batch: Batch) -> Pair:
+        """Noised data, and the earlier point of its trajectory."""
         x0 = self.data(batch)
         t, r = self.pair_times(batch.size)
         eps = self.draws.normal("noise", x0.shape)
         x_t = self.process.add_noise(x0, eps, t)
-        x_r = self.earlier(x_t, t, r, batch, eps)
-        scale = self.told_scale(t)
-        online = self.function(self.student, batch, scale)(x_t, t).x0
-        target = self.target(x_r, r, batch, scale)
+        return Pair(x_t, t, self.earlier(x_t, t, r, batch, eps), r, batch, self.told_scale(t))
+
+    def ends(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Where f leads from both points, (B, ...) each; the second without graph."""
+        online = self.function(self.student, pair.batch, pair.scale)(pair.x_t, pair.t).x0
+        return online, self.target(pair.x_r, pair.r, pair.batch, pair.scale)
+
+    def compare(self, pair: Pair, online: Tensor, target: Tensor) -> Terms:
+        """The loss of two ends of a pair."""
+        t, r = pair.gap or (pair.t, pair.r)
         weight = pair_weight(self.weight, t, r, self.process, self.student.sigma_data)
         loss = consistency_loss(online, target, weight, self.metric, self.huber)
         return Terms({"consistency": loss}, {"mse": (online.detach() - target).square().mean()})
+
+    def pair_loss(self, batch: Batch) -> Terms:
+        """Distance of the two ends of a pair's trajectory."""
+        pair = self.pair(batch)
+        return self.compare(pair, *self.ends(pair))
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update."""

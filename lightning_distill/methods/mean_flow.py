@@ -28,6 +28,7 @@ class MeanFlow(TwoTimeMethod):
         teacher: the pretrained model; with ``from_data`` only where the student's weights come from.
         from_data: v is eps - x0 of the pair, right in the mean, instead of the (guided) teacher's velocity.
         equal_share: share of samples with r = t.
+        end_share: share of samples with r = 0.
         power: p; 0 is the plain squared error, better where targets are free of noise.
         constant: eps.
         max_gap: largest t - r (restricted MeanFlow, for students of a few steps); None for none. One step then needs
@@ -47,6 +48,7 @@ class MeanFlow(TwoTimeMethod):
         *,
         from_data: bool = False,
         equal_share: float = 0.75,
+        end_share: float = 0.0,
         power: float = 1.0,
         constant: float = 1e-2,
         max_gap: float | None = None,
@@ -55,10 +57,15 @@ class MeanFlow(TwoTimeMethod):
         super().__init__(teacher, **kwargs)
         if not 0.0 <= equal_share < 1.0:
             raise ValueError(f"equal_share={equal_share}: give a share from 0 to below 1.")
+        if end_share < 0.0 or equal_share + end_share > 1.0 or (end_share and max_gap is not None):
+            raise ValueError(
+                f"end_share={end_share} beside equal_share={equal_share} and max_gap={max_gap}: both shares add up to at "
+                "most 1, and r = 0 for a share of the samples needs gaps of every size."
+            )
         if max_gap is not None and not 0.0 < max_gap <= 1.0:
             raise ValueError(f"max_gap={max_gap}: a gap of flow-matching times lies in (0, 1].")
         self.from_data, self.asks_teacher = from_data, not from_data
-        self.equal_share = equal_share
+        self.equal_share, self.end_share = equal_share, end_share
         self.power, self.constant = power, constant
         self.max_gap = max_gap
 
@@ -83,7 +90,13 @@ class MeanFlow(TwoTimeMethod):
         t, r = torch.maximum(one, other), torch.minimum(one, other)
         if self.max_gap is not None:
             r = torch.maximum(r, t - self.max_gap)
-        return t, torch.where(self.draws.uniform("equal", n) < self.equal_share, t, r)
+        part = self.draws.uniform("equal", n)
+        r = torch.where(part > 1.0 - self.end_share, 0.0, r)
+        return t, torch.where(part < self.equal_share, t, r)
+
+    def error(self, u: Tensor, target: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The weighted squared error, scalar; (B, ...) and flow-matching times (B,)."""
+        return mean_flow_loss(u, target, self.power, self.constant)
 
     def student_loss(self, batch: Batch) -> Terms:
         """Regression onto v - (t - r) du/dt."""
@@ -95,7 +108,7 @@ class MeanFlow(TwoTimeMethod):
         directions = mean_flow_directions(velocity)
         u, du = value_and_tangent(average, (x, t, r), directions, self.tangent, step=self.tangent_step)
         target = mean_flow_target(velocity, du, t, r)
-        loss = mean_flow_loss(u, target, self.power, self.constant)
+        loss = self.error(u, target, t, r)
         apart = expand((t > r).double(), x)
         return Terms(
             {"mean_flow": loss},

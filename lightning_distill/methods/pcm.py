@@ -1,25 +1,177 @@
-"""Phased consistency models (arXiv:2405.18407)."""
+"""Phased consistency models (arXiv:2405.18407), and the game that is played at the ends of pairs."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.losses.consistency import PairWeight, consistency_loss, pair_weight, phase_edges
+from lightning_distill.losses.adversarial import discriminator_loss, generator_loss
+from lightning_distill.losses.consistency import PairWeight, phase_edges
+from lightning_distill.losses.subinterval import noise_further
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
+from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric, Pair
+from lightning_distill.methods.discriminating import Discriminating
+from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.parameterisations import SegmentMap, segment_end
+from lightning_distill.parameterisations import SegmentMap, segment_end, segment_start
 from lightning_distill.processes import expand
 from lightning_distill.samplers import transport
-from lightning_distill.times import t_min
+from lightning_distill.time_coverage import restricted
+from lightning_distill.times import bounded, t_min
 
-__all__ = ["PCM"]
+__all__ = ["PCM", "EndGame", "Ends"]
 
 
-class PCM(ConsistencyDistillation):
+@dataclass
+class Ends:
+    """What a discriminator compares: where the student leads, ``fake``, and what is ``real`` there, (B, ...) each.
+
+    Attributes:
+        end: native times of both, (B,).
+        top: latest native times to which they are noised, (B,).
+        batch: their conditions.
+        weight: factor per pair, (B,); None for none.
+    """
+
+    fake: Tensor
+    real: Tensor
+    end: Tensor
+    top: Tensor
+    batch: Batch
+    weight: Tensor | None = None
+
+
+class EndGame(Discriminating):
+    """An optional GAN on the points to which a consistency student leads (PCM's adversarial consistency loss).
+
+        x_s = noise further(x_end, end -> s),     s between end and top,     D on the frozen teacher's features
+
+    Args:
+        teacher: the pretrained model; its blocks are the features.
+        gan: taps, loss and noise levels; ``features`` is ``teacher``. Without times they are the default ones between
+            the end and the beginning of the segment. None for no game.
+        gan_real: what is real: the ``target`` of consistency, or ``data``, noised to the same time.
+        discriminator_optimizer: of the heads; None for fused AdamW.
+        discriminator_scheduler: stepped once per student update.
+        **kwargs: of the method.
+    """
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        gan: Adversary | None = None,
+        gan_real: Literal["target", "data"] = "target",
+        discriminator_optimizer: OptimizerCallable | None = None,
+        discriminator_scheduler: LRSchedulerCallable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if gan is not None:  # past the registration of attributes, which begins below
+            self.__dict__["phases"] = {"student": ("student",), "discriminator": ("discriminator",)}
+        super().__init__(teacher, **kwargs)
+        if gan is not None and gan.features != "teacher":
+            raise ValueError(
+                f"{type(self).__name__} has no fake score, so its game reads features of the frozen teacher; give "
+                "gan=Adversary(taps=[...], features='teacher')."
+            )
+        if gan_real not in ("target", "data"):
+            raise ValueError(f"gan_real={gan_real!r} is unknown; choose target or data.")
+        self.gan, self.gan_real, self.discriminator = gan, gan_real, None
+        self.optimizer_factories["discriminator"] = discriminator_optimizer
+        self.scheduler_factories["discriminator"] = discriminator_scheduler
+
+    def build_roles(self) -> None:
+        """The student and, with ``gan``, discriminator heads."""
+        super().build_roles()
+        if self.gan is not None:
+            self.discriminator = self.gan.build(self.feature_network, self.sample_shape)
+
+    # ------------------------------------------------------------------------------------------------ the game
+    def normal_rows(self, name: str, like: Tensor) -> Tensor:
+        """Noise for each pair; methods with several pairs per sample override both."""
+        return self.draws.normal(name, like.shape)
+
+    def uniform_rows(self, name: str, n: int) -> Tensor:
+        """A uniform number for each pair, (n,)."""
+        return self.draws.uniform(name, n)
+
+    def real_ends(self, batch: Batch, target: Tensor, end: Tensor) -> Tensor:
+        """Real samples at the time ``end``, (B, ...), without graph."""
+        if self.gan_real == "target":
+            return target
+        if batch.x0 is None:
+            raise ValueError("gan_real='data' needs batches with x0; use gan_real='target', or a loader of data.")
+        return self.process.add_noise(batch.x0, self.normal_rows("gan/real_end", batch.x0), end)
+
+    def seen(self, x: Tensor, ends: Ends, t: Tensor, name: str) -> Mapping[str, Tensor]:
+        """The discriminator's features of points at ``ends.end`` noised to t."""
+        assert self.gan is not None
+        x_s = noise_further(x, ends.end, t, self.normal_rows(name, x), self.process)
+        return self.gan.tapped(self.feature_network, x_s, t, ends.batch.cond)
+
+    def game_levels(self, ends: Ends) -> Tensor:
+        """Native times to which both sides are noised, (B,)."""
+        assert self.gan is not None
+        distribution = self.gan.times or bounded(self.process, 0.0, 1.0)
+        u = self.uniform_rows("gan/time", len(ends.end))
+        return torch.maximum(restricted(distribution, u, ends.end, ends.top, self.process), ends.end)
+
+    def game_loss(self, side: Literal["student", "heads"], fake: Tensor, real: Any, weight: Tensor | None) -> Tensor:
+        """A side's loss of logits."""
+        assert self.gan is not None
+        if side == "student":
+            return generator_loss(fake, self.gan.kind, real=real, weight=weight)
+        return discriminator_loss(real, fake, self.gan.kind, weight=weight)
+
+    def play(self, ends: Ends) -> dict[str, Tensor]:
+        """The student's terms, and the ends kept for the discriminator's own phase; nothing without ``gan``."""
+        if self.gan is None:
+            return {}
+        kept: dict[Any, Any] = self._rollouts
+        kept[self._game_key] = replace(ends, fake=ends.fake.detach())
+        return self.student_game(ends)
+
+    def student_game(self, ends: Ends) -> dict[str, Tensor]:
+        """The generator's side."""
+        assert self.gan is not None
+        t = self.game_levels(ends)
+        fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"))
+        paired = self.gan.kind == "relativistic"
+        real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise")) if paired else None
+        return {"gan": self.game_loss("student", fake, real, ends.weight)}
+
+    @property
+    def _game_key(self) -> tuple[str, int, int]:
+        return "game", self.draws.slice_index, self.draws.first
+
+    def discriminator_loss(self, batch: Batch) -> Terms:
+        """The discriminator's side, on the ends of the student's update."""
+        kept: dict[Any, Any] = self._rollouts
+        if self._game_key not in kept:
+            with torch.no_grad():
+                self.student_loss(batch)  # type: ignore[operator]
+        ends = kept[self._game_key]
+        t = self.game_levels(ends)
+        fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"))
+        real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise"))
+        diagnostics = {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
+        return Terms({"gan": self.game_loss("heads", fake, real, ends.weight)}, diagnostics)
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        counts: dict[str, dict[str, int]] = super().forward_counts()  # type: ignore[misc]
+        if self.gan is not None:
+            seen = 1 if self.gan.network_taps else 0
+            counts["student"]["teacher"] += 2 * seen if self.gan.kind == "relativistic" else seen
+            counts["discriminator"] = {"student": 0, "teacher": 2 * seen}
+        return counts
+
+
+class PCM(EndGame, ConsistencyDistillation):
     """Consistency within phases: every point of a phase is carried to the phase's own end, deterministically.
 
         f_m(x, t) = DDIM(x, x0(x, t), t -> s_m),     L = d( f_m(x_t, t), sg f'_m(x_r, r) ),   s_m <= r < t     (Eq. 5-6)
@@ -31,17 +183,19 @@ class PCM(ConsistencyDistillation):
         solver: ``euler`` (DDIM) or ``heun``.
         metric: distance d.
         weight: w(t, r).
-        **kwargs: see ``ConsistencyDistillation`` and ``DistillationModule``; times and sampler follow from the phases.
+        **kwargs: see ``EndGame`` (``gan``, the adversarial consistency loss, of weight .1), ``ConsistencyDistillation``
+            and ``DistillationModule``; times and sampler follow from the phases.
 
     Notes:
         f_m is the identity at s_m by construction; in the target it is set by hand, as in the released code, there and
         at the end of the grid.
-        The adversarial consistency loss is left out.
+        With ``gan`` student and discriminator are both updated in every cycle; the released code alternates.
     """
 
     paper = "2405.18407"
-    samplers = ("ode",)
+    samplers: ClassVar[tuple[str, ...]] = ("ode",)
     capability = "segments"
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 0.1}
 
     def __init__(
         self,
@@ -50,7 +204,7 @@ class PCM(ConsistencyDistillation):
         num_steps: int = 4,
         intervals: int = 40,
         solver: Literal["euler", "heun"] = "euler",
-        metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber_elementwise",
+        metric: Metric = "pseudo_huber_elementwise",
         weight: PairWeight = "one",
         **kwargs: Any,
     ) -> None:
@@ -72,21 +226,30 @@ class PCM(ConsistencyDistillation):
         super().build_roles()
         self.edges = self._given_times = phase_edges(self.grid()[:-1], self._num_steps)
 
-    def student_loss(self, batch: Batch) -> Terms:
-        """Distance of the two ends of a pair within its phase."""
+    def training_edges(self) -> list[float]:
+        """Edges of the phases at this update."""
         assert self.edges is not None
-        x0 = self.data(batch)
-        t, r = self.pair_times(batch.size)
-        eps = self.draws.normal("noise", x0.shape)
-        x_t = self.process.add_noise(x0, eps, t)
-        end, scale = segment_end(t, self.edges), self.told_scale(t)
-        x_r = self.earlier(x_t, t, r, batch, eps)
-        online = transport(SegmentMap(self.student, self.edges, batch.cond, scale)(x_t, t), end)
+        return self.edges
+
+    def ends(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Both points carried to the end of their phase; the second without graph."""
+        edges = self.training_edges()
+        end = segment_end(pair.t, edges)
+        online = transport(SegmentMap(self.student, edges, pair.batch.cond, pair.scale)(pair.x_t, pair.t), end)
         with torch.no_grad():
-            target = self.carried(x_r, r, end, batch, scale)
-        weight = pair_weight(self.weight, t, r, self.process, self.student.sigma_data)
-        loss = consistency_loss(online, target, weight, self.metric, self.huber)
-        return Terms({"consistency": loss}, {"mse": (online.detach() - target).square().mean()})
+            return online, self.carried(pair.x_r, pair.r, end, pair.batch, pair.scale)
+
+    def compare(self, pair: Pair, online: Tensor, target: Tensor) -> Terms:
+        """Distance of the two ends within their phase, and the game."""
+        terms = super().compare(pair, online, target)
+        if self.gan is not None:
+            terms.losses |= self.play(self.game_ends(pair, online, target))
+        return terms
+
+    def game_ends(self, pair: Pair, online: Tensor, target: Tensor) -> Ends:
+        """What the discriminator compares: both sides at the end of the phase."""
+        end, top = (edge(pair.t, self.training_edges()) for edge in (segment_end, segment_start))
+        return Ends(online, self.real_ends(pair.batch, target, end), end, top, pair.batch)
 
     def carried(self, x_r: Tensor, r: Tensor, end: Tensor, batch: Batch, scale: Tensor | None) -> Tensor:
         """The target: x_r carried to the end of the phase, or x_r where it is there."""

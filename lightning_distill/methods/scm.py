@@ -1,7 +1,9 @@
 """sCM: continuous-time consistency in TrigFlow (arXiv:2410.11081)."""
 
 import math
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +26,11 @@ from lightning_distill.networks.small import _TimeFeatures
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import trigflow_input, trigflow_velocity
 from lightning_distill.prediction import Prediction
-from lightning_distill.processes import NoiseProcess, TrigFlow
-from lightning_distill.randomness import Draws
+from lightning_distill.processes import TrigFlow
 from lightning_distill.tangents import TangentMode, value_and_tangent
 from lightning_distill.times import LogNormal, TimeDistribution
 
-__all__ = ["SCM", "ContinuousConsistency", "LogVariance"]
+__all__ = ["SCM", "ContinuousConsistency", "LogVariance", "Points"]
 
 
 class LogVariance(nn.Module):
@@ -51,15 +52,23 @@ class LogVariance(nn.Module):
         return self.outer(self.waves(t.float()))[:, 0]
 
 
-class _Method(Protocol):
-    draws: Draws
-    student: Denoiser
+@dataclass
+class Points:
+    """Where the tangent is taken.
 
-    @property
-    def process(self) -> NoiseProcess: ...
-    def data(self, batch: Batch) -> Tensor: ...
-    def guided_teacher(self, batch: Batch) -> Any: ...
-    def told_scale(self, t: Tensor) -> Tensor | None: ...
+    Attributes:
+        x: TrigFlow samples of unit standard deviation, (B, ...).
+        tau: TrigFlow times, (B,), float64.
+        velocity: dx/dtau, (B, ...), without graph.
+        cond: conditions of the samples.
+        scale: guidance scales that the student is told, (B,) or None.
+    """
+
+    x: Tensor
+    tau: Tensor
+    velocity: Tensor
+    cond: Mapping[str, Any]
+    scale: Tensor | None
 
 
 class ContinuousConsistency:
@@ -104,11 +113,11 @@ class ContinuousConsistency:
         self.weight = weight
         self._largest: float | None = None
 
-    def draw(self, method: _Method, n: int) -> Tensor:
+    def draw(self, method: TrajectoryMethod, n: int) -> Tensor:
         """TrigFlow times up to that of the process' noisiest one, (n,), float64."""
         return self.times.quantile(method.draws.uniform("tau", n), TrigFlow()).clamp_max(self.largest(method))
 
-    def largest(self, method: _Method) -> float:
+    def largest(self, method: TrajectoryMethod) -> float:
         """The TrigFlow time of the process' noisiest one."""
         if self._largest is None:
             process = method.process
@@ -116,8 +125,26 @@ class ContinuousConsistency:
             self._largest = math.atan2(float(process.sigma(end)), float(process.alpha(end)) * method.student.sigma_data)
         return self._largest
 
+    def points(self, method: TrajectoryMethod, batch: Batch) -> Points:
+        """Noised data with the teacher's dx/dtau, or with that of the pair.
+
+        Args:
+            method: see ``__call__``.
+            batch: with data.
+        """
+        sd = method.student.sigma_data
+        x0 = method.data(batch) / sd
+        tau, eps = self.draw(method, batch.size), method.draws.normal("noise", x0.shape)
+        x = TrigFlow().add_noise(x0, eps, tau)
+        seen, t = trigflow_input(x, tau, method.process, sd)
+        if self.from_data:
+            velocity = training_velocity(x0, eps, tau)
+        else:
+            velocity = trigflow_velocity(method.guided_teacher(batch)(seen, t), tau, sd)
+        return Points(x, tau, velocity, batch.cond, method.told_scale(t))
+
     def __call__(
-        self, method: _Method, batch: Batch, log_variance: nn.Module | None = None
+        self, method: TrajectoryMethod, batch: Batch, log_variance: nn.Module | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its diagnostics.
 
@@ -127,18 +154,11 @@ class ContinuousConsistency:
             log_variance: u(tau), None for 0.
         """
         student, sd = method.student, method.student.sigma_data
-        x0 = method.data(batch) / sd
-        tau, eps = self.draw(method, batch.size), method.draws.normal("noise", x0.shape)
-        x = TrigFlow().add_noise(x0, eps, tau)
-        seen, t = trigflow_input(x, tau, method.process, sd)
-        if self.from_data:
-            velocity = training_velocity(x0, eps, tau)
-        else:
-            velocity = trigflow_velocity(method.guided_teacher(batch)(seen, t), tau, sd)
-        scale = method.told_scale(t)
+        points = self.points(method, batch)
+        x, tau, velocity = points.x, points.tau, points.velocity
 
         def flow(x: Tensor, tau: Tensor) -> Tensor:
-            prediction = student(*trigflow_input(x, tau, method.process, sd), batch.cond, guidance=scale)
+            prediction = student(*trigflow_input(x, tau, method.process, sd), points.cond, guidance=points.scale)
             assert isinstance(prediction, Prediction)
             return trigflow_velocity(prediction, tau, sd)
 
@@ -196,6 +216,8 @@ class SCM(TrajectoryMethod):
     phases = {"student": ("student", "log_variance")}
     paper = "2410.11081"
     learns_from = "teacher, data; data alone with from_data"
+    #: the term, with its source of points
+    term: ClassVar[type[ContinuousConsistency]] = ContinuousConsistency
 
     def __init__(
         self,
@@ -214,7 +236,7 @@ class SCM(TrajectoryMethod):
     ) -> None:
         super().__init__(teacher, **kwargs)
         self.asks_teacher = not from_data
-        self.consistency = ContinuousConsistency(
+        self.consistency = self.term(
             times, from_data, tangent, tangent_step, warmup_updates, "paper", constant, norm, weight
         )
         self.log_variance = LogVariance() if adaptive else None

@@ -21,7 +21,7 @@ from lightning_distill.samplers import check_capability
 from lightning_distill.tangents import TangentMode
 from lightning_distill.times import TimeDistribution, Uniform, few_step_times, t_min
 
-__all__ = ["TrajectoryMethod", "TwoTimeMethod"]
+__all__ = ["FlowMethod", "TrajectoryMethod", "TwoTimeMethod"]
 
 
 class TrajectoryMethod(DistillationModule):
@@ -49,10 +49,14 @@ class TrajectoryMethod(DistillationModule):
         super().__init__(teacher, **kwargs)
         self.guidance = guidance or Guidance(1.0)
         self._tells_scale = False
+        #: flow-matching time of the process' noisiest one
+        self._flow_max = 1.0
 
     def build_roles(self) -> None:
         """The student; one that embeds a guidance scale is sampled with that of ``guidance``."""
         super().build_roles()
+        end = torch.tensor(self.process.t_max, dtype=torch.float64)
+        self._flow_max = float(change_process(end, self.process, FlowMatching())[0])
         self._tells_scale = embeds_guidance(self.student)
         if self._tells_scale:
             self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)
@@ -101,6 +105,13 @@ class TrajectoryMethod(DistillationModule):
 
         return denoise
 
+    def native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A flow-matching sample and time as the networks' process has them."""
+        if isinstance(self.process, FlowMatching):
+            return x, t
+        time, scale = change_process(t, FlowMatching(), self.process)
+        return expand(scale, x) * x, time
+
     def solver_grid(self, intervals: int) -> list[float]:
         """Descending native times from t_max to ``t_min``: the trailing grid, Karras' in EDM.
 
@@ -115,61 +126,36 @@ class TrajectoryMethod(DistillationModule):
         return [*few_step_times(self.process, intervals), t_min(self.process)]
 
 
-class TwoTimeMethod(TrajectoryMethod):
-    """Base of methods whose student is an average velocity u(x, t, r) between two times.
+class FlowMethod(TrajectoryMethod):
+    """Base of methods whose loss is written in flow-matching coordinates, x = (1 - t) x0 + t eps.
 
-    Losses are written in flow-matching coordinates, x = (1 - t) x0 + t eps, whatever the process of the networks is:
-    samples are rescaled and times converted at the networks' edge, exactly.
+    Whatever the process of the networks is: samples are rescaled and times converted at their edge, exactly.
 
     Args:
         teacher: the pretrained model.
-        student: ``TwoTime(...)``, which gives a network its target time; None for one around a copy.
-        sampler: how student steps are chained: ``flow_map``, ``renoise`` (each a jump to 0), or ``ode``, which follows
-            u(x, t, t).
         training_times: distribution of flow-matching times.
         tangent: how derivatives of the student are taken, see ``tangents``.
         tangent_step: step of differences, None for the default.
         **kwargs: see ``TrajectoryMethod``.
     """
 
-    samplers: ClassVar[tuple[str, ...]] = ("flow_map", "renoise", "ode")
-    capability: ClassVar[Capability | None] = "two_time"
-    takes_target: ClassVar[bool] = True
-
     def __init__(
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        student: Role | None = None,
-        sampler: Literal["flow_map", "renoise", "ode"] = "flow_map",
         training_times: TimeDistribution | None = None,
         tangent: TangentMode = "jvp",
         tangent_step: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, student=student, sampler=sampler, **kwargs)
-        self._default_role = student is None
+        super().__init__(teacher, **kwargs)
         self.training_times = training_times or self.default_times()
         self.tangent = tangent
         self.tangent_step = tangent_step
-        self._flow_max = 1.0
 
     def default_times(self) -> TimeDistribution:
         """Distribution of flow-matching times where none is given."""
         return Uniform(0.0, 1.0)
-
-    def build_roles(self) -> None:
-        """The student, with a target time."""
-        if self._default_role:
-            self._student_role = Copy() if takes_target(self.require_teacher()) else TwoTime()
-        super().build_roles()
-        if not takes_target(self.student):
-            raise ValueError(
-                f"{type(self).__name__} trains a network with a target time, and the student "
-                f"({type(self.student.network).__name__}) takes one time; give student=TwoTime(role=...)."
-            )
-        end = torch.tensor(self.process.t_max, dtype=torch.float64)
-        self._flow_max = float(change_process(end, self.process, FlowMatching())[0])
 
     # ------------------------------------------------------------------------------------------------ parts of losses
     def flow_times(self, name: str, n: int) -> Tensor:
@@ -188,12 +174,51 @@ class TwoTimeMethod(TrajectoryMethod):
         eps = self.draws.normal("noise", x0.shape)
         return FlowMatching().add_noise(x0, eps, t), eps - x0
 
-    def native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """A flow-matching sample and time as the networks' process has them."""
-        if isinstance(self.process, FlowMatching):
-            return x, t
-        time, scale = change_process(t, FlowMatching(), self.process)
-        return expand(scale, x) * x, time
+    def teacher_velocity(self, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+        """The guided teacher's velocity at a flow-matching sample and time, without graph."""
+        return self.guided_teacher(batch)(*self.native(x, t)).flow_prediction
+
+
+class TwoTimeMethod(FlowMethod):
+    """Base of methods whose student is an average velocity u(x, t, r) between two times.
+
+    Args:
+        teacher: the pretrained model.
+        student: ``TwoTime(...)``, which gives a network its target time; None for one around a copy.
+        sampler: how student steps are chained: ``flow_map``, ``renoise`` (each a jump to 0), or ``ode``, which follows
+            u(x, t, t).
+        **kwargs: see ``FlowMethod`` and ``TrajectoryMethod``.
+    """
+
+    samplers: ClassVar[tuple[str, ...]] = ("flow_map", "renoise", "ode")
+    capability: ClassVar[Capability | None] = "two_time"
+    takes_target: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        student: Role | None = None,
+        sampler: Literal["flow_map", "renoise", "ode"] = "flow_map",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(teacher, student=student, sampler=sampler, **kwargs)
+        self._default_role = student is None
+
+    def default_role(self) -> Role:
+        """The student where none is given, for a teacher of one time."""
+        return TwoTime()
+
+    def build_roles(self) -> None:
+        """The student, with a target time."""
+        if self._default_role:
+            self._student_role = Copy() if takes_target(self.require_teacher()) else self.default_role()
+        super().build_roles()
+        if not takes_target(self.student):
+            raise ValueError(
+                f"{type(self).__name__} trains a network with a target time, and the student "
+                f"({type(self.student.network).__name__}) takes one time; give student=TwoTime(role=...)."
+            )
 
     def average(self, network: Denoiser, batch: Batch, scale: Tensor | None = None) -> Callable[..., Tensor]:
         """u(x, t, r) in flow-matching coordinates.
@@ -210,7 +235,3 @@ class TwoTimeMethod(TrajectoryMethod):
             return prediction.flow_prediction
 
         return u
-
-    def teacher_velocity(self, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
-        """The guided teacher's velocity at a flow-matching sample and time, without graph."""
-        return self.guided_teacher(batch)(*self.native(x, t)).flow_prediction

@@ -31,8 +31,10 @@ from lightning_distill.methods import (
     ADM,
     ASD,
     BOOT,
+    BOSS,
     CDM,
     CMT,
+    CTM,
     DMD,
     DMD2,
     ECT,
@@ -42,15 +44,23 @@ from lightning_distill.methods import (
     ICT,
     LADD,
     LCM,
+    MLCM,
     MSD,
     PCM,
     RCM,
     SCDMD,
     SCM,
+    SPLAM,
+    TBCM,
     TCM,
     TDM,
+    TSCD,
     VDOT,
     VSD,
+    AccVideo,
+    ArcFlow,
+    AnyFlow,
+    AnyFlowOnPolicy,
     ConsistencyDistillation,
     ConsistencyTraining,
     DecoupledDMD,
@@ -61,13 +71,24 @@ from lightning_distill.methods import (
     FlashDMD,
     FlowMapDistillation,
     FreeFlow,
+    GuidanceDistillation,
+    InstaFlow,
+    KnowledgeDistillation,
+    MDTDist,
     MeanFlow,
     PhasedDMD,
+    PiFlow,
     ProgressiveDistillation,
+    Reflow,
     RewardedDMD,
+    RFPlusPlus,
     SANASprint,
     Shortcut,
     SiD,
+    SlimFlow,
+    SlimFlowDistillation,
+    SnapFlow,
+    Straightening,
     SwiftBrush,
     TeacherTraining,
     UniInstruct,
@@ -253,6 +274,13 @@ def heads(**settings: Any) -> Callable[[], Adversary]:
     return lambda: Adversary(**{"taps": ("blocks.0",), "width": 4, **settings})
 
 
+def coupled(batch: Batch) -> Batch:
+    """Samples with noise that belongs to them."""
+    assert batch.x0 is not None
+    noise = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(6))
+    return Batch(cond=batch.cond, x0=batch.x0, noise=noise)
+
+
 CASES: list[Case] = [
     Case("one_step", DMD2, flow_mlp, lambda: without_data(points()), dmd2(ema=lambda: [ConstantEMA(0.5)])),
     Case("edm", DMD2, edm_mlp, lambda: without_data(points()), dmd2(
@@ -291,6 +319,8 @@ CASES: list[Case] = [
         student=lambda: Lora(rank=2), fake_score=lambda: Lora(rank=2), guidance=Guidance(1.5)
     )),
     Case("gan_relativistic", DMD2, flow_mlp, points, dmd2(gan=heads(kind="relativistic"))),
+    Case("gan_at_scores", DMD2, flow_mlp, points, dmd2(gan=heads(features="teacher"), gan_at_scores=True)),
+    Case("gan_lazy", DMD2, flow_mlp, points, dmd2(gan=heads(), gan_at_scores=True, gan_every=2, fake_score_steps=2)),
     Case("pairs", DMD, flow_mlp, lambda: without_data(points()), with_pairs),
     Case("lognormal", DiffInstruct, edm_mlp, lambda: without_data(points()), dmd2(student_times=[2.5])),
     Case("lora_critic", VSD, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
@@ -371,10 +401,32 @@ CASES: list[Case] = [
         guidance=RandomGuidance(1.5, 3.0), intervals=5
     )),
     Case("phases", PCM, flow_mlp, points, mapping(num_steps=1, intervals=4)),
+    Case("merging", TSCD, flow_mlp, points, ladd(
+        segments=[2, 1], segment_updates=1, intervals=4, gan=heads(features="teacher")
+    )),
+    Case("merging_solved", MLCM, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), mapping(
+        segments=[2, 1], segment_updates=1, intervals=4, trajectory_pairs=3, guidance=Guidance(2.0)
+    )),
+    Case("phases_gan", PCM, flow_mlp, points, ladd(
+        num_steps=1, intervals=4, gan=heads(features="teacher", kind="relativistic"), gan_real="data"
+    )),
+    Case("sub_paths", SPLAM, flow_mlp, points, mapping(
+        intervals=4, student=lambda: TwoTime(kind=None, guidance=True)
+    )),
     Case("halving", ProgressiveDistillation, flow_mlp, points, mapping(stages=1)),
     Case("continuous", SCM, flow_mlp, points, mapping(warmup_updates=2)),
     Case("continuous_data", SCM, edm_mlp, points, mapping(
         from_data=True, tangent="central", tangent_step=0.01, adaptive=False
+    )),
+    Case("solver_points", TBCM, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), mapping(
+        warmup_updates=2, solver_steps=3, guidance=Guidance(2.0)
+    )),
+    Case("gaps", AnyFlow, flow_mlp, points, mapping(tangent_step=0.01)),
+    Case("simulated_map", AnyFlowOnPolicy, lambda: flow_mlp(4), lambda: points(labelled=True), dmd2(
+        rollout_steps=[2], fake_score_steps=1, guidance=Guidance(2.0), from_data=False, tangent_step=0.01
+    )),
+    Case("own_critic", MDTDist, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
+        guidance=Guidance(2.0), distillation_guidance=Guidance(3.0)
     )),
     Case("average_velocity", MeanFlow, flow_mlp, points, mapping()),
     Case("average_velocity_data", MeanFlow, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
@@ -388,12 +440,48 @@ CASES: list[Case] = [
     Case("step_sizes", Shortcut, flow_mlp, points, mapping(equal_share=0.5)),
     Case("generating_velocity", FreeFlow, flow_mlp, lambda: without_data(points()), mapping()),
     Case("signal", BOOT, flow_mlp, lambda: without_data(points()), mapping()),
+    Case("pairs_made", Reflow, flow_mlp, lambda: without_data(points()), mapping(solver_steps=2)),
+    Case("pairs_stored", Reflow, vp_mlp, lambda: coupled(points(labelled=True)), mapping(
+        sampler="heun", num_steps=2
+    )),
+    Case("pairs_both_ends", RFPlusPlus, edm_mlp, lambda: coupled(points()), mapping()),
+    Case("pairs_annealed", SlimFlow, flow_mlp, lambda: coupled(points()), mapping(annealing_updates=2)),
+    Case("pairs_guided", SlimFlowDistillation, lambda: flow_mlp(4), lambda: coupled(points(labelled=True)), mapping(
+        guidance=Guidance(2.0)
+    )),
+    Case("pairs_one_step", InstaFlow, vp_mlp, lambda: coupled(points(labelled=True)), mapping()),
+    Case("pairs_on_the_way", KnowledgeDistillation, flow_mlp, lambda: without_data(points()), mapping(
+        num_steps=2, solver_steps=3, metric="mse"
+    )),
+    Case("key_chords", Straightening, flow_mlp, lambda: without_data(points()), mapping(num_steps=2, solver_steps=3)),
+    Case("knots", BOSS, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), mapping(
+        num_steps=2, solver_steps=5, guidance=Guidance(2.0)
+    )),
+    Case("key_points", AccVideo, flow_mlp, lambda: without_data(points()), ladd(
+        gan=heads(features="teacher"), num_steps=2, solver_steps=2
+    )),
+    Case("one_scale", GuidanceDistillation, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
+        guidance=Guidance(3.0), student=lambda: Lora(rank=2)
+    )),
+    Case("any_scale", GuidanceDistillation, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
+        guidance=RandomGuidance(1.0, 3.0), student=lambda: TwoTime(kind=None, guidance=True)
+    )),
     Case("solver_states", CMT, flow_mlp, lambda: without_data(points()), mapping(solver_steps=3)),
     Case("solver_chords", CMT, flow_mlp, lambda: without_data(points()), mapping(
         solver_steps=3, form="flow_map", sampler="flow_map", student=lambda: TwoTime()
     )),
     Case("score_regularised", RCM, flow_mlp, points, dmd2(matching_from=0, warmup_updates=2)),
     Case("sprint", SANASprint, flow_mlp, points, ladd(gan=heads(features="teacher", kind="hinge"), warmup_updates=2)),
+    Case("policies", PiFlow, flow_mlp, points, mapping(
+        num_steps=1, components=2, points=2, substeps=2, decay_updates=4, dropout=0.2, window=0.1
+    )),
+    Case("modes", ArcFlow, flow_mlp, lambda: without_data(points()), mapping(
+        components=2, points=1, decay_updates=2, data_free=True
+    )),
+    Case("own_steps", SnapFlow, flow_mlp, points, mapping()),
+    Case("soft_consistency", CTM, flow_mlp, points, ladd(
+        intervals=4, solver_steps=2, target_ema=lambda: ConstantEMA(0.5), gan=heads(features="teacher", kind="hinge")
+    )),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),
     Case("vp_dropout", TeacherTraining, vp_mlp, lambda: points(labelled=True), training(label_dropout=0.3)),

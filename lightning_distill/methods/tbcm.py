@@ -1,0 +1,131 @@
+"""TBCM: continuous-time consistency on the teacher's own sampling trajectories (arXiv:2511.20410)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distill.batch import Batch
+from lightning_distill.methods.scm import SCM, ContinuousConsistency, Points
+from lightning_distill.methods.trajectory import TrajectoryMethod
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.parameterisations import trigflow_input, trigflow_velocity
+from lightning_distill.processes import TrigFlow, change_process
+from lightning_distill.samplers import transport
+from lightning_distill.times import LogNormal, TimeDistribution
+
+__all__ = ["TBCM", "BackwardConsistency"]
+
+
+class BackwardConsistency(ContinuousConsistency):
+    """The term of continuous-time consistency at the states of a solver that starts from noise.
+
+    Attributes:
+        solver_steps: states of a trajectory.
+    """
+
+    solver_steps: int = 8
+
+    def grid(self, method: TrajectoryMethod, n: int) -> Tensor:
+        """Descending TrigFlow times of each trajectory, (solver_steps, n), float64: the noisiest one, then strata.
+
+        One draw from each of K - 1 equal parts of the distribution of times, so that together they have the
+        distribution itself.
+        """
+        strata, largest = self.solver_steps - 1, self.largest(method)
+        u = method.draws.uniform("tau", n)
+        part = torch.arange(strata - 1, -1, -1, dtype=torch.float64, device=u.device)
+        tau = self.times.quantile((part[:, None] + u) / max(1, strata), TrigFlow()).clamp_max(largest)
+        return torch.cat([torch.full_like(u, largest)[None], tau])
+
+    @torch.no_grad()
+    def points(self, method: TrajectoryMethod, batch: Batch) -> Points:
+        """States of the guided teacher's trajectories, each with the teacher's direction there.
+
+        Args:
+            method: with the teacher.
+            batch: conditions and size, or stored ``states`` at ``times``.
+        """
+        sd, process, n = method.student.sigma_data, method.process, batch.size
+        teacher = method.guided_teacher(batch)
+        stored = batch.states is not None and batch.times is not None
+        if stored:
+            times = batch.times.to(batch.states.device, torch.float64)  # type: ignore[union-attr]
+            tau = change_process(times, process, TrigFlow(), sd)[0][:, None].expand(-1, n)
+            x, native = batch.states[:, 0], times[:, None].expand(-1, n)  # type: ignore[index]
+        else:
+            tau = self.grid(method, n)
+            native = trigflow_input(torch.zeros_like(tau).flatten(), tau.flatten(), process, sd)[1].view_as(tau)
+            native = native.clamp_max(process.t_max)
+            x = process.prior(method.draws.normal("noise", (n, *method.sample_shape)))
+        states, velocities, scales = [], [], []
+        for i, t in enumerate(native):
+            if stored:
+                x = batch.states[:, i]  # type: ignore[index]
+            prediction = teacher(x, t)
+            states.append(TrigFlow().add_noise(prediction.x0 / sd, prediction.eps, tau[i]))
+            velocities.append(trigflow_velocity(prediction, tau[i], sd))
+            scales.append(method.told_scale(t))
+            if i + 1 < len(native):
+                x = transport(prediction, native[i + 1])
+        rows = torch.arange(n, device=tau.device).repeat_interleave(len(tau))
+        cond = {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
+
+        def by_sample(parts: Iterable[Tensor]) -> Tensor:
+            return torch.stack(list(parts), dim=1).flatten(0, 1)
+
+        told = [s for s in scales if s is not None]
+        return Points(by_sample(states), by_sample(tau), by_sample(velocities), cond, by_sample(told) if told else None)
+
+    def forward_counts(self) -> dict[str, int]:  # noqa: D102
+        return {**super().forward_counts(), "teacher": self.solver_steps}
+
+
+class TBCM(SCM):
+    """sCM without images: the states of the teacher's sampler take the place of noised data.
+
+        x_K ~ noise at pi / 2,   x_{k-1} = solver(x_k),   dx/dtau = F_T(x_k, tau_k) of the step that made x_{k-1}
+        df/dtau = 0 at (x_k, tau_k) for every k
+
+    The teacher is asked once per state, its sampler and its direction in one; the student is trained where it will be
+    asked, and no encoder runs.
+
+    Args:
+        teacher: the pretrained model.
+        solver_steps: K, states of a trajectory, all of which are trained on.
+        times: distribution of TrigFlow times of the states, None for SANA-Sprint's ``LogNormal(.2, 1.6)``; a
+            trajectory has the noisiest time and one time from each of K - 1 equal parts of it.
+        warmup_updates: H of the tangent's warm-up.
+        **kwargs: see ``SCM``.
+
+    Notes:
+        A batch of B noises makes K B training samples. Batches with stored ``states`` (a trajectory store) are used
+        instead of solving; the teacher then only gives the directions.
+        Reconstructed from the abstract and public summaries: the solver (first order), the times of its states and the
+        number of states per noise are choices made here. Random times leave no gap between the states; a fixed grid
+        would train the student at K times only.
+        The paper also changes the weight of the tangent's unstable part; here that is ``warmup_updates``.
+    """
+
+    paper = "2511.20410"
+    learns_from = "teacher alone; or its stored trajectories"
+    term = BackwardConsistency
+    consistency: BackwardConsistency
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        solver_steps: int = 8,
+        times: TimeDistribution | None = None,
+        warmup_updates: int = 4000,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("from_data"):
+            raise ValueError("TBCM follows the teacher's own trajectories, so from_data has no place; use SCM for it.")
+        super().__init__(teacher, times=times or LogNormal(0.2, 1.6), warmup_updates=warmup_updates, **kwargs)
+        if solver_steps < 2:
+            raise ValueError(f"solver_steps={solver_steps}: a trajectory has its noise and at least one more state.")
+        self.consistency.solver_steps = solver_steps

@@ -1,0 +1,342 @@
+"""TBCM, MDT-dist and AnyFlow: zeros at the exact map, what they are trained on, students that learn, messages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact_students import COV, F64, FLOW, MEAN, MIXTURE, data, exact_module, loss_and_slope
+from small_problems import Exact as PosteriorMean
+from small_problems import gradients, mlp, ready, shift
+
+from lightning_distill.batch import Batch
+from lightning_distill.guidance import Guidance, IntervalGuidance
+from lightning_distill.losses.flow_maps import balance_weight
+from lightning_distill.methods import SCM, TBCM, AnyFlow, AnyFlowOnPolicy, MDTDist, MeanFlow
+from lightning_distill.methods.any_flow import flow_map_simulation
+from lightning_distill.networks.analytic import gaussian_flow_map
+from lightning_distill.networks.second_time import second_time_of
+from lightning_distill.networks.two_time import TwoTime
+from lightning_distill.parameterisations import TrajectoryMap
+from lightning_distill.processes import EDM, TrigFlow, VariancePreserving, change_process
+from lightning_distill.times import LogNormal, Shifted, Uniform, few_step_times
+
+
+# ------------------------------------------------------------------------------------------------ TBCM
+def backward(process=FLOW, fault=0.0, update=100, **settings):
+    settings = {"warmup_updates": 0, "adaptive": False, "times": LogNormal(0.0, 0.8), **settings}
+    return exact_module(TBCM, process=process, fault=fault, update=update, **settings)
+
+
+@pytest.mark.parametrize("process", [FLOW, EDM(0.002, 80.0), VariancePreserving(zero_terminal_snr=True)])
+def test_the_exact_function_has_no_tangent_on_trajectories(process):
+    _, slope, exact = loss_and_slope(backward(process), Batch(size=32))
+    _, away, spoilt = loss_and_slope(backward(process, 0.1), Batch(size=32))
+    assert float(exact.diagnostics["tangent"]) < 1e-3
+    assert float(spoilt.diagnostics["tangent"]) > 0.02
+    assert abs(slope) < 0.03 * abs(away)
+    assert away > 0.0
+
+
+def test_states_are_those_of_the_flow_from_the_noise():
+    """Against the closed-form map of the same noises; the solver's error is of first order."""
+    errors = []
+    for steps in (40, 80):
+        module = backward(solver_steps=steps, times=Uniform(0.0, 1.0))
+        points = module.consistency.points(module, Batch(size=200))
+        tau = points.tau.view(200, steps).T
+        noise = module.draws.normal("noise", (200, 2)).double()
+        assert torch.equal(tau[0], torch.full((200,), torch.pi / 2, dtype=F64))
+        assert bool((tau.diff(dim=0) <= 0).all())
+        far = []
+        for x, at in zip(points.x.view(200, steps, 2).transpose(0, 1), tau):
+            t, scale = change_process(at, TrigFlow(), FLOW)
+            want = gaussian_flow_map(MEAN, COV, noise, torch.ones_like(t), t, FLOW) / scale[:, None]
+            far.append((x - want).square().mean())
+        errors.append(torch.stack(far).mean().sqrt().item())
+    assert errors[1] < 0.03
+    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.15)
+
+
+def test_states_have_the_covariance_of_the_marginals():
+    """X_{T -> tau} of noise is the noised data's distribution: cos^2 C + sin^2 I around cos m."""
+    steps, n = 60, 4000
+    module = backward(solver_steps=steps)
+    module.consistency.times = LogNormal(0.0, 1e-3)  # all but the first state at tau = pi / 4 ...
+    module.consistency.grid = lambda method, n: torch.linspace(torch.pi / 2, torch.pi / 4, steps, dtype=F64)[
+        :, None
+    ].expand(-1, n)  # ... which are reached in small steps
+    points = module.consistency.points(module, Batch(size=n))
+    last = points.x.view(n, steps, 2)[:, -1].double()
+    torch.testing.assert_close(last.T.cov(), 0.5 * COV + 0.5 * torch.eye(2, dtype=F64), rtol=0, atol=0.04)
+    torch.testing.assert_close(last.mean(0), 0.5**0.5 * MEAN, rtol=0, atol=0.04)
+
+
+def test_times_of_all_trajectories_have_the_distribution():
+    module = backward(solver_steps=6)
+    tau = module.consistency.grid(module, 4000)[1:]
+    u = torch.linspace(0.05, 0.95, 7, dtype=F64)
+    want = LogNormal(0.0, 0.8).quantile(u, TrigFlow())
+    torch.testing.assert_close(tau.flatten().quantile(u), want, rtol=0, atol=0.02)
+    # one in each part
+    edges = LogNormal(0.0, 0.8).quantile(torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=F64), TrigFlow())
+    assert torch.equal(torch.searchsorted(edges, tau), torch.arange(4, -1, -1)[:, None].expand(-1, 4000))
+
+
+def test_directions_are_the_teachers_and_cost_no_further_call():
+    calls = []
+    module = backward(solver_steps=5)
+    module.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = Batch(size=16)
+    points = module.consistency.points(module, batch)
+    assert len(calls) == 5 == module.forward_counts()["student"]["teacher"]
+    # dx/dtau of the TrigFlow process itself
+    want = MIXTURE.velocity(points.x, points.tau, TrigFlow())
+    torch.testing.assert_close(points.velocity, want, rtol=0, atol=1e-5)
+
+
+def test_stored_states_are_used_as_they_are():
+    module = backward()
+    times = torch.tensor([0.9, 0.5, 0.2], dtype=F64)
+    states = torch.randn(7, 3, 2, dtype=F64)
+    points = module.consistency.points(module, Batch(states=states, times=times))
+    tau, scale = change_process(times, FLOW, TrigFlow())
+    torch.testing.assert_close(points.x.view(7, 3, 2), scale[:, None] * states)
+    torch.testing.assert_close(points.tau.view(7, 3), tau.expand(7, 3))
+
+
+def test_conditions_and_scales_go_with_their_trajectories():
+    teacher = mlp(classes=4)
+    settings = {"guidance": IntervalGuidance(3.0, 0.5, 1.0), "student": TwoTime(kind=None, guidance=True)}
+    module = ready(TBCM(teacher, solver_steps=3, **settings))
+    points = module.consistency.points(module, Batch(cond={"class_labels": torch.arange(4)}))
+    assert points.cond["class_labels"].tolist() == [label for label in range(4) for _ in range(3)]
+    t = change_process(points.tau, TrigFlow(), FLOW, 1 / 1.12)[0]
+    assert torch.equal(points.scale, torch.where(t >= 0.5, 3.0, 1.0).double())
+    assert points.scale.unique().tolist() == [1.0, 3.0]
+
+
+def test_bad_settings_of_tbcm_are_named():
+    with pytest.raises(ValueError, match=r"from_data has no place; use SCM"):
+        TBCM(mlp(), from_data=True)
+    with pytest.raises(ValueError, match=r"solver_steps=1: a trajectory has its noise"):
+        TBCM(mlp(), solver_steps=1)
+    with pytest.raises(ValueError, match="null class"):
+        ready(TBCM(mlp(), guidance=Guidance(2.0)))
+    assert issubclass(TBCM, SCM)
+
+
+# ------------------------------------------------------------------------------------------------ MDT-dist
+EXACT = {"norm": None, "tangent": "jvp", "tangent_step": None, "training_times": Uniform(0.0, 1.0)}
+
+
+def transport_module(process=FLOW, fault=0.0, **settings):
+    return exact_module(MDTDist, process=process, fault=fault, **{**EXACT, **settings})
+
+
+@pytest.mark.parametrize("process", [FLOW, EDM(0.002, 80.0), VariancePreserving(zero_terminal_snr=True)])
+def test_the_exact_transport_has_no_loss_and_no_direction(process):
+    _, slope, terms = loss_and_slope(transport_module(process), data())
+    _, away, spoilt = loss_and_slope(transport_module(process, 0.1), data())
+    assert float(terms.losses["matching"].detach()) < 1e-6
+    assert float(terms.losses["distillation"].detach()) < 1e-8
+    assert float(spoilt.losses["matching"].detach()) > 1e-3
+    assert away > 0.0
+    assert abs(slope) < 0.02 * away
+
+
+@pytest.mark.parametrize(("tangent", "step"), [("one_sided", 0.01), ("central", 0.01)])
+def test_differences_are_near_the_derivative(tangent, step):
+    want = loss_and_slope(transport_module(fault=0.1), data())[1]
+    found = loss_and_slope(transport_module(fault=0.1, tangent=tangent, tangent_step=step), data())[1]
+    assert found == pytest.approx(want, rel=0.05)
+
+
+def test_the_released_norm_keeps_the_exact_map_from_being_the_solution():
+    _, slope, terms = loss_and_slope(transport_module(norm=0.1), data())
+    _, away, _ = loss_and_slope(transport_module(fault=0.1), data())
+    assert float(terms.losses["matching"].detach()) > 1e-3
+    assert abs(slope) > 0.1 * away
+    assert MDTDist(mlp()).norm == 0.1
+
+
+def test_distillation_is_at_the_students_own_samples():
+    module = transport_module(fault=0.2)
+    batch = data(16)
+    calls = []
+    module.teacher.register_forward_pre_hook(lambda _m, args: calls.append(args[:2]))
+    terms = module.student_loss(batch)
+    noise = module.draws.of_slice().normal("start", (16, 2))
+    made = module.student(noise, torch.ones(16, dtype=F64)).x0
+    x, t = calls[1]
+    eps = module.draws.normal("distillation/noise", (16, 2))
+    torch.testing.assert_close(x, FLOW.add_noise(made.detach(), eps, t))
+    fault = module.student.network.fault
+    own, real, at = module.velocities(batch, made.detach())
+    want = torch.autograd.grad((-(1 - at)[:, None] * (own - real) * made).mean(), fault)[0]
+    found = torch.autograd.grad(terms.losses["distillation"], fault)[0]
+    torch.testing.assert_close(found, want)
+
+
+def test_both_terms_have_their_own_guidance():
+    teacher = mlp(classes=4)
+    seen = []
+    guidance, other = Guidance(3.0), Guidance(5.0)
+    module = ready(MDTDist(teacher, guidance=guidance, distillation_guidance=other))
+    for policy, name in ((guidance, "matching"), (other, "distillation")):
+        policy.scales = lambda t, u, name=name, scale=policy.scale: seen.append(name) or scale
+    batch = Batch(x0=torch.randn(8, 2), cond={"class_labels": torch.arange(8) % 4})
+    module.student_loss(batch)
+    assert seen == ["matching", "distillation"]
+    with pytest.raises(ValueError, match="null class"):
+        ready(MDTDist(mlp(), distillation_guidance=other))
+    with pytest.raises(ValueError, match="embeds a guidance scale"):
+        told = TwoTime(kind=None, guidance=True)
+        ready(MDTDist(mlp(classes=4), student=told, guidance=guidance, distillation_guidance=other))
+    for settings, message in (
+        ({"norm": 0.0}, "give a positive constant, or None"),
+        ({"sampler": "ode"}, "choose renoise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MDTDist(mlp(), **settings)
+
+
+# ------------------------------------------------------------------------------------------------ AnyFlow
+def any_flow(method=AnyFlow, fault=0.0, **settings):
+    settings = {"from_data": False, "training_times": Uniform(0.02, 0.98), **settings}
+    return exact_module(method, two_times=True, fault=fault, **settings)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_the_exact_average_has_no_loss_by_central_differences(balance):
+    loss, slope, _ = loss_and_slope(any_flow(balance=balance), data())
+    spoilt, away, _ = loss_and_slope(any_flow(fault=0.1, balance=balance), data())
+    assert loss < 1e-3 if balance else loss < 1e-5
+    assert spoilt > 5e-3
+    assert away > 0.0
+    assert abs(slope) < 0.1 * away
+
+
+def test_differences_of_a_flow_map_are_of_second_order():
+    losses = [loss_and_slope(any_flow(tangent_step=h, balance=False), data())[0] for h in (0.08, 0.04)]
+    assert (losses[0] / losses[1]) ** 0.5 == pytest.approx(4.0, rel=0.35)
+
+
+def test_gaps_have_their_shares():
+    module = any_flow()
+    t, r = module.pair_times(4000)
+    assert float((t == r).double().mean()) == pytest.approx(0.5, abs=0.03)
+    assert float((r == 0.0).double().mean()) == pytest.approx(0.25, abs=0.03)
+    assert bool((r <= t).all())
+    assert isinstance(AnyFlow(mlp()).training_times, Shifted)
+    with pytest.raises(ValueError, match=r"end_share=0.5 beside equal_share=0.75"):
+        MeanFlow(mlp(), end_share=0.5)
+    with pytest.raises(ValueError, match="gaps of every size"):
+        MeanFlow(mlp(), end_share=0.1, max_gap=0.25)
+
+
+def test_wide_gaps_count_as_much_as_none():
+    """Weights from the mean error at r = t of past updates; nothing of the weight has a gradient."""
+    error = torch.tensor([4.0, 0.5, 0.1], dtype=F64, requires_grad=True)
+    equal = torch.tensor([True, False, False])
+    weight = balance_weight(error, torch.tensor(2.0), equal, eps=0.0)
+    torch.testing.assert_close(weight, torch.tensor([1.0, 4.0, 20.0], dtype=F64))
+    assert not weight.requires_grad
+    module = any_flow(fault=0.3)
+    module.student_loss(data())
+    pending = module.diffusion_error_pending
+    assert 20 <= float(pending[1]) <= 44  # half of 64 samples
+    batch, u = data(4), torch.randn(4, 2, dtype=F64)
+    t = torch.tensor([0.5, 0.5, 0.8, 0.9], dtype=F64)
+    pending.zero_()
+    target = torch.zeros_like(u)
+    found = module.error(u, target, t, torch.tensor([0.5, 0.0, 0.8, 0.2], dtype=F64))
+    own = u.square().mean(1)
+    want = (own[0] + own[2] + own[1] / (own[1] + 1e-3) + own[3] / (own[3] + 1e-3)) / 4
+    assert float(found) == pytest.approx(float(want), rel=1e-5)
+    assert float(pending[0]) == pytest.approx(float(own[0] + own[2]), rel=1e-5)
+    assert batch.size == 4
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_three_jumps_of_an_exact_map_are_all_its_steps(number):
+    module = any_flow(AnyFlowOnPolicy, fake_score=PosteriorMean())
+    calls = []
+    module.student.register_forward_pre_hook(lambda _m, args, kwargs: calls.append((args[1], kwargs["r"])), with_kwargs=True)
+    start = torch.randn(7, 2, dtype=F64)
+    times = few_step_times(FLOW, number)
+    want = MIXTURE.flow_map(start, 1.0, 0.0, FLOW)
+    for interval in range(number):
+        calls.clear()
+        prediction, x = flow_map_simulation(TrajectoryMap(module.student), start, times, interval)
+        torch.testing.assert_close(x, want, rtol=0, atol=1e-6)
+        torch.testing.assert_close(prediction.x0, x)
+        path = [(float(t[0]), float(r[0])) for t, r in calls]
+        ends = [*times, 0.0]
+        assert (times[interval], ends[interval + 1]) in path
+        assert path[0][0] == 1.0
+        assert path[-1][1] == 0.0
+        assert all(a[1] == b[0] for a, b in zip(path, path[1:]))
+        assert len(path) == 1 + (interval > 0) + (interval < number - 1)
+
+
+def test_the_gradient_passes_through_every_jump():
+    module = any_flow(AnyFlowOnPolicy, fault=0.2, fake_score=PosteriorMean(), rollout_steps=[4])
+    fault = module.student.network.fault
+    start, times = torch.randn(7, 2, dtype=F64), few_step_times(FLOW, 4)
+
+    def total(value):
+        with torch.no_grad():
+            fault.fill_(value)
+            return float(flow_map_simulation(TrajectoryMap(module.student), start, times, 1)[1].square().sum())
+
+    slope = torch.autograd.grad(
+        flow_map_simulation(TrajectoryMap(module.student), start, times, 1)[1].square().sum(), fault
+    )[0]
+    assert float(slope) == pytest.approx((total(0.2 + 1e-4) - total(0.2 - 1e-4)) / 2e-4, rel=1e-5)
+
+
+def test_the_on_policy_stage_adds_a_score_difference():
+    module = ready(AnyFlowOnPolicy(mlp(), rollout_steps=[2, 4], matching_from=2), update=1)
+    batch = Batch(x0=torch.randn(16, 2))
+    for network in (module.student, module.fake_score):
+        shift(network)
+    assert set(module.student_loss(batch).losses) == {"mean_flow"}
+    module = ready(AnyFlowOnPolicy(mlp(), rollout_steps=[2, 4]))
+    shift(module.student)
+    shift(module.fake_score, seed=5)
+    losses, found = gradients(module, batch)
+    assert set(losses) == {"mean_flow", "matching"}
+    made = module.rollout(batch, grad=False)
+    torch.testing.assert_close(made.x0, module.rollout(batch).x0.detach())
+    # a critic that is the teacher leaves the first stage's gradient
+    module.fake_score.load_state_dict(module.teacher.state_dict())
+    _, same = gradients(module, batch)
+    module.loss_weights["student/matching"] = 0.0
+    _, alone = gradients(module, batch)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(same, alone, strict=True))
+    assert not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, alone, strict=True))
+    assert second_time_of(module.student.network).kind == "gated_copy"
+    assert second_time_of(module.fake_score.network) is None
+
+
+def test_the_exact_map_of_the_exact_teacher_is_a_fixed_point():
+    module = any_flow(AnyFlowOnPolicy, fake_score=PosteriorMean(), rollout_steps=[3])
+    terms = module.student_loss(data())
+    assert float(terms.diagnostics["score_gap"]) < 1e-12
+    assert float(terms.losses["matching"].detach()) < 1e-12
+    assert float(terms.losses["mean_flow"].detach()) < 1e-3
+
+
+def test_bad_settings_of_any_flow_are_named():
+    for method, settings, message in (
+        (AnyFlow, {"power": 1.0}, "balance=True or False"),
+        (AnyFlow, {"equal_share": 0.0}, "give equal_share > 0"),
+        (AnyFlow, {"balance_decay": 1.0}, "from 0 to below 1"),
+        (AnyFlowOnPolicy, {"rollout_steps": []}, "at least one number of steps"),
+        (AnyFlowOnPolicy, {"rollout_steps": [0]}, "each 1 or more"),
+        (AnyFlowOnPolicy, {"critic_condition_on": "step"}, "grids of several lengths"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method(mlp(), **settings)
+    with pytest.raises(ValueError, match="asks no teacher"):
+        ready(AnyFlow(mlp(classes=4), guidance=Guidance(2.0)))

@@ -86,11 +86,11 @@ class Policy:
         """
         return self
 
-    def sharpened(self, temperature: float) -> Policy:
+    def sharpened(self, temperature: Tensor) -> Policy:
         """The policy of a less random posterior, for sampling; policies without one stay.
 
         Args:
-            temperature: T in (0, 1]; 1 changes nothing.
+            temperature: T in (0, 1] of each sample, (B,); 1 changes nothing.
         """
         return self
 
@@ -233,11 +233,10 @@ class MixturePolicy(Policy):
     def dropout(self, u: Tensor, share: float) -> MixturePolicy:  # noqa: D102
         return replace(self, log_weights=_kept(self.log_weights, u, share)) if share else self
 
-    def sharpened(self, temperature: float) -> MixturePolicy:
+    def sharpened(self, temperature: Tensor) -> MixturePolicy:
         """Weights to the power 1/T and variances times T: the mixture to the power 1/T where components lie apart."""
-        if temperature == 1.0:
-            return self
-        return replace(self, log_weights=self.log_weights / temperature, variance=self.variance * temperature)
+        t = expand(temperature, self.means)
+        return replace(self, log_weights=self.log_weights / t, variance=self.variance * t)
 
 
 # ------------------------------------------------------------------------------------------------ momentum

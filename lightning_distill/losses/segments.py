@@ -213,7 +213,7 @@ def temporal_coherence(a: Tensor, b: Tensor, lag: int) -> Tensor:
     Raises:
         ValueError: no such frames.
     """
-    frames = a.shape[2] if a.ndim >= 4 else 1
+    frames = a.shape[2] if a.ndim == 5 else 1
     if not 1 <= lag < frames:
         raise ValueError(
             f"temporal coherence compares frames {lag} apart, and samples of shape {tuple(a.shape[1:])} have {frames}; "

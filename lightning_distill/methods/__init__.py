@@ -4,8 +4,9 @@ from lightning_distill.methods.ac_dmd import ACDMD
 from lightning_distill.methods.accvideo import AccVideo
 from lightning_distill.methods.adm import ADM
 from lightning_distill.methods.adversarial import AdversarialMethod, RatioMethod
-from lightning_distill.methods.arc_flow import ArcFlow
 from lightning_distill.methods.any_flow import AnyFlow, AnyFlowOnPolicy
+from lightning_distill.methods.apex import APEX
+from lightning_distill.methods.arc_flow import ArcFlow
 from lightning_distill.methods.asd import ASD
 from lightning_distill.methods.base import DistillationModule, Rollout, Terms
 from lightning_distill.methods.boot import BOOT
@@ -16,12 +17,14 @@ from lightning_distill.methods.consistency_distillation import ConsistencyDistil
 from lightning_distill.methods.consistency_training import ECT, ICT, ConsistencyTraining
 from lightning_distill.methods.critic_schedule import UpdateSchedule
 from lightning_distill.methods.ctm import CTM
+from lightning_distill.methods.dcm import DCM
 from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.diff_instruct import DiffInstruct
 from lightning_distill.methods.disback import DisBack
 from lightning_distill.methods.dmd import DMD
 from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.f_distill import FDistill
+from lightning_distill.methods.fake_branch import FakeBranch, NegativeTime, ShiftedCondition
 from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
 from lightning_distill.methods.flash_dmd import FlashDMD
 from lightning_distill.methods.flow_map_distillation import FlowMapDistillation
@@ -29,9 +32,11 @@ from lightning_distill.methods.free_flow import FreeFlow
 from lightning_distill.methods.gdd import GDD, GDDI
 from lightning_distill.methods.gndm import GNDM
 from lightning_distill.methods.guidance_distillation import GuidanceDistillation
+from lightning_distill.methods.hipa import HiPA
 from lightning_distill.methods.knowledge_distillation import InstaFlow, KnowledgeDistillation
 from lightning_distill.methods.ladd import ADD, LADD
 from lightning_distill.methods.lcm import LCM
+from lightning_distill.methods.learned_solver import LearnedSolver
 from lightning_distill.methods.mdt_dist import MDTDist
 from lightning_distill.methods.mean_flow import MeanFlow
 from lightning_distill.methods.mlcm import MLCM
@@ -48,6 +53,7 @@ from lightning_distill.methods.rf_plus_plus import RFPlusPlus
 from lightning_distill.methods.sana_sprint import SANASprint
 from lightning_distill.methods.sc_dmd import SCDMD
 from lightning_distill.methods.scm import SCM
+from lightning_distill.methods.scott import SCott
 from lightning_distill.methods.shortcut import Shortcut
 from lightning_distill.methods.sid import SiD
 from lightning_distill.methods.slim_flow import SlimFlow, SlimFlowDistillation
@@ -59,6 +65,7 @@ from lightning_distill.methods.tcm import TCM
 from lightning_distill.methods.tdm import TDM
 from lightning_distill.methods.teacher_training import TeacherTraining
 from lightning_distill.methods.tscd import TSCD
+from lightning_distill.methods.twin_flow import TwinFlow
 from lightning_distill.methods.uni_instruct import UniInstruct
 from lightning_distill.methods.vdot import VDOT
 from lightning_distill.methods.vsd import VSD
@@ -67,12 +74,14 @@ __all__ = [
     "ACDMD",
     "ADD",
     "ADM",
+    "APEX",
     "ASD",
     "BOOT",
     "BOSS",
     "CDM",
     "CMT",
     "CTM",
+    "DCM",
     "DMD",
     "DMD2",
     "ECT",
@@ -97,9 +106,9 @@ __all__ = [
     "VSD",
     "AccVideo",
     "AdversarialMethod",
-    "ArcFlow",
     "AnyFlow",
     "AnyFlowOnPolicy",
+    "ArcFlow",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "DecoupledDMD",
@@ -107,15 +116,19 @@ __all__ = [
     "DisBack",
     "DistillationModule",
     "FDistill",
+    "FakeBranch",
     "FakeScoreMethod",
     "FlashDMD",
     "FlowMapDistillation",
     "FreeFlow",
     "GuidanceDistillation",
+    "HiPA",
     "InstaFlow",
     "KnowledgeDistillation",
+    "LearnedSolver",
     "MDTDist",
     "MeanFlow",
+    "NegativeTime",
     "PairRegression",
     "PhasedDMD",
     "PiFlow",
@@ -126,7 +139,9 @@ __all__ = [
     "RewardedDMD",
     "Rollout",
     "SANASprint",
+    "SCott",
     "Scores",
+    "ShiftedCondition",
     "Shortcut",
     "SiD",
     "SlimFlow",
@@ -136,6 +151,7 @@ __all__ = [
     "SwiftBrush",
     "TeacherTraining",
     "Terms",
+    "TwinFlow",
     "UniInstruct",
     "UpdateSchedule",
 ]

@@ -1,6 +1,7 @@
 """AnyFlow: a flow map for any number of steps, and its distillation on its own samples (arXiv:2605.13724)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -124,9 +125,9 @@ def flow_map_simulation(
         the prediction of the last jump, and the clean samples.
     """
     stops = [times[0], times[interval], *times[interval + 1 : interval + 2], 0.0]
-    path = [a for a, b in zip(stops, stops[1:]) if a != b] + [0.0]
+    path = [a for a, b in pairwise(stops) if a != b] + [0.0]
     x = start
-    for t, r in zip(path, path[1:]):
+    for t, r in pairwise(path):
         at, to = (torch.full((len(x),), s, dtype=torch.float64, device=x.device) for s in (t, r))
         prediction = student(x, at, to)
         x = transport(prediction, to)

@@ -87,10 +87,13 @@ class KnowledgeDistillation(TeacherPaths):
         scale = None if scale is None else scale[row]
         made = self.student(inputs.flatten(0, 1), t, slice_cond(batch.cond, row), guidance=scale).x0
         goal = x0[row]
-        terms = Terms({"regression": distance(made, goal, self.metric, self.huber).mean()})
+        return Terms(self.terms_of(made, goal), {"mse": (made.detach() - goal).square().mean()})
+
+    def terms_of(self, made: Tensor, goal: Tensor) -> dict[str, Tensor]:
+        """Loss terms of predictions (N, ...) whose ends are known, by name."""
+        terms = {"regression": distance(made, goal, self.metric, self.huber).mean()}
         if self.perceptual is not None:
-            terms.losses["perceptual"] = self.perceptual(made, goal).mean()
-        terms.diagnostics["mse"] = (made.detach() - goal).square().mean()
+            terms["perceptual"] = self.perceptual(made, goal).mean()
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:

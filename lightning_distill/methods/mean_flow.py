@@ -59,8 +59,8 @@ class MeanFlow(TwoTimeMethod):
             raise ValueError(f"equal_share={equal_share}: give a share from 0 to below 1.")
         if end_share < 0.0 or equal_share + end_share > 1.0 or (end_share and max_gap is not None):
             raise ValueError(
-                f"end_share={end_share} beside equal_share={equal_share} and max_gap={max_gap}: both shares add up to at "
-                "most 1, and r = 0 for a share of the samples needs gaps of every size."
+                f"end_share={end_share} beside equal_share={equal_share} and max_gap={max_gap}: both shares add up to "
+                "at most 1, and r = 0 for a share of the samples needs gaps of every size."
             )
         if max_gap is not None and not 0.0 < max_gap <= 1.0:
             raise ValueError(f"max_gap={max_gap}: a gap of flow-matching times lies in (0, 1].")

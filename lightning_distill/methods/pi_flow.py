@@ -1,6 +1,6 @@
 """Pi-Flow: few-step students that put out policies, taught by imitation (arXiv:2510.14974)."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import torch
@@ -132,13 +132,16 @@ class PiFlow(TwoTimeMethod):
         """Native times at which the segments of n samples begin and end, (n,), float64."""
         times = torch.tensor([*self.student_times, 0.0], dtype=torch.float64, device=self.device)
         if self.data_free:
-            stop = self.draws.of_slice().integer("stop", len(times) - 1)
-            return times[stop].expand(n), times[stop + 1].expand(n)
+            return times[self.drawn_segment()].expand(n), times[self.drawn_segment() + 1].expand(n)
         flow = change_process(times[:-1], self.process, FlowMatching())[0]
         # the first edge that is no earlier than a training time
         u = self.flow_times("segment", n)
         index = (flow[:, None] >= u - 1e-9).sum(0).clamp_min(1) - 1
         return times[index], times[index + 1]
+
+    def drawn_segment(self) -> int:
+        """Index of the segment that is trained without data, the same for the batch and on all ranks."""
+        return self.draws.of_slice().integer("stop", len(self.student_times))
 
     def starts(self, batch: Batch, t: Tensor, scale: Tensor | None) -> Tensor:
         """Where the segments begin: noised data, or where the student's own steps lead, (B, ...)."""
@@ -148,9 +151,7 @@ class PiFlow(TwoTimeMethod):
         times = self.student_times
         x = self.process.prior(self.draws.normal("start", (batch.size, *self.sample_shape)), times[0])
         with torch.no_grad():
-            for now, later in pairwise(times):
-                if now <= float(t[0]):
-                    break
+            for now, later in islice(pairwise(times), self.drawn_segment()):
                 now_t, later_t = (torch.full_like(t, time) for time in (now, later))
                 x = transport(policy_prediction(self.student, x, now_t, later_t, batch.cond, scale), later_t)
         return x

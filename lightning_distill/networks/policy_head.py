@@ -167,8 +167,8 @@ def policy_prediction(
     assert head is not None
     t, r = (time.to(x.device).expand(len(x)) if time.ndim == 0 else time for time in (t, r))
     policy, _ = head.policy(denoiser, x, t, r, cond, guidance)
-    if bool((r > 0).all()):
-        policy = policy.sharpened(head.temperature)
+    if head.temperature != 1.0:
+        policy = policy.sharpened(torch.where(r > 0, head.temperature, 1.0))
     start, scale = _flow(denoiser, t)
     average = policy.average(expand(scale, x) * x, start, _flow(denoiser, r)[0], head.substeps)
     return Prediction(average, x, t, denoiser.process, "flow_prediction")

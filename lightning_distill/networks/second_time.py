@@ -40,6 +40,7 @@ __all__ = [
     "add_guidance",
     "add_second_time",
     "second_time_of",
+    "time_embedders",
 ]
 
 SecondTimeKind = Literal["zero_init", "scaled_difference", "gated_copy"]
@@ -326,6 +327,25 @@ def add_guidance(
     installed.train(network.training)
     installed.settings["add_guidance"] = {"features": features, "seed": seed}
     return installed
+
+
+def time_embedders(network: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
+    """The modules that embed the time, each with the one that makes its input (None: its input is the time).
+
+    Raises:
+        ValueError: a class without known embedding.
+    """
+    present = second_time_of(network)
+    where = None if present is None else present.embedding
+    path = (where or _known(network)).projection
+    found = []
+    for embedder in _embedders(network, where):
+        projection = None if path is None else network.get_submodule(path)
+        if path is None:
+            parents = [m for m in network.modules() if getattr(m, "timestep_embedder", None) is embedder]
+            projection = getattr(parents[0], "time_proj", None) if parents else None
+        found.append((embedder, projection))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ installing

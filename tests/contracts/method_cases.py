@@ -29,12 +29,14 @@ from lightning_distill.methods import (
     ACDMD,
     ADD,
     ADM,
+    APEX,
     ASD,
     BOOT,
     BOSS,
     CDM,
     CMT,
     CTM,
+    DCM,
     DMD,
     DMD2,
     ECT,
@@ -58,9 +60,9 @@ from lightning_distill.methods import (
     VDOT,
     VSD,
     AccVideo,
-    ArcFlow,
     AnyFlow,
     AnyFlowOnPolicy,
+    ArcFlow,
     ConsistencyDistillation,
     ConsistencyTraining,
     DecoupledDMD,
@@ -72,8 +74,10 @@ from lightning_distill.methods import (
     FlowMapDistillation,
     FreeFlow,
     GuidanceDistillation,
+    HiPA,
     InstaFlow,
     KnowledgeDistillation,
+    LearnedSolver,
     MDTDist,
     MeanFlow,
     PhasedDMD,
@@ -83,6 +87,7 @@ from lightning_distill.methods import (
     RewardedDMD,
     RFPlusPlus,
     SANASprint,
+    SCott,
     Shortcut,
     SiD,
     SlimFlow,
@@ -91,6 +96,7 @@ from lightning_distill.methods import (
     Straightening,
     SwiftBrush,
     TeacherTraining,
+    TwinFlow,
     UniInstruct,
     UpdateSchedule,
 )
@@ -425,6 +431,11 @@ CASES: list[Case] = [
     Case("simulated_map", AnyFlowOnPolicy, lambda: flow_mlp(4), lambda: points(labelled=True), dmd2(
         rollout_steps=[2], fake_score_steps=1, guidance=Guidance(2.0), from_data=False, tangent_step=0.01
     )),
+    Case("twins", TwinFlow, flow_mlp, points, mapping()),
+    Case("twins_lora", TwinFlow, flow_dit, lambda: images(3), mapping(
+        student=lambda: TwoTime(role=Lora(rank=2), kind="scaled_difference"), from_data=False
+    )),
+    Case("shifted_twin", APEX, lambda: flow_mlp(4), lambda: points(labelled=True), mapping()),
     Case("own_critic", MDTDist, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
         guidance=Guidance(2.0), distillation_guidance=Guidance(3.0)
     )),
@@ -457,6 +468,10 @@ CASES: list[Case] = [
     Case("knots", BOSS, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), mapping(
         num_steps=2, solver_steps=5, guidance=Guidance(2.0)
     )),
+    Case("times_alone", LearnedSolver, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), mapping(
+        num_steps=3, solver_steps=5, guidance=Guidance(2.0)
+    )),
+    Case("fine_detail", HiPA, vp_unet, lambda: coupled(images()), mapping(student=lambda: Lora(rank=2))),
     Case("key_points", AccVideo, flow_mlp, lambda: without_data(points()), ladd(
         gan=heads(features="teacher"), num_steps=2, solver_steps=2
     )),
@@ -476,11 +491,18 @@ CASES: list[Case] = [
         num_steps=1, components=2, points=2, substeps=2, decay_updates=4, dropout=0.2, window=0.1
     )),
     Case("modes", ArcFlow, flow_mlp, lambda: without_data(points()), mapping(
-        components=2, points=1, decay_updates=2, data_free=True
+        num_steps=1, components=2, points=1, decay_updates=2, data_free=True
     )),
     Case("own_steps", SnapFlow, flow_mlp, points, mapping()),
     Case("soft_consistency", CTM, flow_mlp, points, ladd(
         intervals=4, solver_steps=2, target_ema=lambda: ConstantEMA(0.5), gan=heads(features="teacher", kind="hinge")
+    )),
+    Case("stochastic", SCott, edm_mlp, points, ladd(
+        intervals=4, sub_steps=2, gan=heads(features="teacher", kind="hinge"), target_ema="none"
+    )),
+    Case("two_experts", DCM, flow_mlp, points, ladd(
+        # no rollouts are made: a seed whose first random steps are 0, as the count of calls assumes
+        intervals=6, semantic_intervals=3, frame_lag=None, gan=heads(features="teacher", kind="hinge"), seed=9
     )),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),

@@ -95,7 +95,7 @@ def test_dropout_and_temperature_change_the_weights_alone():
     torch.testing.assert_close(weights[0, 1:], whole[0, 1:] / whole[0, 1:].sum())
     torch.testing.assert_close(weights[1:], whole[1:])  # where all would go, none does
     assert bool(dropped.velocity(x, t).isfinite().all())
-    assert policy.sharpened(1.0) is policy
+    torch.testing.assert_close(policy.sharpened(times(1.0, 1.0, 1.0)).velocity(x, t), policy.velocity(x, t))
     # components far apart: the mixture to the power 1/T, on a lattice
     lattice = torch.linspace(-6, 6, 20_001, dtype=F64)
 
@@ -110,7 +110,7 @@ def test_dropout_and_temperature_change_the_weights_alone():
         times(0.4, -0.2)[None, :, None], torch.zeros(1, 1, dtype=F64), times(1.0)
     )  # fmt: skip
     power = density(apart).pow(1 / 0.3)
-    torch.testing.assert_close(density(apart.sharpened(0.3)), power / power.sum(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(density(apart.sharpened(times(0.3))), power / power.sum(), rtol=1e-6, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ grid

@@ -15,14 +15,17 @@ from lightning_distill.methods import (
     BOSS,
     AccVideo,
     GuidanceDistillation,
+    HiPA,
     InstaFlow,
     KnowledgeDistillation,
+    LearnedSolver,
     Reflow,
     RFPlusPlus,
     SlimFlow,
     SlimFlowDistillation,
     Straightening,
 )
+from lightning_distill.methods.learned_solver import StepSizes
 from lightning_distill.metrics.sliced_wasserstein import sliced_wasserstein
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser, ring
@@ -232,6 +235,86 @@ def test_chords_of_the_teacher_are_what_straightening_learns():
     assert torch.allclose(goal[:N], first, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------------------------ learned times
+def test_step_sizes_are_what_was_placed():
+    sizes = StepSizes(3, 0.9)
+    sizes.place([0.9, 0.5, 0.2])
+    assert torch.allclose(sizes(), torch.tensor([0.9, 0.5, 0.2, 0.0], dtype=torch.float64), atol=1e-7)
+    with torch.no_grad():
+        sizes.logits.add_(torch.tensor([3.0, -2.0, 0.5]))
+    times = sizes()
+    assert times[0] == 0.9
+    assert times[-1] == 0.0
+    assert bool((times.diff() < 0).all())
+
+
+def solver(process=None, **settings):
+    torch.manual_seed(0)
+    return ready(LearnedSolver(gaussian(process), shape=[1], **{"num_steps": 3, "solver_steps": 48, **settings}))
+
+
+def test_learning_starts_at_the_knots_and_the_loss_is_that_of_the_sampler():
+    module, knots = solver(), bent(num_steps=3, solver_steps=48, solver="heun")
+    batch = Batch(size=256)
+    loss = module.student_loss(batch).losses["end"]
+    knots.student_loss(batch)
+    assert module.student_times == pytest.approx(knots.student_times)
+    noise, x0 = module.pairs(batch)
+    sampled = module.sample(256, noise=noise)
+    assert loss.item() == pytest.approx((sampled - x0).square().mean().item(), rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_end_point_in_the_times():
+    module, batch = solver(), Batch(size=64)
+    module.student_loss(batch)
+    logits = module.schedule.logits
+    logits.grad = None
+    module.student_loss(batch).losses["end"].backward()
+    for i in range(3):
+        ends = []
+        for step in (1e-3, -1e-3):
+            with torch.no_grad():
+                logits[i] += step
+                ends.append(module.student_loss(batch).losses["end"].item())
+                logits[i] -= step
+        assert logits.grad[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=0.05, abs=1e-5)
+    assert all(p.grad is None for p in module.teacher.parameters())
+
+
+@pytest.mark.parametrize("process", [VariancePreserving(), EDM()], ids=["vp", "edm"])
+def test_times_of_other_processes_are_their_own(process):
+    module = solver(process)
+    module.student_loss(Batch(size=64))
+    times = module.student_times
+    assert times[0] == pytest.approx(process.t_max)
+    if isinstance(process, VariancePreserving):
+        assert all((t * 1000) == round(t * 1000) for t in times)
+    again = solver(process)
+    again.load_state_dict(module.state_dict())
+    assert again.student_times == times
+
+
+def test_a_student_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="leave out student"):
+        solver(student=Copy())
+
+
+# ------------------------------------------------------------------------------------------------ high frequencies
+def test_hipa_needs_images():
+    with pytest.raises(ValueError, match="spatial frequencies of images"):
+        ready(HiPA(mlp(), shape=[2], student=Lora(rank=2)))
+    with pytest.raises(ValueError, match=r"radius=0\.8"):
+        HiPA(mlp(), radius=0.8)
+
+
+def test_hipa_weighs_fine_detail_and_no_constant():
+    module = HiPA(mlp(), student=Given(torch.nn.Identity()), shape=[1, 8, 8], ema=[])
+    goal = torch.randn(3, 1, 8, 8)
+    assert module.terms_of(goal + 0.5, goal)["high_frequency"].item() < 1e-12
+    checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2 - 0.5
+    assert module.terms_of(goal + checks, goal)["high_frequency"].item() == pytest.approx(0.25, rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ key points
 def key_points(**settings):
     torch.manual_seed(0)
@@ -422,10 +505,9 @@ def learned(teacher, data, method, lr=2e-3, updates=UPDATES, **settings):
 
     module = method(
         teacher,
-        **{"student": network(), **settings},
+        **{"student": network(), "ema": [PowerEMA(0.05)], **settings},
         student_optimizer=optimizer,
         student_scheduler=decay,
-        ema=[PowerEMA(0.05)],
         check_data=False,
     )
     fit(module, updates, data, 256)
@@ -466,6 +548,21 @@ def test_students_beat_the_teacher_s_own_steps(name, ring_problem, ring_pairs):
     twice = rmse(generate(teacher, noise, {}, [1.0 - i / (2 * steps) for i in range(2 * steps)], "ode"), ends)
     print(f"{name}: {found:.3f} in {steps}, the teacher {twice:.3f} in {2 * steps}")
     assert found < share * twice
+
+
+@pytest.mark.learn
+@pytest.mark.filterwarnings("ignore:.*eval mode")
+def test_learned_times_are_better_than_even_ones_wherever_learning_starts(ring_problem, ring_pairs):
+    teacher, noise, ends = ring_problem
+    even = rmse(generate(teacher, noise, {}, [1.0, 2 / 3, 1 / 3], "ode"), ends)
+    found = []
+    for start in ([1.0, 2 / 3, 1 / 3], [1.0, 0.9, 0.2]):
+        settings = {"student": None, "ema": [], "lr": 5e-2, "updates": 200, "student_times": start}
+        module = learned(teacher, ring_pairs, LearnedSolver, **settings)
+        found.append(rmse(module.sample(len(noise), noise=noise), ends))
+        assert module.student_times == pytest.approx([1.0, 0.579, 0.303], abs=0.01)
+    print(f"learned_solver: {found} in 3, evenly {even:.3f}")
+    assert max(found) < 0.97 * even
 
 
 @pytest.mark.learn

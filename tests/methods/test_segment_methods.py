@@ -6,20 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from exact_students import COV, F64, FLOW, MEAN, Exact, data, exact_module, loss_and_slope
+from exact_students import COV, F64, FLOW, MEAN, MIXTURE, Exact, ExactEnd, data, exact_module, loss_and_slope
 from small_problems import mlp, ready, shift
-from test_trajectory_learning import distilled, error, ring_problem, student  # noqa: F401
+from test_trajectory_learning import distilled, error, ring_problem, two_times  # noqa: F401
 from torch import nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import ConstantEMA
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance
 from lightning_distill.losses.consistency import progressive_target
-from lightning_distill.losses.subinterval import noise_further
-from lightning_distill.methods import CTM, MLCM, PCM, SPLAM, TSCD, ConsistencyDistillation
+from lightning_distill.losses.subinterval import noise_further, transition
+from lightning_distill.methods import CTM, DCM, MLCM, PCM, SPLAM, TSCD, ConsistencyDistillation, SCott
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import analytic_denoiser, gaussian_flow_map
-from lightning_distill.networks.roles import Copy
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Copy, Lora
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.parameterisations import segment_end, segment_start
 from lightning_distill.prediction import Prediction
@@ -322,9 +324,7 @@ def test_adaptive_weights_are_ratios_of_gradients_however_the_batch_is_split():
     assert module.balance[0].item() == pytest.approx((norms[0] / norms[1]).item(), rel=1e-4)
     # they count from the next update on
     weighted = module.student_loss(batch).losses
-    assert weighted["denoising"].item() == pytest.approx(
-        float(module.balance[0]) * losses["denoising"].item(), rel=1e-4
-    )
+    assert weighted["denoising"].item() == pytest.approx((module.balance[0] * losses["denoising"]).item(), rel=1e-4)
     assert weighted["consistency"].item() == pytest.approx(losses["consistency"].item(), rel=1e-6)
 
 
@@ -380,10 +380,8 @@ def test_gamma_sampling_keeps_the_law_and_joins_two_samplers(process):
 
 def test_trajectory_students_are_sampled_by_gamma_and_bad_settings_are_named():
     module = ready(CTM(mlp(), sampler="gamma", num_steps=3))
-    first, second = (
-        module.sample(4, noise=torch.ones(4, 2), generator=torch.Generator().manual_seed(k)) for k in (0, 1)
-    )
-    assert not torch.equal(first, second)
+    made = [module.sample(4, noise=torch.ones(4, 2), generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
+    assert not torch.equal(*made)
     for settings, message in (
         ({"solver_steps": 0}, "solver_steps=0: give 1 to the 18 intervals"),
         ({"intervals": 4, "solver_steps": 5}, "give 1 to the 4 intervals"),
@@ -396,6 +394,189 @@ def test_trajectory_students_are_sampled_by_gamma_and_bad_settings_are_named():
         ready(CTM(mlp(), student=Copy()))
 
 
+# ------------------------------------------------------------------------------------------------ SCott
+class PosteriorMean(nn.Module):
+    """The teacher's own prediction, spoilt by a fault."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.process, self.fault = process, nn.Parameter(torch.zeros((), dtype=F64))
+
+    def forward(self, x, t):
+        mean = analytic_denoiser(MIXTURE, self.process)(x, t).x0
+        return mean + self.fault * (self.process.sigma(t)[:, None] * (1.0 + x))
+
+
+def scott(process, network, fault=0.0, **settings):
+    network.fault.data.fill_(fault)
+    settings = {"metric": "l2", "target_ema": "none", "intervals": 8, **settings}
+    role = Exact(network, "sample")
+    return ready(SCott(analytic_denoiser(MIXTURE, process), student=role, shape=[2], ema=[], **settings))
+
+
+@by_process
+def test_without_noise_the_fixed_point_is_the_end_and_with_it_the_posterior_mean(process):
+    def slope(network, strength, fault=0.0):
+        settings = {"strength": strength, "sub_steps": 4, "intervals": 24}
+        return loss_and_slope(scott(process, network(process), fault, **settings), data(20_000))[1]
+
+    # eta = 0: the trajectory's end; eta = 1: y, whose mean over the solver's noise is y; not the other way round
+    for strength, fixed, other in ((0.0, ExactEnd, PosteriorMean), (1.0, PosteriorMean, ExactEnd)):
+        away = slope(fixed, strength, 0.3)
+        assert away > 0.0
+        assert abs(slope(fixed, strength)) < 0.06 * away
+        assert abs(slope(other, strength)) > 2.0 * abs(slope(fixed, strength))
+
+
+def test_the_solver_takes_its_steps_with_fresh_noise_within_the_pair():
+    module = exact_module(SCott, intervals=4, sub_steps=3, strength=0.5, target_ema="none")
+    seen, batch = [], data(32)
+    hook = module.teacher.register_forward_pre_hook(lambda _m, args: seen.append((args[0], args[1])))
+    pair = module.pair(batch)
+    hook.remove()
+    for k, (x, t) in enumerate(seen):
+        torch.testing.assert_close(t, pair.t + (pair.r - pair.t) * k / 3)
+        r = pair.t + (pair.r - pair.t) * (k + 1) / 3
+        after = seen[k + 1][0] if k < 2 else pair.x_r
+        prediction = module.teacher(x, t)
+        fresh = 0.5 * FLOW.sigma(r) / FLOW.sigma(t) * transition(r, t, FLOW)[1]
+        mean = FLOW.add_noise(prediction.x0, prediction.eps, torch.zeros_like(r))
+        mean = (FLOW.alpha(r))[:, None] * mean + (FLOW.sigma(r) ** 2 - fresh**2).sqrt()[:, None] * prediction.eps
+        torch.testing.assert_close(after, mean + fresh[:, None] * module.draws.normal(f"solver{k}", x.shape))
+    assert len(seen) == module.forward_counts()["student"]["teacher"] == 3
+    with_game = ready(SCott(mlp(), gan=heads(kind="hinge")))
+    assert "gan" in with_game.student_loss(Batch(x0=torch.randn(4, 2))).losses
+    assert with_game.loss_weights["student/gan"] == 0.4
+    for settings, message in (({"strength": 1.1}, "lies in"), ({"sub_steps": 0}, "at least one step")):
+        with pytest.raises(ValueError, match=message):
+            SCott(mlp(), **settings)
+
+
+# ------------------------------------------------------------------------------------------------ DCM
+class Tokens(nn.Module):
+    """A tiny network of videos (C, L, H, W) whose block makes tokens."""
+
+    def __init__(self, channels=2, width=8):
+        super().__init__()
+        self.enter, self.block = nn.Linear(channels, width), nn.Linear(width, width)
+        self.time, self.leave = nn.Linear(1, width), nn.Linear(width, channels)
+
+    def forward(self, x, t):
+        h = self.enter(x.movedim(1, -1).flatten(1, -2)) + self.time(t.to(x)[:, None])[:, None]
+        return self.leave(self.block(h.tanh())).unflatten(1, x.shape[2:]).movedim(-1, 1)
+
+
+def video_teacher():
+    torch.manual_seed(0)
+    return Denoiser(Tokens(), FLOW, "flow_prediction", sigma_data=1.0)
+
+
+def dcm(**settings):
+    settings = {"intervals": 10, "semantic_intervals": 4, "shape": [2, 5, 2, 2], **settings}
+    module = ready(DCM(video_teacher(), **settings))
+    shift(module.student)
+    return module
+
+
+VIDEOS = Batch(x0=torch.randn(12, 2, 5, 2, 2, generator=torch.Generator().manual_seed(4)))
+
+
+@by_process
+def test_every_time_of_the_grid_has_its_expert(process):
+    network = nn.Identity()
+    network.forward = lambda x, t: x
+    teacher = Denoiser(network, process, "sample")
+    module = ready(DCM(teacher, intervals=50, semantic_intervals=13, detail_steps=3, frame_lag=None, shape=[2], ema=[]))
+    grid = module.grid()
+    owner = module.student.network.route(
+        torch.zeros(50, 2), module.student._time(torch.tensor(grid[:-1], dtype=F64)), {}
+    )
+    assert owner.tolist() == [0] * 13 + [1] * 37
+    assert module.semantic(torch.tensor(grid, dtype=F64)).tolist() == [True] * 13 + [False] * 38
+    # the steps of sampling: one of the semantic expert, and the first of the detail expert at the edge itself
+    assert module.student_times[:2] == [grid[0], grid[13]]
+    assert len(module.student_times) == 4
+    ends = segment_end(torch.tensor(grid[:-1], dtype=F64), module.edges)
+    assert set(ends[:13].tolist()) == {grid[13]}
+    # a pair of the semantic expert that ends at the edge has the solver's point itself as its target
+    x, edge = torch.randn(3, 2), torch.full((3,), grid[13], dtype=F64)
+    assert torch.equal(module.carried(x, edge, edge, Batch(size=3), None), x)
+
+
+def test_each_expert_learns_from_its_own_pairs_and_terms():
+    module = dcm(frame_lag=3, gan=heads(taps=("block",), kind="hinge"))
+    semantic, detail = module.student.network.experts
+    pair = module.pair(VIDEOS)
+    of_semantic = module.semantic(pair.t)
+    assert 0 < int(of_semantic.sum()) < 12
+    online, target = module.ends(pair)
+    losses = module.student_loss(VIDEOS).losses
+    assert set(losses) == {"consistency", "coherence", "gan", "features"}
+
+    def gradient(term, expert):
+        found = torch.autograd.grad(losses[term], list(expert.parameters()), retain_graph=True, allow_unused=True)
+        return sum(0.0 if g is None else float(g.abs().sum()) for g in found)
+
+    assert gradient("coherence", semantic) > 0.0
+    assert gradient("coherence", detail) == 0.0
+    for term in ("gan", "features"):
+        assert gradient(term, detail) > 0.0
+        assert gradient(term, semantic) == 0.0
+    change = (online - target)[of_semantic]
+    change = (change[:, :, 3:] - change[:, :, :-3]).square().flatten(1).mean(1).sum() / 12
+    torch.testing.assert_close(losses["coherence"], change)
+    # features under the same noise and at the same level
+    ends = module.game_ends(pair, online, target)
+    t = module.game_levels(ends)
+    seen = [module.seen(x, ends, t, "gan/noise")["block"] for x in (online, target)]
+    want = (seen[0] - seen[1]).square().flatten(1).mean(1)[~of_semantic].sum() / 12
+    torch.testing.assert_close(losses["features"], want)
+    assert module.forward_counts()["student"]["teacher"] == 3
+    at_update(module, 0, "discriminator0")
+    assert module.discriminator_loss(VIDEOS).losses["gan"].requires_grad
+
+
+def test_the_detail_expert_starts_where_the_semantic_one_ends():
+    module = dcm(semantic_updates=2, frame_lag=None)
+    before = [[p.clone() for p in expert.parameters()] for expert in module.student.network.experts]
+    edge = module.boundary_time
+    for update in (0, 1):
+        t, r = at_update(module, update).pair_times(64)
+        assert float(r.min()) == edge
+        assert len(set(t.tolist())) == 4
+    at_update(module, 0).after_phase("student")
+
+    def same(network, i, j):
+        a, b = network.experts[i], network.experts[j]
+        return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+    with torch.no_grad():
+        module.student.network.experts[0].block.weight.add_(1.0)
+    at_update(module, 0).after_phase("student")
+    assert not same(module.student.network, 0, 1)
+    at_update(module, 1).after_phase("student")
+    assert same(module.student.network, 0, 1)
+    assert all(same(average.network, 0, 1) for average in module.student_ema.values())
+    assert not torch.equal(before[1][2], list(module.student.network.experts[1].parameters())[2])
+    t, _ = at_update(module, 2).pair_times(64)
+    assert float(t.max()) == edge
+    assert len(set(t.tolist())) == 6
+
+
+def test_bad_settings_of_experts_are_named():
+    for settings, message in (
+        ({"semantic_intervals": 10}, "semantic_intervals=10 of 10 must hold"),
+        ({"semantic_steps": 5}, "must hold semantic_steps=5"),
+        ({"semantic_updates": 0}, "semantic_updates=0"),
+        ({"frame_lag": 5}, "compares frames 5 apart, and samples of shape"),
+        ({"student": Lora(rank=2)}, r"give Experts\(role=Copy\(\)\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dcm(**settings)
+    with pytest.raises(ValueError, match="give videos"):
+        ready(DCM(mlp()))
+
+
 # ------------------------------------------------------------------------------------------------ learning
 #: method, settings, largest error (about 1.4 times what it was)
 LEARN = {
@@ -403,6 +584,21 @@ LEARN = {
         TSCD,
         {"segments": [4, 2, 1], "segment_updates": 70, "intervals": 8, "solver": "heun", "weight": "inverse_gap"},
         0.5,
+    ),
+    "ctm": (
+        CTM,
+        {"student": two_times(), "intervals": 8, "solver_steps": 2, "target_ema": lambda: ConstantEMA(0.9)},
+        0.24,
+    ),
+    "scott": (
+        SCott,
+        {"intervals": 8, "strength": 0.2, "weight": "inverse_gap", "target_ema": "none"},
+        0.5,
+    ),
+    "dcm": (
+        DCM,
+        {"intervals": 10, "semantic_intervals": 4, "solver": "heun", "frame_lag": None},
+        0.3,
     ),
     "splam": (SPLAM, {"intervals": 4, "solver": "heun", "weight": "inverse_gap"}, 0.62),
     "mlcm": (MLCM, {"segments": [4, 2], "segment_updates": 100, "intervals": 8, "solver": "heun"}, 0.16),

@@ -1,0 +1,171 @@
+"""DCM: dual-expert consistency models for video (arXiv:2506.03123)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_distill.ema import ConstantEMA, EMAProfile
+from lightning_distill.losses.consistency import phase_edges
+from lightning_distill.losses.segments import feature_distance, temporal_coherence
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.consistency_distillation import Pair
+from lightning_distill.methods.pcm import PCM, Ends
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import ExpertNetwork, Experts
+from lightning_distill.networks.roles import Role
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.processes import EDM
+from lightning_distill.times import few_step_times
+
+__all__ = ["DCM"]
+
+
+class DCM(PCM):
+    """A semantic expert for noisy times and a detail expert for the others, each consistent on its own part.
+
+        semantic, t > t_k:   d( f(x_t, t), sg f'(x_r, r) ) at t_k + | changes between frames of both |^2     (Eq. 6, 8)
+        detail, t <= t_k:    d( f(x_t, t), sg f'(x_r, r) ) at 0 + L_GAN + 10 | features of both |^2          (Eq. 7, 10)
+
+    Layout and motion are decided in few noisy steps, whose losses and gradients are much larger than those of details;
+    one network would be trained for them at the cost of the rest.
+
+    Args:
+        teacher: the pretrained model.
+        student: how each expert is made, None for a copy.
+        intervals: N, solver steps of the whole grid.
+        semantic_intervals: how many of them, from noise on, belong to the semantic expert; N - k of the paper.
+        semantic_steps: student steps of the semantic expert.
+        detail_steps: student steps of the detail expert.
+        semantic_updates: student updates of the semantic expert, after which the detail expert starts from its weights
+            and is trained alone; None trains both together.
+        frame_lag: frames whose change is compared, for videos (channels, frames, height, width); None for no such term.
+        target_ema: profile of f'; None for ``ConstantEMA(.95)``.
+        **kwargs: see ``PCM``; ``gan`` is the detail expert's. Default weights: ``student/coherence`` 1, ``student/gan``
+            5 and ``student/features`` 10.
+
+    Notes:
+        Both experts are networks of their own; the paper's detail expert is the semantic one with adapters and new
+        embedding layers, which saves memory.
+        What is real to the discriminator is the target, noised like the student's point; features are compared under
+        equal noise. Student and discriminator share a cycle; the paper alternates.
+        Without ``semantic_updates`` a batch holds pairs of all times, and each expert learns from its own.
+    """
+
+    paper = "2506.03123"
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 5.0, "student/features": 10.0}
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        student: Role | None = None,
+        intervals: int = 50,
+        semantic_intervals: int = 13,
+        semantic_steps: int = 1,
+        detail_steps: int = 1,
+        semantic_updates: int | None = None,
+        frame_lag: int | None = 3,
+        target_ema: EMAProfile | None = None,
+        **kwargs: Any,
+    ) -> None:
+        average = target_ema or ConstantEMA(0.95)
+        steps = semantic_steps + detail_steps
+        super().__init__(teacher, student=student, num_steps=steps, intervals=intervals, target_ema=average, **kwargs)
+        if not 1 <= semantic_steps <= semantic_intervals or not 1 <= detail_steps <= intervals - semantic_intervals:
+            raise ValueError(
+                f"semantic_intervals={semantic_intervals} of {intervals} must hold semantic_steps={semantic_steps}, "
+                f"and the other {intervals - semantic_intervals} detail_steps={detail_steps}; each expert has at least "
+                "one."
+            )
+        if semantic_updates is not None and semantic_updates < 1:
+            raise ValueError(f"semantic_updates={semantic_updates}: give 1 or more, or none to train both together.")
+        self.semantic_intervals, self.semantic_updates = semantic_intervals, semantic_updates
+        self.semantic_steps, self.detail_steps = semantic_steps, detail_steps
+        self.frame_lag = frame_lag
+
+    def build_roles(self) -> None:
+        """The experts; an edge begins the segment below it, so that they meet just above the edge between them."""
+        process, k = self.require_teacher().process, self.semantic_intervals
+        grid = few_step_times(process, self.intervals + isinstance(process, EDM))
+        meeting = (grid[k - 1] * grid[k]) ** 0.5
+        self._student_role = Experts(boundaries=[meeting / process.t_max], role=self._student_role)
+        super().build_roles()
+        grid = self.grid()
+        noisy, rest = phase_edges(grid[:k], self.semantic_steps), phase_edges(grid[k:-1], self.detail_steps)
+        self.edges = self._given_times = [*noisy, *rest]
+        #: t_k
+        self.boundary_time = grid[k]
+
+    def check_configuration(self) -> None:
+        """Frames that far apart must exist."""
+        super().check_configuration()
+        if self.frame_lag is not None:
+            video = torch.zeros(1, *self.sample_shape)
+            temporal_coherence(video, video, self.frame_lag)
+
+    # ------------------------------------------------------------------------------------------------ experts
+    def semantic(self, t: Tensor) -> Tensor:
+        """Which times belong to the semantic expert, (B,)."""
+        return t > self.boundary_time
+
+    def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
+        """Neighbours on the grid, of the expert that is trained at this update."""
+        if self.semantic_updates is None:
+            return super().pair_times(n)
+        k, all_of_them = self.semantic_intervals, self.intervals
+        first, last = (0, k) if self.draws.update < self.semantic_updates else (k, all_of_them)
+        grid = torch.tensor(self.grid(), dtype=torch.float64, device=self.device)
+        later = first + (self.draws.uniform("interval", n) * (last - first)).long().clamp_max(last - first - 1)
+        return grid[later], grid[later + 1]
+
+    def after_phase(self, phase: str) -> None:
+        """Hands the semantic expert's weights to the detail expert when its turn comes."""
+        super().after_phase(phase)
+        if phase == "student" and self.semantic_updates == self.draws.update + 1:
+            for denoiser in (self.student, *self.student_ema.values()):
+                assert isinstance(denoiser, Denoiser)
+                assert isinstance(denoiser.network, ExpertNetwork)
+                for semantic, detail in pairwise(denoiser.network.experts):
+                    with torch.no_grad():
+                        for a, b in zip(semantic.parameters(), detail.parameters()):
+                            b.copy_(a)
+
+    # ------------------------------------------------------------------------------------------------ terms
+    def compare(self, pair: Pair, online: Tensor, target: Tensor) -> Terms:
+        """Consistency of both, coherence of the semantic expert's, and the detail expert's game."""
+        terms = super().compare(pair, online, target)
+        semantic = self.semantic(pair.t).to(online)
+        if self.frame_lag is not None:
+            changes = temporal_coherence(online, target.detach(), self.frame_lag)
+            terms.losses["coherence"] = (semantic * changes).mean()
+        terms.diagnostics["semantic"] = semantic.mean()
+        return terms
+
+    def game_ends(self, pair: Pair, online: Tensor, target: Tensor) -> Ends:
+        """The detail expert's points alone count."""
+        return replace(super().game_ends(pair, online, target), weight=1.0 - self.semantic(pair.t).double())
+
+    def student_game(self, ends: Ends) -> dict[str, Tensor]:
+        """The generator's side, and the distance of features under the same noise."""
+        assert self.gan is not None
+        assert ends.weight is not None
+        t = self.game_levels(ends)
+        fake = self.seen(ends.fake, ends, t, "gan/noise")
+        with torch.no_grad():
+            real = self.seen(ends.real, ends, t, "gan/noise")
+        logits = self.heads(real) if self.gan.kind == "relativistic" else None
+        distance = feature_distance(fake, real)
+        return {
+            "gan": self.game_loss("student", self.heads(fake), logits, ends.weight),
+            "features": (ends.weight.to(distance) * distance).mean(),
+        }
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+        counts = super().forward_counts()
+        if self.gan is not None and self.gan.network_taps and self.gan.kind != "relativistic":
+            counts["student"]["teacher"] += 1
+        return counts

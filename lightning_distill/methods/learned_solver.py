@@ -1,0 +1,137 @@
+"""The teacher itself with the best few times: what every distillation has to beat."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.losses.consistency import distance
+from lightning_distill.methods.base import Terms
+from lightning_distill.methods.boss import BOSS
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import with_network
+from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.processes import FlowMatching, VariancePreserving, change_process
+
+__all__ = ["LearnedSolver", "StepSizes"]
+
+
+class StepSizes(nn.Module):
+    """Falling times from a start to 0 whose differences are positive and free otherwise.
+
+        t_i = start (1 - p_1 - .. - p_i),     p = softmax(logits)
+
+    Args:
+        count: number of steps, >= 1.
+        start: first time.
+    """
+
+    def __init__(self, count: int, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.logits = nn.Parameter(torch.zeros(count))
+
+    def forward(self) -> Tensor:
+        """Times, (count + 1,), float64; the first is ``start``, the last 0."""
+        shares = self.logits.double().softmax(0)
+        inner = 1.0 - shares.cumsum(0)[:-1]
+        return self.start * torch.cat([inner.new_ones(1), inner, inner.new_zeros(1)])
+
+    @torch.no_grad()
+    def place(self, times: Sequence[float]) -> None:
+        """Set the times, without the final 0."""
+        steps = -torch.tensor([*times, 0.0], dtype=torch.float64).diff()
+        self.logits.copy_((steps / steps.sum()).log())
+
+
+class LearnedSolver(BOSS):
+    """The times of the teacher's own few Euler (DDIM) steps, learned through them; no weight changes.
+
+        min over t_1 > .. > t_K-1 of  d( Euler(eps; t_0, .., t_K-1), ODE_T(eps) )
+
+    They start at Bellman's knots (``BOSS``), which add up the errors of single jumps, and then follow the gradient of
+    the error that counts, that of the end point. The result is a list of times for a stock scheduler: export as usual.
+
+    Args:
+        teacher: the pretrained model.
+        solver_steps: intervals of the accurate solver.
+        solver: of the accurate trajectories.
+        metric: distance of end points, see ``losses.consistency.distance``.
+        **kwargs: see ``BOSS``; ``student_times`` are where learning starts. The default rate is .01.
+
+    Notes:
+        In variance-preserving processes the learned times are rounded to the scheduler's timesteps when they are used.
+        Stored pairs say nothing of the way between, so that learning then starts at the uniform grid.
+    """
+
+    phases: ClassVar[dict[str, tuple[str, ...]]] = {"student": ("schedule",)}
+    paper = ""
+    learns_from = "teacher alone; or its stored pairs"
+    default_lr = 1e-2
+
+    def __init__(
+        self,
+        teacher: DenoiserSpec | Denoiser | None = None,
+        *,
+        solver_steps: int = 50,
+        solver: Literal["euler", "heun"] = "heun",
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("student") is not None:
+            raise ValueError("LearnedSolver leaves the teacher's weights as they are; leave out student.")
+        super().__init__(teacher, solver_steps=solver_steps, solver=solver, **{"ema": [], **kwargs})
+        self.schedule: StepSizes | None = None
+
+    def build_roles(self) -> None:
+        """The teacher's network, and the step sizes."""
+        source = self.require_teacher()
+        self.student = with_network(source, source.network)
+        self._tells_scale = False
+        end = torch.tensor(self.process.t_max, dtype=torch.float64)
+        self._flow_max = float(change_process(end, self.process, FlowMatching())[0])
+        start = BOSS.student_times.fget(self)  # type: ignore[attr-defined]
+        schedule = StepSizes(len(start), self._flow_time(start[:1])[0])
+        schedule.place(self._flow_time(start))
+        self.schedule = schedule
+
+    def _flow_time(self, times: Sequence[float]) -> list[float]:
+        native = torch.tensor(list(times), dtype=torch.float64)
+        return change_process(native, self.process, FlowMatching())[0].tolist()
+
+    @property
+    def student_times(self) -> list[float]:
+        """The learned times."""
+        if self.schedule is None:
+            return super().student_times
+        with torch.no_grad():
+            times = change_process(self.schedule()[:-1].cpu(), FlowMatching(), self.process)[0]
+        if isinstance(self.process, VariancePreserving):
+            times = (times * self.process.num_train_timesteps).round() / self.process.num_train_timesteps
+        return times.clamp_max(self.process.t_max).tolist()
+
+    def _place_knots(self, states: Tensor, times: Tensor) -> None:
+        super()._place_knots(states, times)
+        assert self.schedule is not None
+        assert self._given_times is not None
+        self.schedule.place(self._flow_time(self._given_times))
+
+    def student_loss(self, batch: Batch) -> Terms:
+        """Distance of where the few steps end from where the accurate solver does."""
+        assert self.schedule is not None
+        noise, x0 = self.pairs(batch)
+        times, u = self.schedule(), self.draws.uniform("guidance", batch.size)
+        x = times[0].detach().to(noise) * noise
+        for t, r in pairwise(times):
+            seen, native = self.native(x, t.expand(batch.size))
+            velocity = self.guidance(self.student, seen, native, batch.cond, u).flow_prediction
+            x = x + (r - t).to(x) * velocity
+        loss = distance(x, x0, self.metric, self.huber).mean()
+        return Terms({"end": loss}, {"mse": (x.detach() - x0).square().mean()})
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:
+        """Network calls of an update that makes its pairs."""
+        steps = len(self.student_times)
+        return {"student": {"student": steps, "teacher": self.solver_calls}}

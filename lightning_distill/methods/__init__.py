@@ -41,6 +41,7 @@ from lightning_distill.methods.mdt_dist import MDTDist
 from lightning_distill.methods.mean_flow import MeanFlow
 from lightning_distill.methods.mlcm import MLCM
 from lightning_distill.methods.msd import MSD
+from lightning_distill.methods.oftsr import OFTSR
 from lightning_distill.methods.pcm import PCM
 from lightning_distill.methods.phased_dmd import PhasedDMD
 from lightning_distill.methods.pi_flow import PiFlow
@@ -93,6 +94,7 @@ __all__ = [
     "LCM",
     "MLCM",
     "MSD",
+    "OFTSR",
     "PCM",
     "RCM",
     "SCDMD",

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import EMAProfile
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.boss import BOSS
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.roles import with_network
+from lightning_distill.networks.roles import Role, with_network
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import FlowMatching, VariancePreserving, change_process
 
@@ -59,6 +60,8 @@ class LearnedSolver(BOSS):
         teacher: the pretrained model.
         solver_steps: intervals of the accurate solver.
         solver: of the accurate trajectories.
+        student: not taken, as ``ema``: the network is the teacher's.
+        ema: see ``student``.
         metric: distance of end points, see ``losses.consistency.distance``.
         **kwargs: see ``BOSS``; ``student_times`` are where learning starts. The default rate is .01.
 
@@ -78,11 +81,13 @@ class LearnedSolver(BOSS):
         *,
         solver_steps: int = 50,
         solver: Literal["euler", "heun"] = "heun",
+        student: Role | None = None,
+        ema: list[EMAProfile] | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("student") is not None:
-            raise ValueError("LearnedSolver leaves the teacher's weights as they are; leave out student.")
-        super().__init__(teacher, solver_steps=solver_steps, solver=solver, **{"ema": [], **kwargs})
+        if student is not None or ema:
+            raise ValueError("LearnedSolver leaves the teacher's weights as they are; leave out student and ema.")
+        super().__init__(teacher, solver_steps=solver_steps, solver=solver, ema=[], **kwargs)
         self.schedule: StepSizes | None = None
 
     def build_roles(self) -> None:

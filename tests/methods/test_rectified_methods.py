@@ -295,7 +295,7 @@ def test_times_of_other_processes_are_their_own(process):
 
 
 def test_a_student_of_its_own_is_refused():
-    with pytest.raises(ValueError, match="leave out student"):
+    with pytest.raises(ValueError, match="leave out student and ema"):
         solver(student=Copy())
 
 

@@ -1,0 +1,196 @@
+"""OFTSR: the trajectory constraint, its order, the source, the knob, what it learns, messages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact_students import F64, FLOW, MIXTURE, ExactAverage, exact_module, loss_and_slope
+from small_problems import mlp, ready, shift
+from test_trajectory_learning import distilled, error, ring_problem, two_times  # noqa: F401  (a fixture)
+from torch import nn
+
+from lightning_distill.batch import Batch
+from lightning_distill.generation import generate
+from lightning_distill.losses.flow_maps import flow_jump
+from lightning_distill.losses.oftsr import alignment_loss, perturbed_source, runge_kutta_velocity, trajectory_target
+from lightning_distill.methods import OFTSR
+from lightning_distill.networks.analytic import analytic_denoiser
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Copy
+from lightning_distill.networks.two_time import TwoTime
+from lightning_distill.processes import FlowMatching, VariancePreserving
+
+
+class Exact:
+    """Velocity and average velocity of the Gaussian."""
+
+    @staticmethod
+    def velocity(x, t):
+        return MIXTURE.velocity(x, t, FLOW)
+
+    @staticmethod
+    def average(x, t, r):
+        return ExactAverage()(x, t, r).detach()
+
+
+def sources(n=64, **kwargs):
+    return Batch(noise=torch.randn(n, 2, generator=torch.Generator().manual_seed(2)).double(), **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------ formulas
+@pytest.mark.parametrize(("ratio", "order"), [(None, 2), (0.5, 3), (1.0, 3)])
+def test_the_exact_map_obeys_the_constraint_to_the_order_of_the_step(ratio, order):
+    x, one, r = torch.randn(8, 2, dtype=F64), torch.ones(8, dtype=F64), torch.linspace(0.3, 0.9, 8, dtype=F64)
+    u, errors = Exact.average(x, one, r), []
+    for h in (0.04, 0.02, 0.01):
+        y, later = flow_jump(x, u, one, r), r - h
+        v, first = runge_kutta_velocity(Exact.velocity, y, r, later, ratio or 0.5)
+        torch.testing.assert_close(first, Exact.velocity(y, r))
+        target = trajectory_target(u, first if ratio is None else v, r, later)
+        errors.append(float((target - Exact.average(x, one, later)).abs().max()))
+    assert errors[1] / errors[2] > 0.9 * 2.0**order
+    # the wrong way in time
+    wrong = trajectory_target(u, -Exact.velocity(y, r), r, later)
+    assert float((wrong - Exact.average(x, one, later)).abs().max()) > 10 * errors[-1]
+
+
+def test_second_order_steps_integrate_lines_in_time():
+    x, t, r = torch.zeros(3, 1, dtype=F64), torch.full((3,), 0.9, dtype=F64), torch.full((3,), 0.4, dtype=F64)
+    for ratio in (0.3, 0.5, 2 / 3, 1.0):
+        v, _ = runge_kutta_velocity(lambda y, s: 3.0 * s[:, None] + 1.0, x, t, r, ratio)
+        torch.testing.assert_close(v, torch.full((3, 1), 3.0 * 0.65 + 1.0, dtype=F64))
+
+
+def test_targets_have_no_graph_and_the_alignment_has_one():
+    u = torch.randn(4, 2, dtype=F64, requires_grad=True)
+    v = torch.randn(4, 2, dtype=F64, requires_grad=True)
+    r = torch.linspace(0.2, 0.8, 4, dtype=F64)
+    assert not trajectory_target(u, v, r, r - 0.1).requires_grad
+    loss = alignment_loss(u, v, r)
+    assert float(loss.detach()) == pytest.approx(float((r[:, None] ** 2 * (u - v).detach().square()).mean()))
+    assert torch.autograd.grad(loss, [u, v], allow_unused=True)[1] is None
+
+
+def test_a_perturbed_source_keeps_its_scale():
+    source, eps = torch.randn(50_000), torch.randn(50_000)
+    assert torch.equal(perturbed_source(source, eps, 0.0), source)
+    assert torch.equal(perturbed_source(source, eps, 1.0), eps)
+    assert float(perturbed_source(source, eps, 0.6).std()) == pytest.approx(1.0, abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ the class
+def test_the_exact_map_has_no_trajectory_loss():
+    def losses(fault=0.0, **settings):
+        module = exact_module(OFTSR, two_times=True, fault=fault, **settings)
+        _, slope, terms = loss_and_slope(module, sources())
+        return {name: float(value.detach()) for name, value in terms.losses.items()} | {"slope": slope}
+
+    exact, fine = losses(), losses(time_step=0.025)
+    assert exact["boundary"] < 1e-12
+    assert exact["trajectory"] / fine["trajectory"] > 20  # sixth power of the step, away from the margins
+    assert exact["trajectory"] < 1e-5
+    spoilt = losses(0.1)
+    assert min(spoilt["boundary"], spoilt["trajectory"]) > 100 * max(exact["boundary"], exact["trajectory"])
+    assert spoilt["slope"] > 0.0
+    # alignment is not zero there: trajectories are bent
+    assert exact["alignment"] > 1e-4
+    module = exact_module(OFTSR, two_times=True)
+    assert module.weighted_sum("student", module.student_loss(sources())) < 0.02 * exact["alignment"]
+
+
+def test_restoring_is_one_step_with_a_knob():
+    module = exact_module(OFTSR, two_times=True)
+    source = sources(8).noise
+    torch.testing.assert_close(module.restore(source), MIXTURE.flow_map(source, 1.0, 0.0, FLOW), atol=1e-6, rtol=0)
+    assert torch.equal(module.restore(source), module.sample(8, noise=source).to(F64))
+    mean = MIXTURE.posterior_mean(source, torch.ones(8, dtype=F64), FLOW)
+    torch.testing.assert_close(module.restore(source, realism=0.0), mean)
+    half = torch.full((8,), 0.5, dtype=F64)
+    along = Exact.average(source, torch.ones(8, dtype=F64), half)
+    torch.testing.assert_close(module.restore(source, realism=0.5), source - along)
+    # fidelity falls on the way to realism, since the mean has the least error
+    spread = [float((module.restore(source, realism=w) - mean).square().mean()) for w in (0.0, 0.5, 1.0)]
+    assert spread == sorted(spread)
+    with pytest.raises(ValueError, match="realism=2"):
+        module.restore(source, realism=2)
+
+
+class Conditional(nn.Module):
+    """A network that sees the low-resolution sample beside the noisy one."""
+
+    shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.time_embedding = nn.Linear(1, 4)
+        self.inner = nn.Linear(4, 2)
+
+    def forward(self, x, t, low=None):
+        embedded = self.time_embedding(t[:, None].to(x.dtype))
+        return self.inner(torch.cat([x, low], 1)) + embedded[:, :2]
+
+
+def test_the_source_may_be_a_condition():
+    class Embedded(TwoTime):
+        def _install(self, network):
+            from lightning_distill.networks.second_time import TimeEmbedding, add_second_time, second_time_of
+
+            if second_time_of(network) is None:
+                add_second_time(network, embedding=TimeEmbedding("time_embedding"))
+
+    teacher = Denoiser(Conditional(), FLOW, "flow_prediction")
+    low = torch.randn(6, 2)
+    module = ready(OFTSR(teacher, student=Embedded(Copy()), source="low", perturbation=0.3, ema=[]))
+    noise = module.draws.normal("perturbation", (6, 2))
+    torch.testing.assert_close(module.sources(Batch(cond={"low": low})), 0.91**0.5 * low + 0.3 * noise)
+    shift(module.student)
+    terms = module.student_loss(Batch(cond={"low": low}))
+    assert all(float(value.detach()) > 0 for value in terms.losses.values())
+    assert module.restore(low, {"low": low}, realism=0.7).shape == (6, 2)
+    with pytest.raises(ValueError, match=r"the batch has no cond\['low'\]"):
+        module.student_loss(Batch(size=6))
+    with pytest.raises(ValueError, match=r"source has shape \(3,\) per sample"):
+        module.student_loss(Batch(cond={"low": torch.randn(6, 3)}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"perturbation": 1.5}, "share of noise"),
+        ({"margin": 0.5}, "fit between the margins"),
+        ({"time_step": 0.99}, "fit between the margins"),
+        ({"ratio": 0.0}, "within the step"),
+        ({"sampler": "renoise"}, "choose flow_map"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OFTSR(mlp(), **settings)
+
+
+def test_bad_batches_and_teachers_are_named():
+    with pytest.raises(ValueError, match=r"the batch has no Batch\(noise=...\)"):
+        ready(OFTSR(mlp())).student_loss(Batch(size=4))
+    process = VariancePreserving(zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="use a teacher trained with FlowMatching, or BOOT"):
+        exact_module(OFTSR, two_times=True, process=process)
+    with pytest.raises(ValueError, match="one step from t_max"):
+        exact_module(OFTSR, two_times=True).sample(3, num_steps=2)
+
+
+@pytest.mark.learn
+@pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
+def test_one_step_is_near_the_end_and_the_knob_moves_towards_the_mean(ring_problem):  # noqa: F811
+    mixture, _, noise, ends = ring_problem
+    generator = torch.Generator().manual_seed(3)
+    starts = Batch(noise=torch.randn(20_000, 2, generator=generator))
+    problem = (mixture, starts, noise, ends)
+    settings = {"student": two_times(), "time_step": 0.1}
+    module = distilled(problem, OFTSR, settings, 2e-3, updates=300, batch_size=128)
+    found = error(module.restore(noise), ends)
+    two = error(generate(analytic_denoiser(mixture, FlowMatching()), noise, {}, [1.0, 0.5], "ode"), ends)
+    faithful = module.restore(noise, realism=0.0)
+    print(f"oftsr: {found:.3f}, the teacher in two steps {two:.3f}; realism 0: {float(faithful.std()):.3f}")
+    assert found < 0.5 < two
+    # the mean of the ring is its centre
+    assert float(faithful.std()) < 0.35 * float(module.restore(noise).std())

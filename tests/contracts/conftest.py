@@ -1,4 +1,4 @@
-"""Parametrises every contract test over the cases of all methods."""
+"""Parametrises every contract test over the cases of all methods; pairs that are not ``sampled`` are ``slow``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import logging
 
 import pytest
 from method_cases import CASES, Case
+from sampling_of_cases import sampled
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+_TURNS: dict[str, int] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("case" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "case" in metafunc.fixturenames and not own:
-        metafunc.parametrize("case", CASES, ids=lambda case: f"{case.method.__name__}-{case.name}")
+        chosen = sampled(_TURNS.setdefault(metafunc.definition.name, len(_TURNS)))
+        metafunc.parametrize(
+            "case",
+            [
+                pytest.param(
+                    case,
+                    id=f"{case.method.__name__}-{case.name}",
+                    marks=[] if case.name in chosen else [pytest.mark.slow],
+                )
+                for case in CASES
+            ],
+        )
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from method_cases import CASES, DMD2, concrete_methods, methods_without_case, trainer
+from sampling_of_cases import CONTRACTS, sampled
 
 from lightning_distill.methods import DistillationModule, TeacherTraining
 from lightning_distill.methods.teacher_paths import TeacherPaths
@@ -41,6 +42,13 @@ def test_a_method_without_a_case_is_noticed():
 
 def test_case_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_by_default_every_method_meets_every_contract_and_every_case_some():
+    by_turn = [sampled(turn) for turn in range(CONTRACTS)]
+    assert set().union(*by_turn) == {case.name for case in CASES}
+    for chosen in by_turn:
+        assert {case.method for case in CASES if case.name in chosen} == {case.method for case in CASES}
 
 
 # ------------------------------------------------------------------------------------------------ helpers

@@ -106,7 +106,7 @@ class InstaFlow(KnowledgeDistillation):
 
         L = d( x0_S(eps, 1), ODE_T(eps) )
 
-    The teacher is the student of ``Reflow`` (``RunDenoiser(run_dir)``): its coupling of noise and samples is one that a
+    The teacher is the student of ``Reflow`` (``RunDenoiser(path)``): its coupling of noise and samples is one that a
     single step can follow, where that of the original model is not.
 
     Args:

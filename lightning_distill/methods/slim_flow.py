@@ -72,7 +72,7 @@ class SlimFlowDistillation(InstaFlow):
     The second term has fresh noise z at every update, so that a few stored pairs are not learned by heart.
 
     Args:
-        teacher: the straightened flow, the student of ``SlimFlow`` or ``Reflow`` (``RunDenoiser(run_dir)``).
+        teacher: the straightened flow, the student of ``SlimFlow`` or ``Reflow`` (``RunDenoiser(path)``).
         **kwargs: see ``InstaFlow``; the weight of the second term is ``student/guidance``, 1 by default.
 
     Notes:

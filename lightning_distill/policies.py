@@ -132,7 +132,7 @@ def grid_weights(position: Tensor, points: int, kind: Literal["grid", "polynomia
 
 @dataclass(frozen=True)
 class GridPolicy(Policy):
-    """A clean sample that moves along a curve of time (the DX policy, arXiv:2510.14974, Section 3.2).
+    """A clean sample that moves along a curve of time (the DX policy, arXiv:2510.14974).
 
     Attributes:
         x0: values from the segment's end to its start, (B, N, C, ...).
@@ -169,7 +169,7 @@ def expand_pairs(weights: Tensor, like: Tensor) -> Tensor:
 def mixture_posterior(
     means: Tensor, variance: Tensor, log_weights: Tensor, x_s: Tensor, s: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """E[x0 | x_t] of the data whose posterior at an earlier point is a Gaussian mixture (arXiv:2510.14974, Eq. 8).
+    """E[x0 | x_t] of the data whose posterior at an earlier point is a Gaussian mixture (arXiv:2510.14974).
 
         q(x0 | x_s) = sum_k w_k N(m_k, v_k)      q(x0 | x_t) ~ q(x0 | x_s) N(x_t; a_t x0, b_t^2) / N(x_s; a_s x0, b_s^2)
         z = a_t^2 / b_t^2 - a_s^2 / b_s^2,    n = a_t x_t / b_t^2 - a_s x_s / b_s^2,     a = 1 - t,  b = t
@@ -202,7 +202,7 @@ def mixture_posterior(
 
 @dataclass(frozen=True)
 class MixturePolicy(Policy):
-    """A Gaussian mixture of clean samples with its exact posteriors (GMFlow, arXiv:2510.14974, Section 3.2).
+    """A Gaussian mixture of clean samples with its exact posteriors (GMFlow, arXiv:2510.14974).
 
     Attributes:
         means: (B, K, C, ...).
@@ -250,7 +250,7 @@ def exponential_mean(z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MomentumPolicy(Policy):
-    """A mixture of modes that grow or decay at constant rates (arXiv:2602.09014, Section 3).
+    """A mixture of modes that grow or decay at constant rates (arXiv:2602.09014).
 
         v(t) = sum_k w_k u_k e^{g_k (s - t)},     int_r^t v = (t - r) sum_k w_k u_k e^{g_k (s - t)} phi(g_k (t - r))
 

@@ -145,11 +145,12 @@ def test_segments():
 
 
 # ------------------------------------------------------------------------------------------------ capabilities
+ONE_STEP = {(name, 1) for name in ("renoise", "ode", "heun", "dpmpp_2m", "start_noise")}
 ALLOWED = {
-    "one_step_only": {("renoise", 1), ("ode", 1), ("heun", 1), ("dpmpp_2m", 1)},
-    "any_step": {("renoise", 1), ("ode", 1), ("heun", 1), ("dpmpp_2m", 1), ("renoise", 2)},
-    "two_time": {(name, n) for name in ("renoise", "ode", "heun", "flow_map") for n in (1, 2)} | {("dpmpp_2m", 1)},
-    "segments": {("renoise", 1), ("ode", 1), ("heun", 1), ("dpmpp_2m", 1), ("ode", 2)},
+    "one_step_only": ONE_STEP,
+    "any_step": {*ONE_STEP, ("renoise", 2)},
+    "two_time": {*ONE_STEP, *((name, n) for name in ("renoise", "ode", "heun", "flow_map", "gamma") for n in (1, 2))},
+    "segments": {*ONE_STEP, ("ode", 2)},
 }
 
 

@@ -19,7 +19,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def perturbed_source(source: Tensor, eps: Tensor, level: float) -> Tensor:
-    """Where a flow to many possible pictures begins: sqrt(1 - p^2) source + p eps (arXiv:2412.09465, Section 3.1).
+    """Where a flow to many possible pictures begins: sqrt(1 - p^2) source + p eps (arXiv:2412.09465).
 
     Args:
         source: for example an enlarged low-resolution picture, (B, ...).

@@ -75,7 +75,7 @@ def imitate(
     substeps: int,
     window_substeps: int,
 ) -> Imitation:
-    """Mean squared error between the policy's velocity and the teacher's along the policy (arXiv:2510.14974, Alg. 1).
+    """Mean squared error between the policy's velocity and the teacher's along the policy (arXiv:2510.14974).
 
         x_a = policy from x over the next of its steps,    v = teacher(x_a, t_a)
         L = mean |u(x_a; t_a -> t_b - window) - v|^2,      x = x_a - (t_a - t_b) v  over the teacher's next step

@@ -69,25 +69,23 @@ def segment_stage(update: int, updates: Sequence[int]) -> int:
     return sum(update >= until for until in accumulate(updates))
 
 
-def least_squares_generator(fake: Tensor, weight: Tensor | None = None) -> Tensor:
+def least_squares_generator(fake: Tensor) -> Tensor:
     """Mean of (D(fake) - 1)^2 (LSGAN, arXiv:1611.04076, Eq. 9 with a = 0, b = c = 1).
 
     Args:
         fake: logits of student samples, (B, ...), with graph to the student.
-        weight: factor per sample, (B,).
     """
-    return _mean((fake - 1.0).square(), weight)
+    return (fake - 1.0).square().mean()
 
 
-def least_squares_discriminator(real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
+def least_squares_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     """Mean of (D(real) - 1)^2 + D(fake)^2 (LSGAN, arXiv:1611.04076, Eq. 9); the best D is p_real / (p_real + p_fake).
 
     Args:
         real: logits of real samples, (B, ...).
-        fake: logits of student samples, (B, ...), without graph to the student.
-        weight: factor per sample, (B,).
+        fake: logits of student samples, (B', ...), without graph to the student.
     """
-    return _mean((real - 1.0).square(), weight) + _mean(fake.square(), weight)
+    return (real - 1.0).square().mean() + fake.square().mean()
 
 
 # ------------------------------------------------------------------------------------------------ sub-paths
@@ -238,7 +236,3 @@ def feature_distance(fake: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> 
         for k, v in fake.items()
     ]
     return torch.stack([d.square().flatten(1).mean(1) for d in wide]).mean(0)
-
-
-def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
-    return values.mean() if weight is None else (values.flatten(1).mean(1) * weight.to(values)).mean()

@@ -27,6 +27,7 @@ from lightning_distill.methods.f_distill import FDistill
 from lightning_distill.methods.fake_branch import FakeBranch, NegativeTime, ShiftedCondition
 from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
 from lightning_distill.methods.flash_dmd import FlashDMD
+from lightning_distill.methods.flash_vdm import FlashVDM
 from lightning_distill.methods.flow_map_distillation import FlowMapDistillation
 from lightning_distill.methods.free_flow import FreeFlow
 from lightning_distill.methods.gdd import GDD, GDDI
@@ -51,6 +52,7 @@ from lightning_distill.methods.reflow import Reflow
 from lightning_distill.methods.regression import PairRegression
 from lightning_distill.methods.rewarded_dmd import RewardedDMD
 from lightning_distill.methods.rf_plus_plus import RFPlusPlus
+from lightning_distill.methods.rose_cd import ROSECD
 from lightning_distill.methods.sana_sprint import SANASprint
 from lightning_distill.methods.sc_dmd import SCDMD
 from lightning_distill.methods.scm import SCM
@@ -69,6 +71,7 @@ from lightning_distill.methods.tscd import TSCD
 from lightning_distill.methods.twin_flow import TwinFlow
 from lightning_distill.methods.uni_instruct import UniInstruct
 from lightning_distill.methods.vdot import VDOT
+from lightning_distill.methods.video_scene import VideoScene
 from lightning_distill.methods.vsd import VSD
 
 __all__ = [
@@ -97,6 +100,7 @@ __all__ = [
     "OFTSR",
     "PCM",
     "RCM",
+    "ROSECD",
     "SCDMD",
     "SCM",
     "SPLAM",
@@ -121,6 +125,7 @@ __all__ = [
     "FakeBranch",
     "FakeScoreMethod",
     "FlashDMD",
+    "FlashVDM",
     "FlowMapDistillation",
     "FreeFlow",
     "GuidanceDistillation",
@@ -156,4 +161,5 @@ __all__ = [
     "TwinFlow",
     "UniInstruct",
     "UpdateSchedule",
+    "VideoScene",
 ]

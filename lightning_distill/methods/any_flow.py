@@ -71,7 +71,7 @@ class AnyFlow(RunningMeans, MeanFlow):
         tangent_step: float | None = 5e-3,
         **kwargs: Any,
     ) -> None:
-        if {"power", "constant"} & set(kwargs):
+        if kwargs.get("power", 1.0) != 1.0 or kwargs.get("constant", 1e-2) != 1e-2:
             raise ValueError("AnyFlow weighs errors by balance=True or False; power and constant are MeanFlow's.")
         super().__init__(
             teacher,
@@ -145,7 +145,7 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
 
     Args:
         teacher: the pretrained model, whose distribution is matched.
-        rollout_steps: numbers of steps N to choose from.
+        rollout_steps: numbers of steps N to choose from, None for 2, 4, 8, 16 and 50.
         matching_from: student update from which the score term counts; with the first stage's student
             (``student=TwoTime(FromCheckpoint(..), kind="gated_copy")``) it is 0.
         weight: factor on the score direction, see ``matching_weight``.
@@ -164,21 +164,22 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        rollout_steps: Sequence[int] = (2, 4, 8, 16, 50),
+        rollout_steps: list[int] | None = None,
         matching_from: int = 0,
         weight: str = "dmd",
         fake_score_steps: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
+        rollout_steps = [2, 4, 8, 16, 50] if rollout_steps is None else list(rollout_steps)
         if not rollout_steps or min(rollout_steps) < 1:
-            raise ValueError(f"rollout_steps={list(rollout_steps)}: give at least one number of steps, each 1 or more.")
+            raise ValueError(f"rollout_steps={rollout_steps}: give at least one number of steps, each 1 or more.")
         if self.critic_condition_on != "none" or self.rollout_step != "batch":
             raise ValueError(
                 "the simulated samples of AnyFlowOnPolicy come from grids of several lengths, one for the batch; leave "
                 "critic_condition_on at none and rollout_step at batch."
             )
-        self.rollout_steps = list(rollout_steps)
+        self.rollout_steps = rollout_steps
         self.matching_from = matching_from
         self.weight = weight
         self.asks_teacher = True  # for its score

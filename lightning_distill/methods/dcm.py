@@ -1,13 +1,13 @@
 """DCM: dual-expert consistency models for video (arXiv:2506.03123)."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_distill.batch import Batch
 from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.losses.consistency import phase_edges
 from lightning_distill.losses.segments import feature_distance, temporal_coherence
@@ -22,6 +22,24 @@ from lightning_distill.processes import EDM
 from lightning_distill.times import few_step_times
 
 __all__ = ["DCM"]
+
+
+@contextmanager
+def led_by(denoiser: Denoiser, expert: int) -> Iterator[None]:
+    """Within it all calls are one expert's, so that the device need not be asked which times are whose.
+
+    Args:
+        denoiser: one whose network is an ``ExpertNetwork``.
+        expert: number of the expert.
+    """
+    router = denoiser.network
+    assert isinstance(router, ExpertNetwork)
+    chosen = router.experts[expert]
+    router.__dict__["forward"] = lambda *args, **kwargs: chosen(*args, **kwargs)
+    try:
+        yield
+    finally:
+        del router.__dict__["forward"]
 
 
 class DCM(PCM):
@@ -41,7 +59,7 @@ class DCM(PCM):
         semantic_steps: student steps of the semantic expert.
         detail_steps: student steps of the detail expert.
         semantic_updates: student updates of the semantic expert, after which the detail expert starts from its weights
-            and is trained alone; None trains both together.
+            and is trained alone; None gives each update to a random one, as often as it has intervals.
         frame_lag: frames whose change is compared, for videos (channels, frames, height, width); None for no such term.
         target_ema: profile of f'; None for ``ConstantEMA(.95)``.
         **kwargs: see ``PCM``; ``gan`` is the detail expert's. Default weights: ``student/coherence`` 1, ``student/gan``
@@ -52,7 +70,7 @@ class DCM(PCM):
         embedding layers, which saves memory.
         What is real to the discriminator is the target, noised like the student's point; features are compared under
         equal noise. Student and discriminator share a cycle; the paper alternates.
-        Without ``semantic_updates`` a batch holds pairs of all times, and each expert learns from its own.
+        Every batch belongs to one expert.
     """
 
     paper = "2506.03123"
@@ -82,7 +100,7 @@ class DCM(PCM):
                 "one."
             )
         if semantic_updates is not None and semantic_updates < 1:
-            raise ValueError(f"semantic_updates={semantic_updates}: give 1 or more, or none to train both together.")
+            raise ValueError(f"semantic_updates={semantic_updates}: give 1 or more, or None for both in turns.")
         self.semantic_intervals, self.semantic_updates = semantic_intervals, semantic_updates
         self.semantic_steps, self.detail_steps = semantic_steps, detail_steps
         self.frame_lag = frame_lag
@@ -107,65 +125,80 @@ class DCM(PCM):
             video = torch.zeros(1, *self.sample_shape)
             temporal_coherence(video, video, self.frame_lag)
 
-    # ------------------------------------------------------------------------------------------------ experts
-    def semantic(self, t: Tensor) -> Tensor:
-        """Which times belong to the semantic expert, (B,)."""
-        return t > self.boundary_time
+    # ------------------------------------------------------------------------------------------------ turns
+    def turn(self) -> int:
+        """Number of the expert that is trained at this update, the same in all phases and processes."""
+        if self.semantic_updates is not None:
+            return int(self.draws.update >= self.semantic_updates)
+        return int(self.draws.of_slice().integer("expert", self.intervals) >= self.semantic_intervals)
 
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
-        """Neighbours on the grid, of the expert that is trained at this update."""
-        if self.semantic_updates is None:
-            return super().pair_times(n)
-        k, all_of_them = self.semantic_intervals, self.intervals
-        first, last = (0, k) if self.draws.update < self.semantic_updates else (k, all_of_them)
+        """Neighbours on the expert's part of the grid."""
+        first, last = ((0, self.semantic_intervals), (self.semantic_intervals, self.intervals))[self.turn()]
         grid = torch.tensor(self.grid(), dtype=torch.float64, device=self.device)
         later = first + (self.draws.uniform("interval", n) * (last - first)).long().clamp_max(last - first - 1)
         return grid[later], grid[later + 1]
 
+    def ends(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Both points carried to the end of their phase by the one expert."""
+        assert self.target_name is not None
+        networks = (self.student, self.sampling_network(self.target_name))
+        with led_by(networks[0], self.turn()), led_by(networks[1], self.turn()):
+            return super().ends(pair)
+
     def after_phase(self, phase: str) -> None:
         """Hands the semantic expert's weights to the detail expert when its turn comes."""
         super().after_phase(phase)
-        if phase == "student" and self.semantic_updates == self.draws.update + 1:
-            for denoiser in (self.student, *self.student_ema.values()):
-                assert isinstance(denoiser, Denoiser)
-                assert isinstance(denoiser.network, ExpertNetwork)
-                for semantic, detail in pairwise(denoiser.network.experts):
-                    with torch.no_grad():
-                        for a, b in zip(semantic.parameters(), detail.parameters()):
-                            b.copy_(a)
+        if phase != "student" or self.semantic_updates != self.draws.update + 1:
+            return
+        for denoiser in (self.student, *self.student_ema.values()):
+            assert isinstance(denoiser, Denoiser)
+            assert isinstance(denoiser.network, ExpertNetwork)
+            semantic, detail = denoiser.network.experts
+            with torch.no_grad():
+                for a, b in zip(semantic.parameters(), detail.parameters()):
+                    b.copy_(a)
 
     # ------------------------------------------------------------------------------------------------ terms
     def compare(self, pair: Pair, online: Tensor, target: Tensor) -> Terms:
-        """Consistency of both, coherence of the semantic expert's, and the detail expert's game."""
+        """Consistency, coherence for the semantic expert, the game for the detail expert."""
         terms = super().compare(pair, online, target)
-        semantic = self.semantic(pair.t).to(online)
-        if self.frame_lag is not None:
-            changes = temporal_coherence(online, target.detach(), self.frame_lag)
-            terms.losses["coherence"] = (semantic * changes).mean()
-        terms.diagnostics["semantic"] = semantic.mean()
+        if self.frame_lag is not None and self.turn() == 0:
+            terms.losses["coherence"] = temporal_coherence(online, target.detach(), self.frame_lag).mean()
         return terms
 
-    def game_ends(self, pair: Pair, online: Tensor, target: Tensor) -> Ends:
-        """The detail expert's points alone count."""
-        return replace(super().game_ends(pair, online, target), weight=1.0 - self.semantic(pair.t).double())
+    def play(self, ends: Ends) -> dict[str, Tensor]:
+        """Nothing for the semantic expert."""
+        return super().play(ends) if self.turn() else {}
 
     def student_game(self, ends: Ends) -> dict[str, Tensor]:
         """The generator's side, and the distance of features under the same noise."""
         assert self.gan is not None
-        assert ends.weight is not None
         t = self.game_levels(ends)
         fake = self.seen(ends.fake, ends, t, "gan/noise")
         with torch.no_grad():
             real = self.seen(ends.real, ends, t, "gan/noise")
         logits = self.heads(real) if self.gan.kind == "relativistic" else None
-        distance = feature_distance(fake, real)
-        return {
-            "gan": self.game_loss("student", self.heads(fake), logits, ends.weight),
-            "features": (ends.weight.to(distance) * distance).mean(),
-        }
+        game = self.game_loss("student", self.heads(fake), logits)
+        return {"gan": game, "features": feature_distance(fake, real).mean()}
 
-    def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
+    def discriminator_loss(self, batch: Batch) -> Terms:
+        """The discriminator's side; zero, with zero gradients, in the semantic expert's turn."""
+        if self.turn():
+            return super().discriminator_loss(batch)
+        assert self.discriminator is not None
+        like = next(self.discriminator.parameters())
+        blank = {tap: torch.zeros(1, *shape).to(like) for tap, shape in self.discriminator.shapes.items()}
+        return Terms({"gan": 0.0 * self.heads(blank).sum()})
+
+    def forward_counts(self) -> dict[str, dict[str, int]]:
+        """Network calls of the expert whose turn it is."""
         counts = super().forward_counts()
-        if self.gan is not None and self.gan.network_taps and self.gan.kind != "relativistic":
-            counts["student"]["teacher"] += 1
+        if self.gan is not None and self.gan.network_taps:
+            paired = self.gan.kind == "relativistic"
+            if self.turn():
+                counts["student"]["teacher"] += 0 if paired else 1
+            else:
+                counts["student"]["teacher"] -= 2 if paired else 1
+                counts["discriminator"]["teacher"] = 0
         return counts

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.second_time import time_embedders
+from lightning_distill.processes import EDM
 
 __all__ = ["FakeBranch", "NegativeTime", "ShiftedCondition"]
 
@@ -64,7 +65,18 @@ class NegativeTime(FakeBranch):
     """
 
     def check(self, student: Denoiser, checkpointing: bool) -> None:  # noqa: D102
-        found = time_embedders(student.network)
+        try:
+            found = time_embedders(student.network)
+        except ValueError:
+            raise ValueError(
+                f"where {type(student.network).__name__} embeds its time is not known, so it cannot be told -t; use "
+                "another fake branch, such as ShiftedCondition()."
+            ) from None
+        if isinstance(student.network_process or student.process, EDM) and student.family.time == "network":
+            raise ValueError(
+                f"{type(student.network).__name__} is told ln sigma, whose negative is the time of 1 / sigma; use "
+                "another fake branch, such as ShiftedCondition()."
+            )
         if checkpointing and any(_inside_blocks(student.network, embedder) for embedder, _ in found):
             raise _recomputed(student.network)
         for _, projection in found:

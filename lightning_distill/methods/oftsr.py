@@ -31,7 +31,7 @@ class OFTSR(TwoTimeMethod):
     Args:
         teacher: a flow between data and source, told the condition if it was trained so.
         source: name of the condition that is the source (a picture of the samples' shape, which the networks then see
-            as well); None for ``noise`` of the batch.
+            as well); None for ``noise`` of the batch, ``gaussian`` for unit noise, with which it is a generator.
         perturbation: p of ``perturbed_source``, as in the teacher's training.
         time_step: h.
         ratio: of the teacher's second-order step; 1/2 is the mid-point rule.
@@ -86,6 +86,8 @@ class OFTSR(TwoTimeMethod):
     # ------------------------------------------------------------------------------------------------ the source
     def sources(self, batch: Batch) -> Tensor:
         """x_src of a batch, (B, ...)."""
+        if self.source == "gaussian":
+            return self.draws.normal("source", (batch.size, *self.sample_shape))
         found = batch.noise if self.source is None else batch.cond.get(self.source)
         if not isinstance(found, Tensor):
             where = "Batch(noise=...)" if self.source is None else f"cond[{self.source!r}]"

@@ -35,7 +35,6 @@ class Ends:
         end: native times of both, (B,).
         top: latest native times to which they are noised, (B,).
         batch: their conditions.
-        weight: factor per pair, (B,); None for none.
     """
 
     fake: Tensor
@@ -43,7 +42,6 @@ class Ends:
     end: Tensor
     top: Tensor
     batch: Batch
-    weight: Tensor | None = None
 
 
 class EndGame(Discriminating):
@@ -121,12 +119,12 @@ class EndGame(Discriminating):
         u = self.uniform_rows("gan/time", len(ends.end))
         return torch.maximum(restricted(distribution, u, ends.end, ends.top, self.process), ends.end)
 
-    def game_loss(self, side: Literal["student", "heads"], fake: Tensor, real: Any, weight: Tensor | None) -> Tensor:
+    def game_loss(self, side: Literal["student", "heads"], fake: Tensor, real: Any) -> Tensor:
         """A side's loss of logits."""
         assert self.gan is not None
         if side == "student":
-            return generator_loss(fake, self.gan.kind, real=real, weight=weight)
-        return discriminator_loss(real, fake, self.gan.kind, weight=weight)
+            return generator_loss(fake, self.gan.kind, real=real)
+        return discriminator_loss(real, fake, self.gan.kind)
 
     def play(self, ends: Ends) -> dict[str, Tensor]:
         """The student's terms, and the ends kept for the discriminator's own phase; nothing without ``gan``."""
@@ -143,7 +141,7 @@ class EndGame(Discriminating):
         fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"))
         paired = self.gan.kind == "relativistic"
         real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise")) if paired else None
-        return {"gan": self.game_loss("student", fake, real, ends.weight)}
+        return {"gan": self.game_loss("student", fake, real)}
 
     @property
     def _game_key(self) -> tuple[str, int, int]:
@@ -160,7 +158,7 @@ class EndGame(Discriminating):
         fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"))
         real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise"))
         diagnostics = {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
-        return Terms({"gan": self.game_loss("heads", fake, real, ends.weight)}, diagnostics)
+        return Terms({"gan": self.game_loss("heads", fake, real)}, diagnostics)
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
         counts: dict[str, dict[str, int]] = super().forward_counts()  # type: ignore[misc]

@@ -25,7 +25,7 @@ class PiFlow(TwoTimeMethod):
     """One network call per segment puts out a policy, which is integrated in many substeps without further calls.
 
         policy = G(x_s, s),     dx/dt = policy(x, t) from s to the segment's end
-        L = mean_m | policy(x_m, t_m) - v_teacher(x_m, t_m) |^2,     x_m on the policy's own trajectory     (Alg. 1)
+        L = mean_m | policy(x_m, t_m) - v_teacher(x_m, t_m) |^2,     x_m on the policy's own trajectory
 
     The teacher is imitated where the policy goes, so that errors are corrected instead of piling up.
 

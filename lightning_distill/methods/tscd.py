@@ -94,13 +94,11 @@ class TSCD(PCM):
         """The generator's side, from stage ``gan_from`` on."""
         return super().student_game(ends) if self.stage() >= self.gan_from else {}
 
-    def game_loss(self, side: Literal["student", "heads"], fake: Tensor, real: Any, weight: Tensor | None) -> Tensor:
+    def game_loss(self, side: Literal["student", "heads"], fake: Tensor, real: Any) -> Tensor:
         """A side's loss of logits."""
         if not self.least_squares:
-            return super().game_loss(side, fake, real, weight)
-        if side == "student":
-            return least_squares_generator(fake, weight)
-        return least_squares_discriminator(real, fake, weight)
+            return super().game_loss(side, fake, real)
+        return least_squares_generator(fake) if side == "student" else least_squares_discriminator(real, fake)
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
         counts = super().forward_counts()

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.ema import ConstantEMA, PowerEMA
 from lightning_distill.guidance import Guidance, RandomGuidance
+from lightning_distill.losses.audio import SISDR
 from lightning_distill.losses.reward_weights import MeanValue
 from lightning_distill.methods import (
     ACDMD,
@@ -51,6 +52,7 @@ from lightning_distill.methods import (
     OFTSR,
     PCM,
     RCM,
+    ROSECD,
     SCDMD,
     SCM,
     SPLAM,
@@ -72,6 +74,7 @@ from lightning_distill.methods import (
     DistillationModule,
     FDistill,
     FlashDMD,
+    FlashVDM,
     FlowMapDistillation,
     FreeFlow,
     GuidanceDistillation,
@@ -100,6 +103,7 @@ from lightning_distill.methods import (
     TwinFlow,
     UniInstruct,
     UpdateSchedule,
+    VideoScene,
 )
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import ring4
@@ -501,12 +505,23 @@ CASES: list[Case] = [
     Case("stochastic", SCott, edm_mlp, points, ladd(
         intervals=4, sub_steps=2, gan=heads(features="teacher", kind="hinge"), target_ema="none"
     )),
-    Case("two_experts", DCM, flow_mlp, points, ladd(
-        # no rollouts are made: a seed whose first random steps are 0, as the count of calls assumes
-        intervals=6, semantic_intervals=3, frame_lag=None, gan=heads(features="teacher", kind="hinge"), seed=9
+    Case("detail_expert", DCM, flow_mlp, points, ladd(
+        # a seed that gives the first updates to the detail expert, and whose rollouts, of which none is made, have no
+        # earlier steps to count
+        intervals=6, semantic_intervals=3, frame_lag=None, gan=heads(features="teacher", kind="hinge"), seed=3183
     )),
-    Case("from_a_source", OFTSR, flow_mlp, lambda: Batch(noise=torch.randn(2 * EPOCH * BATCH, 2)), mapping(
+    Case("expert_after_expert", DCM, flow_mlp, points, mapping(
+        intervals=6, semantic_intervals=3, frame_lag=None, semantic_updates=4, seed=9
+    )),
+    Case("from_a_source", OFTSR, flow_mlp, lambda: Batch(noise=points().x0), mapping(
         perturbation=0.1
+    )),
+    Case("moved_grid", ROSECD, flow_mlp, points, mapping(intervals=4, auxiliary=lambda: {"si_sdr": SISDR()})),
+    Case("from_a_rendering", VideoScene, flow_mlp, lambda: replace(points(), noise=points().x0), mapping(
+        intervals=6
+    )),
+    Case("stages", FlashVDM, flow_mlp, points, ladd(
+        num_steps=1, intervals=4, guidance_updates=0, gan_from=0, skips=lambda: [1, 2], gan=heads(features="teacher")
     )),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),

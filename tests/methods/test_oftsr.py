@@ -168,6 +168,13 @@ def test_bad_settings_are_named(settings, message):
         OFTSR(mlp(), **settings)
 
 
+def test_noise_may_be_the_source():
+    module = ready(OFTSR(mlp(), source="gaussian"))
+    found = module.sources(Batch(size=20_000))
+    assert float(found.std()) == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(found, module.sources(Batch(size=20_000)))
+
+
 def test_bad_batches_and_teachers_are_named():
     with pytest.raises(ValueError, match=r"the batch has no Batch\(noise=...\)"):
         ready(OFTSR(mlp())).student_loss(Batch(size=4))
@@ -182,11 +189,9 @@ def test_bad_batches_and_teachers_are_named():
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 def test_one_step_is_near_the_end_and_the_knob_moves_towards_the_mean(ring_problem):  # noqa: F811
     mixture, _, noise, ends = ring_problem
-    generator = torch.Generator().manual_seed(3)
-    starts = Batch(noise=torch.randn(20_000, 2, generator=generator))
-    problem = (mixture, starts, noise, ends)
+    starts = Batch(noise=torch.randn(20_000, 2, generator=torch.Generator().manual_seed(3)))
     settings = {"student": two_times(), "time_step": 0.1}
-    module = distilled(problem, OFTSR, settings, 2e-3, updates=300, batch_size=128)
+    module = distilled((mixture, starts, noise, ends), OFTSR, settings, 2e-3, updates=300, batch_size=128)
     found = error(module.restore(noise), ends)
     two = error(generate(analytic_denoiser(mixture, FlowMatching()), noise, {}, [1.0, 0.5], "ode"), ends)
     faithful = module.restore(noise, realism=0.0)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from exact_students import F64, FLOW, MIXTURE, data, exact_module, loss_and_slope
 from small_problems import mlp, ready, shift
+from test_trajectory_learning import PROCESS, distilled, error, ring_problem, two_times
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
+from tiny_pipelines import MAKERS
+
 from lightning_distill.batch import Batch
+from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance
 from lightning_distill.losses.flow_maps import rcgm_target
 from lightning_distill.losses.rcgm import rectification, robust_loss
 from lightning_distill.methods import APEX, FakeBranch, NegativeTime, ShiftedCondition, TwinFlow
+from lightning_distill.networks.analytic import analytic_denoiser, ring
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.roles import Lora
+from lightning_distill.networks.roles import Explicit, Lora
 from lightning_distill.networks.second_time import add_second_time, second_time_of
-from lightning_distill.networks.small import small_dit, small_text_unet, small_unet
+from lightning_distill.networks.small import ResidualMLP, small_dit, small_text_unet, small_unet
+from lightning_distill.networks.specs import NewDenoiser
 from lightning_distill.networks.two_time import TwoTime
-from lightning_distill.processes import FlowMatching, VariancePreserving
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
 from lightning_distill.times import Uniform
+
+__all__ = ["ring_problem"]  # the fixture
 
 
 def random(network, seed=0):
@@ -66,6 +77,24 @@ def test_negative_times_are_those_of_the_network_itself(name):
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, plain, atol=1e-3)
     assert torch.equal(denoiser(x, t, cond).raw, plain)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sana_sprint", "flux", "z_image", "wan"])
+def test_negative_times_of_stock_networks(name):
+    """With one or several time embeddings, and where the same sinusoids serve a guidance scale, too."""
+    tiny = MAKERS[name]()
+    denoiser, cond = tiny.denoiser(), tiny.cond(2)
+    branch, told_time = NegativeTime(), denoiser._cast_time
+    branch.check(denoiser, False)
+    x, t = torch.randn(2, *tiny.shape), torch.tensor([0.4, 0.7], dtype=F64)
+    with torch.no_grad():
+        plain = denoiser(x, t, cond).raw
+        with branch.chosen(denoiser, cond) as told:
+            found = denoiser(x, t, told).raw
+        denoiser._cast_time = lambda *args: -told_time(*args)
+        want = denoiser(x, t, cond).raw
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert float((found - plain).abs().max()) > 0.01 * float(plain.abs().max())
 
 
 def test_a_branch_has_a_gradient_of_its_own():
@@ -258,9 +287,60 @@ def test_bad_settings_are_named():
         branch.check(dit, False)
         with pytest.raises(ValueError, match="switch activation_checkpointing off"):
             branch.check(dit, True)
+    noise_levels = Denoiser(
+        small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8), EDM(), "v_prediction"
+    )
+    with pytest.raises(ValueError, match="whose negative is the time of 1 / sigma"):
+        NegativeTime().check(noise_levels, False)
     odd = mlp()
     odd.network.time_proj = Shuffled()
     with pytest.raises(ValueError, match="Shuffled makes no sines and cosines"):
         NegativeTime().check(odd, False)
-    with pytest.raises(ValueError, match="embeds its time is not known"):
+    with pytest.raises(ValueError, match="it cannot be told -t; use another"):
         NegativeTime().check(Denoiser(nn.Linear(2, 2), FLOW, "sample"), False)
+
+
+# ------------------------------------------------------------------------------------------------ learning
+#: targets free of noise: nothing is limited
+FREE = {"from_data": False, "robust": None, "clamp": None}
+
+
+def errors(module, problem, cond):
+    """Of one and of four steps of the student, and of two of the teacher."""
+    mixture, _, noise, ends = problem
+    own = [error(module.sample(len(noise), cond, noise=noise, num_steps=k), ends) for k in (1, 4)]
+    two = generate(analytic_denoiser(mixture, PROCESS), noise, cond or {}, [1.0, 0.5], "ode")
+    return [*own, error(two, ends)]
+
+
+@pytest.mark.learn
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*eval mode")
+def test_twins_learn_one_step(ring_problem):
+    settings = {"student": two_times(kind="scaled_difference"), **FREE}
+    one, four, teacher = errors(distilled(ring_problem, TwinFlow, settings, 2e-3), ring_problem, None)
+    print(f"TwinFlow: {one:.3f} in one step, {four:.3f} in four; the teacher in two {teacher:.3f}")
+    assert one < 0.5
+    assert four < one
+    assert one < teacher
+
+
+@pytest.mark.learn
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*eval mode")
+def test_a_shifted_condition_learns_as_a_negative_time_does(ring_problem):
+    """On four labelled modes, half of the labels dropped; the measure is the map of all modes."""
+    mixture = ring(4, labelled=True)
+    x0, labels = mixture.sample(20_000, torch.Generator().manual_seed(0))
+    noise, cond = ring_problem[2], {"class_labels": torch.full((1000,), 4)}
+    ends = mixture.flow_map(noise, 1.0, 0.0, PROCESS)
+    drop = torch.arange(len(labels)) % 2 == 0
+    data = Batch(x0=x0, cond={"class_labels": torch.where(drop, 4, labels)})
+    spec = NewDenoiser(lambda: ResidualMLP((2,), 128, 3, num_classes=4), PROCESS, "flow_prediction", sigma_data=1.436)
+    problem = (mixture, data, noise, ends)
+    student = TwoTime(Explicit(spec), kind="scaled_difference")
+    module = distilled(problem, APEX, {"student": student, **FREE, "order": 1}, 2e-3, batch_size=256)
+    one, four, teacher = errors(module, problem, cond)
+    print(f"APEX: {one:.3f} in one step, {four:.3f} in four; the teacher in two {teacher:.3f}")
+    assert one < teacher
+    assert four < one

@@ -87,7 +87,11 @@ def check_capability(denoise: object, sampler: str, times: Sequence[float], proc
     capability = getattr(denoise, "capability", None)
     if capability is None or (len(times) == 1 and times[0] == process.t_max):
         # one step from t_max is what every student can do; a flow map needs the second time all the same
-        if capability in (None, "two_time") or sampler != "flow_map" or getattr(denoise, "takes_target", False):
+        if (
+            capability in (None, "two_time")
+            or sampler not in ("flow_map", "gamma")
+            or getattr(denoise, "takes_target", False)
+        ):
             return
     elif capability != "one_step_only" and sampler in _SAMPLERS_OF[capability]:
         edges = getattr(denoise, "edges", None)

@@ -93,21 +93,22 @@ def evidence(name: str, description: str) -> str:
 
 
 def methods() -> str:
-    """One row per registered method, with its figure on the four modes."""
+    """One row per registered method, with its figure on the four modes or on the ring."""
     from lightning_distill.commands.methods import method_classes, method_rows
 
     lines = [
-        "| method | paper | formulas | trained roles | data | configuration | ring4: steps, SW2 (CPU s) |",
+        "| method | paper | formulas | trained roles | data | configuration | problem: steps, SW2 (CPU s) |",
         "|---|---|---|---|---|---|---|",
     ]
     descriptions = {cls.__name__: cls.__doc__ or "" for cls in method_classes()}
     measured: dict[str, list[dict[str, Any]]] = {}
-    for row in (_load("compare_ring4") or {"rows": []})["rows"]:
-        measured.setdefault(row["method"], []).append(row)
+    for problem in ("ring4", "ring"):
+        for row in (_load(f"compare_{problem}") or {"rows": []})["rows"]:
+            measured.setdefault(row["method"], []).append({**row, "problem": problem})
     for method in method_rows():
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
         best = min(measured.get(method.name, []), key=lambda row: (row["nfe"], row["sw2"]), default=None)
-        figure = f"{best['nfe']}, {best['sw2']:.3f} ({best['cpu_seconds']:.0f})" if best else ""
+        figure = f"{best['problem']}: {best['nfe']}, {best['sw2']:.3f} ({best['cpu_seconds']:.0f})" if best else ""
         formulas = evidence(method.name, descriptions[method.name])
         cells = [method.name, paper, formulas, method.roles, method.data, method.config, figure]
         lines.append(f"| {' | '.join(cells)} |")
@@ -117,14 +118,17 @@ def methods() -> str:
         "(`tests/methods/test_parity.py`); *derived*, tested against closed forms and independent derivations; "
         "*reconstructed*, the paper left part of them open.",
     ]
-    if rows := [row for of_method in measured.values() for row in of_method]:
-        one, two = (rows[0][f"sw2_teacher_{steps}"] for steps in (1, 2))
-        lines += [
-            "",
-            "`ring4` is four modes in the plane with an exact teacher; SW2 is the sliced Wasserstein distance of the "
-            f"student of `*_ring4.yaml` to the data, one seed (floor {rows[0]['sw2_floor']:.3f}; the teacher "
-            f"with one step {one:.2f}, with two {two:.2f}). Not a ranking: nothing is tuned, students start at random.",
-        ]
+    for problem, what in (("ring4", "four modes in the plane"), ("ring", "a ring of eight modes")):
+        rows = [row for of_method in measured.values() for row in of_method if row["problem"] == problem]
+        if rows:
+            one, two = (rows[0][f"sw2_teacher_{steps}"] for steps in (1, 2))
+            lines += [
+                "",
+                f"`{problem}` is {what} with an exact teacher; SW2 is the sliced Wasserstein distance of the student of "
+                f"`*_{problem}.yaml` to the data, one seed (floor {rows[0]['sw2_floor']:.3f}; the teacher "
+                f"with one step {one:.2f}, with two {two:.2f}). Not a ranking: nothing is tuned, students start at "
+                "random.",
+            ]
     return "\n".join(lines)
 
 

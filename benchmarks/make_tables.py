@@ -124,10 +124,9 @@ def methods() -> str:
             one, two = (rows[0][f"sw2_teacher_{steps}"] for steps in (1, 2))
             lines += [
                 "",
-                f"`{problem}` is {what} with an exact teacher; SW2 is the sliced Wasserstein distance of the student of "
-                f"`*_{problem}.yaml` to the data, one seed (floor {rows[0]['sw2_floor']:.3f}; the teacher "
-                f"with one step {one:.2f}, with two {two:.2f}). Not a ranking: nothing is tuned, students start at "
-                "random.",
+                f"`{problem}` is {what} with an exact teacher; SW2 is the sliced Wasserstein distance of the student "
+                f"of `*_{problem}.yaml` to the data, one seed (floor {rows[0]['sw2_floor']:.3f}; the teacher with one "
+                f"step {one:.2f}, with two {two:.2f}). Not a ranking: nothing is tuned, students start at random.",
             ]
     return "\n".join(lines)
 

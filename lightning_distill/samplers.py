@@ -214,6 +214,7 @@ def start_noise(
 
     ``noise`` is accepted for the common signature and unused.
     """
+    validate_times(times, process)
     check_capability(denoise, "start_noise", times, process)
     eps = x / process.prior_std(float(times[0]))
     return renoise(denoise, x, times, process, noise=lambda _i, _x: eps)

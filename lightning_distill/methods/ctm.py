@@ -12,7 +12,7 @@ from lightning_distill.losses.score_matching import denoising_loss
 from lightning_distill.losses.segments import gradient_ratio, soft_consistency
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric
-from lightning_distill.methods.pcm import EndGame, Ends
+from lightning_distill.methods.end_game import EndGame, Ends
 from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser

@@ -13,7 +13,8 @@ from lightning_distill.losses.consistency import phase_edges
 from lightning_distill.losses.segments import feature_distance, temporal_coherence
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import Pair
-from lightning_distill.methods.pcm import PCM, Ends
+from lightning_distill.methods.end_game import Ends
+from lightning_distill.methods.pcm import PCM
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ExpertNetwork, Experts
 from lightning_distill.networks.roles import Role

@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.pcm import PCM, Ends
+from lightning_distill.methods.end_game import Ends
+from lightning_distill.methods.pcm import PCM
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import segment_end

@@ -11,7 +11,7 @@ from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.losses.segments import stochastic_step
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric, Pair
-from lightning_distill.methods.pcm import EndGame, Ends
+from lightning_distill.methods.end_game import EndGame, Ends
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 

@@ -13,7 +13,8 @@ from lightning_distill.losses.segments import (
     segment_stage,
 )
 from lightning_distill.methods.consistency_distillation import Metric
-from lightning_distill.methods.pcm import PCM, Ends
+from lightning_distill.methods.end_game import Ends
+from lightning_distill.methods.pcm import PCM
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 

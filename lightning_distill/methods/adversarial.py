@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
@@ -112,13 +111,6 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
             return True
         update = self.draws.update * self.fake_score_steps + int(self.draws.phase.removeprefix("fake_score"))
         return update % self.gan_every == 0
-
-    def idle_heads(self) -> Tensor:
-        """Zero, with zero gradients for the heads: their optimizer steps alike on one process and on many."""
-        assert self.discriminator is not None
-        like = next(self.discriminator.parameters())
-        shapes = self.discriminator.shapes.items()
-        return 0.0 * self.heads({tap: torch.zeros(1, *shape).to(like) for tap, shape in shapes}).sum()
 
     def fake_score_loss(self, batch: Batch) -> Terms:
         """Denoising of student samples, and the discriminator's side of the GAN."""

@@ -187,10 +187,7 @@ class DCM(PCM):
         """The discriminator's side; zero, with zero gradients, in the semantic expert's turn."""
         if self.turn():
             return super().discriminator_loss(batch)
-        assert self.discriminator is not None
-        like = next(self.discriminator.parameters())
-        blank = {tap: torch.zeros(1, *shape).to(like) for tap, shape in self.discriminator.shapes.items()}
-        return Terms({"gan": 0.0 * self.heads(blank).sum()})
+        return Terms({"gan": self.idle_heads()})
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of the expert whose turn it is."""

@@ -115,6 +115,13 @@ class Discriminating(_Base):
         assert self.discriminator is not None
         return self.discriminator(features)
 
+    def idle_heads(self) -> Tensor:
+        """Zero, with zero gradients for the heads: their optimizer steps alike on one process and on many."""
+        assert self.discriminator is not None
+        like = next(self.discriminator.parameters())
+        shapes = self.discriminator.shapes.items()
+        return 0.0 * self.heads({tap: torch.zeros(1, *shape).to(like) for tap, shape in shapes}).sum()
+
     def logits(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         """Logits at noisy samples, (B, n), by a forward of the feature network up to its last tap."""
         assert self.gan is not None

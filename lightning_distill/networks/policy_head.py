@@ -7,17 +7,16 @@ The head is a submodule ``policy_head`` of the network: it travels with copies, 
 attach to it. The network's own output stays bit for bit what it is.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.extended_role import ExtendedRole
 from lightning_distill.networks.families import example_cond
-from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role
+from lightning_distill.networks.roles import Role
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.policies import Policy, PolicyKind, groups_of, initial_offsets, make_policy
 from lightning_distill.prediction import Prediction
@@ -295,11 +294,10 @@ def _through_the_tail(denoiser: Denoiser, last: str, x: Tensor, t: Tensor, cond:
 
 
 # ------------------------------------------------------------------------------------------------ role
-class WithPolicy(Role):
+class WithPolicy(ExtendedRole):
     """A role whose network also describes a policy.
 
-    With ``Lora`` the head is part of the shared frozen network, where nobody reads it but this role, and the adapter
-    learns on its layer. A checkpoint of such a student fits a network with the same settings.
+    In the shared frozen network of ``Lora`` nobody reads the head but this role.
 
     Args:
         role: how the student is realised, None for ``Copy()``.
@@ -308,6 +306,8 @@ class WithPolicy(Role):
         shape: of one sample; None to ask the network.
     """
 
+    marker = f"{_NAME}."
+
     def __init__(
         self,
         role: Role | None = None,
@@ -315,39 +315,17 @@ class WithPolicy(Role):
         components: int = 8,
         shape: Sequence[int] | None = None,
     ) -> None:
-        self.role = role or Copy()
+        super().__init__(role)
         self.kind: PolicyKind = kind
         self.components = components
         self.shape = shape
         groups_of(kind, components)
 
-    @property
-    def shares_weights(self) -> bool:  # type: ignore[override]
-        """Whether the role runs on the source's own parameters."""
-        return self.role.shares_weights
-
-    def check(self) -> None:  # noqa: D102
-        self.role.check()
-
-    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
-        if isinstance(self.role, Lora):
-            self._install(source)
-            adapter = copy.copy(self.role)
-            targets: Sequence[str] = self.role.target_modules or source.family.lora_targets
-            # no targets at all means every layer
-            adapter.target_modules = [*targets, f"{_NAME}.layer"] if targets else None
-            return adapter.build(source, name)
-        if isinstance(self.role, FromCheckpoint) and _holds_head(self.role):
-            self._install(source)
-        made = self.role.build(source, name)
-        self._install(made)
-        return made
-
-    def _install(self, denoiser: Denoiser) -> None:
+    def install(self, denoiser: Denoiser) -> None:
+        """Add the head where there is none."""
         if policy_head_of(denoiser.network) is None:
             add_policy_head(denoiser, self.kind, self.components, self.shape)
 
-
-def _holds_head(role: FromCheckpoint) -> bool:
-    path = Path(role.path).expanduser()
-    return path.is_file() and any(f"{_NAME}." in key for key in role._role_state(path)[0])
+    def layers(self, denoiser: Denoiser) -> list[str]:
+        """The widened last layer."""
+        return [f"{_NAME}.layer"]

@@ -1,25 +1,19 @@
 """The role of a student with a target time: any other role, with the branch of ``second_time`` installed."""
 
-import copy
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role
+from lightning_distill.networks.extended_role import ExtendedRole
+from lightning_distill.networks.roles import Role
 from lightning_distill.networks.second_time import SecondTimeKind, add_guidance, add_second_time, second_time_of
 
 __all__ = ["TwoTime"]
 
 
-class TwoTime(Role):
+class TwoTime(ExtendedRole):
     """A role that takes a target time, and a guidance scale if asked; at r = t and initialisation it is its source.
 
-    A copy gets the branch for itself. With ``Lora`` the branch is part of the shared frozen network, where it adds
-    exactly zero, and the adapter learns on its layers. A checkpoint of a student with a target time fits a network
-    with the same settings.
+    In the shared frozen network of ``Lora`` the branch adds exactly zero.
 
     Args:
         role: how the student is realised, None for ``Copy()``.
@@ -29,6 +23,8 @@ class TwoTime(Role):
         guidance: also embed a guidance scale.
     """
 
+    marker = "second_time."
+
     def __init__(
         self,
         role: Role | None = None,
@@ -37,7 +33,7 @@ class TwoTime(Role):
         gate: float = 0.25,
         guidance: bool = False,
     ) -> None:
-        self.role = role or Copy()
+        super().__init__(role)
         self.kind = kind
         self.input: Literal["r", "difference"] = input
         self.gate = gate
@@ -45,29 +41,9 @@ class TwoTime(Role):
         if kind is None and not guidance:
             raise ValueError("TwoTime(kind=None, guidance=False) adds nothing; use the role itself.")
 
-    @property
-    def shares_weights(self) -> bool:  # type: ignore[override]
-        """Whether the role runs on the source's own parameters."""
-        return self.role.shares_weights
-
-    def check(self) -> None:  # noqa: D102
-        self.role.check()
-
-    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
-        if isinstance(self.role, Lora):
-            self._install(source.network)
-            adapter = copy.copy(self.role)
-            targets: Sequence[str] = self.role.target_modules or source.family.lora_targets
-            # no targets at all means every layer
-            adapter.target_modules = [*targets, *self._layers(source.network)] if targets else None
-            return adapter.build(source, name)
-        if isinstance(self.role, FromCheckpoint) and _holds_branch(self.role):
-            self._install(source.network)
-        made = self.role.build(source, name)
-        self._install(made.network)
-        return made
-
-    def _install(self, network: nn.Module) -> None:
+    def install(self, denoiser: Denoiser) -> None:
+        """Add the branch, the part of it that is missing."""
+        network = denoiser.network
         present = second_time_of(network)
         # guidance first: a gated copy of the embedding then has it too
         if self.guidance and (present is None or present.guidance is None):
@@ -76,13 +52,8 @@ class TwoTime(Role):
         if self.kind is not None and (present is None or present.kind is None):
             add_second_time(network, self.kind, input=self.input, gate=self.gate)
 
-    @staticmethod
-    def _layers(network: nn.Module) -> list[str]:
-        installed = second_time_of(network)
-        native = [path for path, _ in network.named_modules() if path.endswith("time_embedding.cond_proj")]
+    def layers(self, denoiser: Denoiser) -> list[str]:
+        """The branch's own, and diffusers' projection of an embedded guidance scale."""
+        installed = second_time_of(denoiser.network)
+        native = [path for path, _ in denoiser.network.named_modules() if path.endswith("time_embedding.cond_proj")]
         return [*([] if installed is None else installed.layers), *native]
-
-
-def _holds_branch(role: FromCheckpoint) -> bool:
-    path = Path(role.path).expanduser()
-    return path.is_file() and any("second_time." in key for key in role._role_state(path)[0])

@@ -1,0 +1,63 @@
+"""Roles whose network gets further parts: any other role, with something installed on it."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role
+
+__all__ = ["ExtendedRole"]
+
+
+class ExtendedRole(Role):
+    """A role that installs parts on a network and is otherwise another role.
+
+    A copy gets the parts for itself. With ``Lora`` they belong to the shared frozen network, where they change nothing
+    for others, and the adapter learns on their layers. A checkpoint of such a student fits a network with the same
+    settings.
+
+    Args:
+        role: how the student is realised, None for ``Copy()``.
+    """
+
+    #: part of the names of the parts' parameters
+    marker: str
+
+    def __init__(self, role: Role | None = None) -> None:
+        self.role = role or Copy()
+
+    @property
+    def shares_weights(self) -> bool:  # type: ignore[override]
+        """Whether the role runs on the source's own parameters."""
+        return self.role.shares_weights
+
+    def check(self) -> None:  # noqa: D102
+        self.role.check()
+
+    @abstractmethod
+    def install(self, denoiser: Denoiser) -> None:
+        """Add the parts to a network that may have them."""
+
+    @abstractmethod
+    def layers(self, denoiser: Denoiser) -> list[str]:
+        """Names of the parts' layers, for adapters to attach to."""
+
+    def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        if isinstance(self.role, Lora):
+            self.install(source)
+            adapter = copy.copy(self.role)
+            targets: Sequence[str] = self.role.target_modules or source.family.lora_targets
+            # no targets at all means every layer
+            adapter.target_modules = [*targets, *self.layers(source)] if targets else None
+            return adapter.build(source, name)
+        if isinstance(self.role, FromCheckpoint) and self._held_by(self.role):
+            self.install(source)
+        made = self.role.build(source, name)
+        self.install(made)
+        return made
+
+    def _held_by(self, role: FromCheckpoint) -> bool:
+        path = Path(role.path).expanduser()
+        return path.is_file() and any(self.marker in key for key in role._role_state(path)[0])

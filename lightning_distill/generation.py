@@ -21,17 +21,19 @@ __all__ = ["bound", "default_cond", "draw_noise", "generate", "index_noise", "st
 def default_cond(denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Tensor]:
     """Conditions of n samples when the user gives none.
 
-    The classes in turn; nothing for unconditional networks; zeros for networks that cannot run without embeddings, so
-    that shapes and speed can be measured without a text encoder.
+    The classes in turn; nothing for unconditional networks; zeros for what a network cannot run without (embeddings,
+    control pictures), so that shapes and speed can be measured without a text encoder.
 
     Args:
         denoiser: the network.
         n: number of samples.
         first: index of the first sample.
     """
+    made = example_cond(denoiser.network, n) if denoiser.family.required else {}
     if denoiser.num_classes is None:
-        return example_cond(denoiser.network, n) if denoiser.family.required else {}
-    return {"class_labels": torch.arange(first, first + n) % denoiser.num_classes}
+        return made
+    needed = {key: value for key, value in made.items() if key in denoiser.family.required}
+    return {**needed, "class_labels": torch.arange(first, first + n) % denoiser.num_classes}
 
 
 def draw_noise(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "EDM",
     "FlowMatching",
     "NoiseProcess",
+    "ResidualShift",
     "TrigFlow",
     "VariancePreserving",
     "change_process",
@@ -315,6 +317,49 @@ class EDM(NoiseProcess):
 
     def prior_std(self, t_init: float) -> float:  # noqa: D102
         return float(t_init)
+
+
+class ResidualShift(NoiseProcess):
+    """A path from a sample to a known picture ``low`` with noise (ResShift, arXiv:2307.12348), less its known part.
+
+        z_t = x0 + t (low - x0) + sigma n,     x_t = z_t - t low = (1 - t) x0 + sigma n,     sigma = kappa sqrt(t)
+
+    The shift t low is known wherever the condition is, and a plain process remains: x_t is what samplers carry, z_t
+    what a network is shown (``networks.concatenated``, ``residual_shift``). A time is the share t of the shift.
+
+    Args:
+        kappa: standard deviation of the noise at t = 1.
+        noise: ``sqrt`` (ResShift), or ``linear``, sigma = kappa t; with kappa = 1 that is flow matching from the noisy
+            picture.
+    """
+
+    t_max = 1.0
+
+    def __init__(self, kappa: float = 2.0, noise: Literal["sqrt", "linear"] = "sqrt") -> None:
+        if not kappa > 0 or noise not in ("sqrt", "linear"):
+            raise ValueError(f"ResidualShift(kappa={kappa}, noise={noise!r}): kappa > 0, and noise is sqrt or linear.")
+        self.kappa = float(kappa)
+        self.noise = noise
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return 1.0 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return self.kappa * (t.double().sqrt() if self.noise == "sqrt" else t.double())
+
+    def d_alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return -torch.ones_like(t, dtype=torch.float64)
+
+    def d_sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        if self.noise == "linear":
+            return torch.full_like(t, self.kappa, dtype=torch.float64)
+        return 0.5 * self.kappa * t.double().rsqrt()
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:  # noqa: D102
+        ratio = self.kappa * torch.exp(0.5 * log_snr.double())  # (1 - t) / sqrt(t), or / t
+        if self.noise == "linear":
+            return 1.0 / (1.0 + ratio)
+        return (2.0 / (ratio + (ratio.square() + 4.0).sqrt())).square()
 
 
 class TrigFlow(NoiseProcess):

@@ -227,5 +227,6 @@ def test_constructors_refuse_nonsense(make):
 def test_prior_std_is_sigma_except_in_vp(process):
     for share in (0.1, 0.5, 1.0):
         t = share * process.t_max
-        expected = 1.0 if isinstance(process, VariancePreserving) else float(process.sigma(torch.tensor(t, dtype=torch.float64)))
+        sigma = float(process.sigma(torch.tensor(t, dtype=torch.float64)))
+        expected = 1.0 if isinstance(process, VariancePreserving) else sigma
         assert process.prior_std(t) == expected

@@ -10,6 +10,7 @@ from lightning_distill.data.loader import InMemory, ResumableLoader, Source
 from lightning_distill.data.pairs import Pairs
 from lightning_distill.data.prior import Prior
 from lightning_distill.data.store import Store, StoreWriter
+from lightning_distill.data.super_resolution import SuperResolution
 from lightning_distill.data.toy import Toy2D
 from lightning_distill.data.trajectories import Trajectories
 
@@ -29,6 +30,7 @@ __all__ = [
     "Source",
     "Store",
     "StoreWriter",
+    "SuperResolution",
     "Toy2D",
     "Trajectories",
     "check_scaling",

@@ -195,6 +195,11 @@ def stock_student(denoiser: Denoiser, times: Sequence[float]) -> tuple[NoiseProc
     Raises:
         ValueError: the network sees rescaled data, which no scheduler undoes.
     """
+    if not denoiser.stands_alone:
+        raise ValueError(
+            f"the predictions of a {type(denoiser).__name__} need more than its network, and no stock pipeline has the "
+            "rest; keep the run and sample it with 'lightning-distill sample RUN_DIR'."
+        )
     process, start = denoiser.process, start_scale(denoiser.process, times[0])
     if denoiser.network_process is None:
         return process, list(times), start

@@ -4,6 +4,7 @@ from lightning_distill.methods.ac_dmd import ACDMD
 from lightning_distill.methods.accvideo import AccVideo
 from lightning_distill.methods.adm import ADM
 from lightning_distill.methods.adversarial import AdversarialMethod, RatioMethod
+from lightning_distill.methods.agd import AGD
 from lightning_distill.methods.any_flow import AnyFlow, AnyFlowOnPolicy
 from lightning_distill.methods.apex import APEX
 from lightning_distill.methods.arc_flow import ArcFlow
@@ -17,6 +18,7 @@ from lightning_distill.methods.consistency_distillation import ConsistencyDistil
 from lightning_distill.methods.consistency_training import ECT, ICT, ConsistencyTraining
 from lightning_distill.methods.critic_schedule import UpdateSchedule
 from lightning_distill.methods.ctm import CTM
+from lightning_distill.methods.ctmsr import CTMSR
 from lightning_distill.methods.dcm import DCM
 from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.diff_instruct import DiffInstruct
@@ -42,6 +44,7 @@ from lightning_distill.methods.mdt_dist import MDTDist
 from lightning_distill.methods.mean_flow import MeanFlow
 from lightning_distill.methods.mlcm import MLCM
 from lightning_distill.methods.msd import MSD
+from lightning_distill.methods.nct import NCT
 from lightning_distill.methods.oftsr import OFTSR
 from lightning_distill.methods.pcm import PCM
 from lightning_distill.methods.phased_dmd import PhasedDMD
@@ -63,21 +66,25 @@ from lightning_distill.methods.slim_flow import SlimFlow, SlimFlowDistillation
 from lightning_distill.methods.snap_flow import SnapFlow
 from lightning_distill.methods.splam import SPLAM
 from lightning_distill.methods.swiftbrush import SwiftBrush
+from lightning_distill.methods.tad_sr import TADSR
 from lightning_distill.methods.tbcm import TBCM
 from lightning_distill.methods.tcm import TCM
 from lightning_distill.methods.tdm import TDM
 from lightning_distill.methods.teacher_training import TeacherTraining
+from lightning_distill.methods.tiue import TiUE
 from lightning_distill.methods.tscd import TSCD
 from lightning_distill.methods.twin_flow import TwinFlow
 from lightning_distill.methods.uni_instruct import UniInstruct
 from lightning_distill.methods.vdot import VDOT
 from lightning_distill.methods.video_scene import VideoScene
 from lightning_distill.methods.vsd import VSD
+from lightning_distill.methods.yonos import YONOS
 
 __all__ = [
     "ACDMD",
     "ADD",
     "ADM",
+    "AGD",
     "APEX",
     "ASD",
     "BOOT",
@@ -85,6 +92,7 @@ __all__ = [
     "CDM",
     "CMT",
     "CTM",
+    "CTMSR",
     "DCM",
     "DMD",
     "DMD2",
@@ -97,6 +105,7 @@ __all__ = [
     "LCM",
     "MLCM",
     "MSD",
+    "NCT",
     "OFTSR",
     "PCM",
     "RCM",
@@ -104,12 +113,14 @@ __all__ = [
     "SCDMD",
     "SCM",
     "SPLAM",
+    "TADSR",
     "TBCM",
     "TCM",
     "TDM",
     "TSCD",
     "VDOT",
     "VSD",
+    "YONOS",
     "AccVideo",
     "AdversarialMethod",
     "AnyFlow",
@@ -158,6 +169,7 @@ __all__ = [
     "SwiftBrush",
     "TeacherTraining",
     "Terms",
+    "TiUE",
     "TwinFlow",
     "UniInstruct",
     "UpdateSchedule",

@@ -1,5 +1,6 @@
 """Guidance distillation: one pass of the student for the two of a guided teacher (arXiv:2210.03142)."""
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,8 +12,10 @@ from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.guidance_adapters import GuidedDenoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import Capability
+from lightning_distill.prediction import PREDICTION_TYPES, Prediction
 from lightning_distill.times import TimeDistribution, bounded
 
 __all__ = ["GuidanceDistillation"]
@@ -32,10 +35,11 @@ class GuidanceDistillation(TeacherPaths):
     Args:
         teacher: a model with an unconditional branch.
         guidance: w: one scale for a student that is told none; ``RandomGuidance`` for one that embeds it
-            (``student=TwoTime(kind=None, guidance=True)``).
-        student: with ``Lora()`` student and teacher are one set of weights in memory.
+            (``student=TwoTime(kind=None, guidance=True)`` or ``GuidanceAdapters()``).
+        student: with ``Lora()`` or ``GuidanceAdapters()`` student and teacher are one set of weights in memory.
         times: distribution of the times of noised data; None for uniform (Karras' in EDM).
-        metric: distance of velocities eps - x0, see ``losses.consistency.distance``.
+        metric: distance of predictions, see ``losses.consistency.distance``.
+        space: prediction type that is compared; the default is the velocity eps - x0.
         huber: constant of pseudo-Huber, None for the default.
         sampler: ``ode``, ``heun`` or ``dpmpp_2m``.
         **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``; ``num_steps`` are those of sampling.
@@ -59,12 +63,22 @@ class GuidanceDistillation(TeacherPaths):
         times: TimeDistribution | None = None,
         metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "mse",
         huber: float | None = None,
+        space: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "flow_prediction",
         sampler: Literal["ode", "heun", "dpmpp_2m"] = "ode",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, sampler=sampler, **kwargs)
+        if space not in PREDICTION_TYPES:
+            raise ValueError(f"space={space!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}.")
         self._given_distribution = times
-        self.metric, self.huber = metric, huber
+        self.metric, self.huber, self.space = metric, huber, space
+
+    def build_roles(self) -> None:
+        """The student; guidance adapters are told a scale as a network that embeds one is."""
+        super().build_roles()
+        if isinstance(self.student, GuidedDenoiser):
+            self._tells_scale = True
+            self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)
 
     def check_configuration(self) -> None:
         """There must be guidance, and one that the student can know."""
@@ -76,8 +90,8 @@ class GuidanceDistillation(TeacherPaths):
             )
         if isinstance(self.guidance, RandomGuidance) and not self._tells_scale:
             raise ValueError(
-                "a random guidance scale must be told to the student; give student=TwoTime(kind=None, guidance=True), "
-                "or guidance=Guidance(w) with one scale."
+                "a random guidance scale must be told to the student; give student=TwoTime(kind=None, guidance=True) "
+                "or GuidanceAdapters(), or guidance=Guidance(w) with one scale."
             )
 
     @torch.no_grad()
@@ -103,9 +117,10 @@ class GuidanceDistillation(TeacherPaths):
         return x, t, velocity, dict(batch.cond), self.told_scale(t)
 
     def student_loss(self, batch: Batch) -> Terms:
-        """Distance of velocities."""
-        x, t, goal, cond, scale = self.examples(batch)
-        made = self.student(x, t, cond, guidance=scale).flow_prediction
+        """Distance of predictions."""
+        x, t, velocity, cond, scale = self.examples(batch)
+        goal = Prediction(velocity, x, t, self.process, "flow_prediction").as_type(self.space)
+        made = self.student(x, t, cond, guidance=scale).as_type(self.space)
         loss = distance(made, goal, self.metric, self.huber).mean()
         return Terms({"guidance": loss}, {"mse": (made.detach() - goal).square().mean()})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ class Denoiser(nn.Module):
         ValueError: unknown prediction type, a type that cannot be read at the process' noisiest time, or a null
             condition without a batch dimension of 1.
     """
+
+    #: whether the network alone gives the predictions, so that stock pipelines can
+    stands_alone: ClassVar[bool] = True
 
     def __init__(
         self,

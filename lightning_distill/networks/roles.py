@@ -77,6 +77,7 @@ class Copy(Role):
     """A deep copy of the source with every weight trained, in float32 whatever the source's dtype is."""
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        _check_source(source, name)
         copied = with_network(source, merged_network(source))
         if next(copied.parameters(), None) is None:
             raise ValueError(
@@ -121,6 +122,7 @@ class Lora(Role):
         check_adapter(self.rank, self.dropout, self.dora)
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        _check_source(source, name)
         return add_adapter(
             source,
             name,
@@ -200,11 +202,17 @@ class FromCheckpoint(Role):
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()
+        _check_source(source, name)
         path = Path(self.path).expanduser()
         if path.is_dir():
             return self._from_folder(path, source)
         state, found = self._role_state(path)
         origin = f"role {found!r} of {path}"
+        if any(key.startswith("adapters.") for key in state):
+            raise ValueError(
+                f"{origin} holds guidance adapters, which are no weights of a network; resume that run, or use it as "
+                "teacher with RunDenoiser(path)."
+            )
         if not any(key.startswith("adapter.") for key in state):
             if isinstance(source, AdapterDenoiser):
                 source = with_network(source, merged_network(source))
@@ -238,7 +246,7 @@ class FromCheckpoint(Role):
         tensors: dict[str, Tensor] = read_checkpoint(path)["state_dict"]
         roles: dict[str, dict[str, Tensor]] = {}
         for key in tensors:
-            cuts = [key.find(part) for part in (".network.", ".adapter.") if part in key]
+            cuts = [key.find(part) for part in (".network.", ".adapter.", ".adapters.") if part in key]
             if cuts:
                 roles.setdefault(key[: min(cuts)], {})
         matches = [r for r in roles if r == self.role or r.startswith(f"{self.role}.")]
@@ -285,6 +293,8 @@ def averaged_copy(denoiser: Denoiser, name: str) -> Denoiser:
     Returns:
         a denoiser in eval mode without trained parameters.
     """
+    if _guided(denoiser):
+        return denoiser.averaged()  # type: ignore[operator]
     if isinstance(denoiser, AdapterDenoiser):
         return add_adapter_copy(denoiser, f"{denoiser.adapter_name}_{name}")
     copied = _master(with_network(denoiser, merged_network(denoiser)))
@@ -306,6 +316,22 @@ def with_network(source: Denoiser, network: nn.Module) -> Denoiser:
         null_class=source.null_class,
         family=source.family,
     ).eval()
+
+
+def _guided(denoiser: Denoiser) -> bool:
+    from lightning_distill.networks.guidance_adapters import GuidedDenoiser  # which imports this module
+
+    return isinstance(denoiser, GuidedDenoiser)
+
+
+def _check_source(source: Denoiser, name: str | None) -> None:
+    """Refuse what has no weights that could be trained on."""
+    if _guided(source):
+        raise ValueError(
+            f"the source is a {type(source.network).__name__} with guidance adapters, which depend on the scale, the "
+            "time and the condition and are no part of its weights; give the "
+            f"{name or 'student'} Explicit(spec) of the network without them."
+        )
 
 
 def _master(denoiser: Denoiser) -> Denoiser:

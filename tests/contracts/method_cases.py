@@ -30,6 +30,7 @@ from lightning_distill.methods import (
     ACDMD,
     ADD,
     ADM,
+    AGD,
     APEX,
     ASD,
     BOOT,
@@ -37,6 +38,7 @@ from lightning_distill.methods import (
     CDM,
     CMT,
     CTM,
+    CTMSR,
     DCM,
     DMD,
     DMD2,
@@ -49,6 +51,7 @@ from lightning_distill.methods import (
     LCM,
     MLCM,
     MSD,
+    NCT,
     OFTSR,
     PCM,
     RCM,
@@ -56,12 +59,14 @@ from lightning_distill.methods import (
     SCDMD,
     SCM,
     SPLAM,
+    TADSR,
     TBCM,
     TCM,
     TDM,
     TSCD,
     VDOT,
     VSD,
+    YONOS,
     AccVideo,
     AnyFlow,
     AnyFlowOnPolicy,
@@ -100,6 +105,7 @@ from lightning_distill.methods import (
     Straightening,
     SwiftBrush,
     TeacherTraining,
+    TiUE,
     TwinFlow,
     UniInstruct,
     UpdateSchedule,
@@ -107,13 +113,17 @@ from lightning_distill.methods import (
 )
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import ring4
+from lightning_distill.networks.beside import Beside
+from lightning_distill.networks.concatenated import concatenated
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.frozen_features import FrozenFeatures
+from lightning_distill.networks.guidance_adapters import GuidanceAdapters
 from lightning_distill.networks.roles import Lora
+from lightning_distill.networks.shared_encoder import SharedEncoder
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_text_unet, small_unet
 from lightning_distill.networks.specs import seeded
 from lightning_distill.networks.two_time import TwoTime
-from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
+from lightning_distill.processes import EDM, FlowMatching, ResidualShift, TrigFlow, VariancePreserving
 from lightning_distill.schedules import WarmupDecay
 from lightning_distill.times import Karras, LogNormal, Uniform
 
@@ -158,6 +168,11 @@ def vp_unet() -> Denoiser:
     return Denoiser(random_weights(network), VariancePreserving(), "epsilon", sigma_data=0.5)
 
 
+def flow_unet() -> Denoiser:
+    network = small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8)
+    return Denoiser(random_weights(network), FlowMatching(), "flow_prediction", sigma_data=0.5)
+
+
 def flow_dit() -> Denoiser:
     network = small_dit(
         8, 1, 3, patch_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=8, learned_variance=True
@@ -170,6 +185,26 @@ def text_unet() -> Denoiser:
     null = {"encoder_hidden_states": torch.full((1, 3, 4), 0.5)}
     process = VariancePreserving(zero_terminal_snr=True)
     return Denoiser(random_weights(network), process, "v_prediction", sigma_data=0.5, null_cond=null)
+
+
+def restoring_mlp(residual_shift: bool = False) -> Denoiser:
+    network = random_weights(ResidualMLP((4,), width=8, depth=2))
+    process = ResidualShift(0.5) if residual_shift else FlowMatching()
+    return Denoiser(concatenated(network, 2, residual_shift), process, "flow_prediction", sigma_data=1.12)
+
+
+class Rounded:
+    """A control of points."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+
+def degraded_points(**finer: int) -> Batch:
+    """Points with their rounded positions, and with finer ones by name."""
+    batch = points()
+    assert batch.x0 is not None
+    return Batch(x0=batch.x0, cond={k: (n * batch.x0).round() / n for k, n in {"low": 1, **finer}.items()})
 
 
 def points(labelled: bool = False) -> Batch:
@@ -341,6 +376,9 @@ CASES: list[Case] = [
         guidance=RandomGuidance(1.5, 3.0), student=lambda: Lora(rank=2), critic_dropout=0.3, student_times=[0.5],
         matching_times=Uniform(0.02, 0.9)
     )),
+    Case("shared_encoder", TiUE, flow_unet, lambda: without_data(images()), dmd2(
+        student=lambda: SharedEncoder(decoders=2), fake_score=lambda: Lora(rank=2), guidance=Guidance(1.0)
+    )),
     Case("fisher", SiD, edm_mlp, lambda: without_data(points()), dmd2(student_times=[2.5])),
     Case("fisher_two_step_gan", SiD, flow_mlp, points, dmd2(num_steps=2, gan=heads(), alpha=1.0)),
     Case("zero_cfg", SiD, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
@@ -486,6 +524,9 @@ CASES: list[Case] = [
     Case("any_scale", GuidanceDistillation, lambda: flow_mlp(4), lambda: points(labelled=True), mapping(
         guidance=RandomGuidance(1.0, 3.0), student=lambda: TwoTime(kind=None, guidance=True)
     )),
+    Case("guided_states", AGD, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), mapping(
+        student=lambda: GuidanceAdapters(width=8, heads=2), solver_steps=2, ema=lambda: [ConstantEMA(0.5)]
+    )),
     Case("solver_states", CMT, flow_mlp, lambda: without_data(points()), mapping(solver_steps=3)),
     Case("solver_chords", CMT, flow_mlp, lambda: without_data(points()), mapping(
         solver_steps=3, form="flow_map", sampler="flow_map", student=lambda: TwoTime()
@@ -522,6 +563,18 @@ CASES: list[Case] = [
     )),
     Case("stages", FlashVDM, flow_mlp, points, ladd(
         num_steps=1, intervals=4, guidance_updates=0, gan_from=0, skips=lambda: [1, 2], gan=heads(features="teacher")
+    )),
+    Case("easier_condition", YONOS, restoring_mlp, lambda: degraded_points(low_2=2, low_4=4), mapping(
+        easier=lambda: [{"low": "low_4"}, {"low": "low_2"}], stage_updates=3
+    )),
+    Case("rounded_position", NCT, flow_mlp, lambda: without_data(points()), mapping(
+        student=lambda: Beside(restoring_mlp(), "low"), condition="low", control=lambda: Rounded(), intervals=2
+    )),
+    Case("little_noise", TADSR, restoring_mlp, degraded_points, ladd(
+        gan=heads(features="teacher"), solver_steps=2
+    )),
+    Case("shifted_residual", CTMSR, lambda: restoring_mlp(True), degraded_points, mapping(
+        last_intervals=3, trajectory_from=0, proxy_updates=2
     )),
     Case("flow", TeacherTraining, flow_mlp, points, training(ema=[])),
     Case("edm_preconditioned", TeacherTraining, edm_mlp, points, training(training_times=LogNormal())),

@@ -192,7 +192,7 @@ class TrainingHealth(Callback):
             batch = batch.rows(0, min(self.num_samples, batch.size))
             first = trainer.global_rank * batch.size
             with module.probing("health", first):
-                x = module.rollout(batch, grad=False).x0
+                x = self._rolled_out(module, batch)
                 eps = [module.draws.normal(f"noise{i}", x.shape) for i in range(len(self.levels))]
                 real_eps = [module.draws.normal(f"real_noise{i}", x.shape) for i in range(len(self.levels))]
                 u = module.draws.uniform("guidance", len(x))
@@ -205,6 +205,14 @@ class TrainingHealth(Callback):
         for name, average in zip(module.student_ema, module.averages()):
             figures[f"ema_distance/{name}"] = weight_distance(average, current)
         return figures
+
+    def _rolled_out(self, module: DistillationModule, batch: Batch) -> Tensor:
+        """Samples as critics see them in training; those of sampling where students jump between two times."""
+        if module.sampler in ("renoise", "ode") or rolls_out_itself(module):
+            return module.rollout(batch, grad=False).x0
+        noise = module.draws.normal("start", (batch.size, *module.sample_shape))
+        generator = torch.Generator().manual_seed(derive_seed(module.streams.seed, "health/rollout"))
+        return generate(module.student, noise, batch.cond, module.student_times, module.sampler, generator=generator)
 
     def _critic(
         self,
@@ -329,7 +337,7 @@ class TrainingHealth(Callback):
         known = set(batch.cond) <= {"class_labels"}
         n = self.num_samples if known else min(self.num_samples, batch.size)
         first = trainer.global_rank * n
-        cond = default_cond(network, n, first) if known else batch.rows(0, n).cond
+        cond = default_cond(network, n, first) if known else accepted(network, batch.rows(0, n).cond)
         noise = index_noise(n, module.sample_shape, derive_seed(module.streams.seed, "health"), first)
         generator = torch.Generator().manual_seed(derive_seed(module.streams.seed, "health/fresh", first))
         return generate(
@@ -400,3 +408,14 @@ class TrainingHealth(Callback):
         """Go on with the reference of the run that is resumed."""
         self._reference = dict(state_dict["reference"])
         self._references = int(state_dict["references"])
+
+
+def rolls_out_itself(module: DistillationModule) -> bool:
+    """Whether a method has rollouts other than those of the backward simulation."""
+    return type(module).simulate_student is not DistillationModule.simulate_student
+
+
+def accepted(network: Denoiser, cond: Mapping[str, Any]) -> dict[str, Any]:
+    """The conditions that a network takes, where a batch has those of several networks."""
+    keys = network.family.cond_keys
+    return {key: value for key, value in cond.items() if not keys or key in keys}

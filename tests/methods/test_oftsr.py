@@ -132,11 +132,11 @@ class Conditional(nn.Module):
 
 def test_the_source_may_be_a_condition():
     class Embedded(TwoTime):
-        def _install(self, network):
+        def install(self, denoiser):
             from lightning_distill.networks.second_time import TimeEmbedding, add_second_time, second_time_of
 
-            if second_time_of(network) is None:
-                add_second_time(network, embedding=TimeEmbedding("time_embedding"))
+            if second_time_of(denoiser.network) is None:
+                add_second_time(denoiser.network, embedding=TimeEmbedding("time_embedding"))
 
     teacher = Denoiser(Conditional(), FLOW, "flow_prediction")
     low = torch.randn(6, 2)

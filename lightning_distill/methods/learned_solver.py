@@ -90,6 +90,17 @@ class LearnedSolver(BOSS):
         super().__init__(teacher, solver_steps=solver_steps, solver=solver, ema=[], **kwargs)
         self.schedule: StepSizes | None = None
 
+    def setup(self, stage: str) -> None:
+        """As usual; a handful of numbers is not sharded."""
+        super().setup(stage)
+        from lightning_distill.strategies import RoleFSDP2  # which imports methods
+
+        if stage == "fit" and isinstance(self.trainer.strategy, RoleFSDP2):
+            raise ValueError(
+                "LearnedSolver trains one number per step, which RoleFSDP2 does not shard; use one process or "
+                "strategy=role_ddp."
+            )
+
     def build_roles(self) -> None:
         """The teacher's network, and the step sizes."""
         source = self.require_teacher()

@@ -55,7 +55,7 @@ class WithAdapter(_OnShared):
         super().__init__()
         self._share(network)
         self.adapter = adapter
-        self.gain = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.zeros(1))  # no scalar: FSDP shards none
         self.condition, self.output = condition, output
 
     def __getattr__(self, name: str) -> Any:

@@ -33,6 +33,7 @@ from lightning_distill.strategies.sharding import (
     networks_of,
     reshard,
     role_modules,
+    settle_flags,
     shard_network,
     unsharded,
 )
@@ -224,6 +225,10 @@ class RoleFSDP2(ModelParallelStrategy):
                     parameter.data = parameter.data.to(self.root_device)
             for name, buffer in part.named_buffers(recurse=False):
                 part._buffers[name] = buffer.to(self.root_device)
+
+    def settle_flags(self) -> None:
+        """Called when other networks collect gradients than before, see ``sharding.settle_flags``."""
+        settle_flags(distillation_module(self.lightning_module, type(self).__name__))
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Step on shards."""

@@ -23,6 +23,7 @@ __all__ = [
     "networks_of",
     "reshard",
     "role_modules",
+    "settle_flags",
     "shard_network",
     "unsharded",
 ]
@@ -79,7 +80,8 @@ def shard_network(network: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, *
         return
     for name in blocks:
         block = network.get_submodule(name)
-        if any(True for _ in block.parameters()):
+        # a network that uses another one's blocks leaves them to their owner
+        if any(True for _ in block.parameters()) and not isinstance(block, FSDPModule):
             _show_taps(block, network, f"{name}.")
             fully_shard(block, mesh=mesh, reshard_after_forward=True, **options)
             block.register_forward_hook(_hide_taps)
@@ -130,6 +132,20 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def settle_flags(module: nn.Module) -> None:
+    """Tell gathered parameters whether their shards require gradients.
+
+    FSDP does so when it gathers them next, which may be inside of a forward-mode derivative, where it is not allowed.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            group = getattr(part._get_fsdp_state(), "_fsdp_param_group", None)
+            for parameter in getattr(group, "fsdp_params", ()):
+                gathered, wanted = getattr(parameter, "_unsharded_param", None), parameter.sharded_param.requires_grad
+                if gathered is not None and gathered.requires_grad != wanted:
+                    gathered.requires_grad_(wanted)
 
 
 def layout(tensor: DTensor) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import fit
@@ -38,6 +40,7 @@ from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
 from lightning_distill.samplers import ode
 from lightning_distill.schedules import WarmupDecay
+from lightning_distill.strategies import RoleFSDP2
 from lightning_distill.times import Uniform
 from lightning_distill.trajectories import run_solver
 
@@ -297,6 +300,13 @@ def test_times_of_other_processes_are_their_own(process):
 def test_a_student_of_its_own_is_refused():
     with pytest.raises(ValueError, match="leave out student and ema"):
         solver(student=Copy())
+
+
+def test_it_is_not_sharded():
+    module = LearnedSolver(gaussian(), shape=[1])
+    module._trainer = SimpleNamespace(strategy=RoleFSDP2())
+    with pytest.raises(ValueError, match="use one process or strategy=role_ddp"):
+        module.setup("fit")
 
 
 # ------------------------------------------------------------------------------------------------ high frequencies

@@ -405,7 +405,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         for parameter in frozen:
             parameter.requires_grad_(False)
         self.running_phase = phase
-        if (settle := getattr(self.trainer.strategy, "settle_flags", None)) is not None:
+        settle = None if self._trainer is None else getattr(self.trainer.strategy, "settle_flags", None)
+        if settle is not None:
             settle()
         try:
             yield

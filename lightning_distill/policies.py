@@ -11,6 +11,7 @@ All are written in flow matching, x = (1 - t) x0 + t eps, in which every other p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -41,9 +42,10 @@ _LOG_STD = -3.0
 _GROWTH = 8.0
 
 
-class Policy:
+class Policy(ABC):
     """A velocity field on one segment of times, without network calls."""
 
+    @abstractmethod
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The field at a point.
 
@@ -51,7 +53,6 @@ class Policy:
             x: samples at t, (B, C, ...).
             t: flow-matching times within the segment, above 0, (B,).
         """
-        raise NotImplementedError
 
     def average(self, x: Tensor, t: Tensor, r: Tensor, substeps: int) -> Tensor:
         """Average velocity from t to r along the policy's own trajectory; the velocity itself for r = t.
@@ -73,9 +74,9 @@ class Policy:
         """The sample at r; arguments as ``average``."""
         return x - expand(t - r, x) * self.average(x, t, r, substeps)
 
+    @abstractmethod
     def detach(self) -> Policy:
         """The same policy without graph."""
-        raise NotImplementedError
 
     def dropout(self, u: Tensor, share: float) -> Policy:
         """The policy without some of its components, the others' weights raised; policies without weights stay.

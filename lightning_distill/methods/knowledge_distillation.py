@@ -35,6 +35,8 @@ class KnowledgeDistillation(TeacherPaths):
         ValueError: the trajectories have no state at one of the student's times.
 
     Notes:
+        A later step is trained on the teacher's states and sampled from what the student's own steps leave, which lies
+        on the line to its prediction: several steps are a start for other methods rather than a better sampler.
         Squared distances blur what the student cannot represent; pseudo-Huber and perceptual ones do so less.
     """
 

@@ -18,7 +18,7 @@ from lightning_distill.networks.families import FAMILIES, PLAIN, Family, example
 from lightning_distill.networks.families.base import SAME
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.merging import widen
-from lightning_distill.networks.roles import Role
+from lightning_distill.networks.roles import Role, with_network
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 
@@ -140,16 +140,7 @@ class Beside(Role):
                 )
             network = WithAdapter(base, copy.deepcopy(adapter.network), self.condition, family.output)
             family = self._family(source)
-        made = Denoiser(
-            network,
-            source.process,
-            source.prediction_type,
-            network_process=source.network_process,
-            sigma_data=source.sigma_data,
-            data_scale=source.data_scale,
-            null_class=source.null_class,
-            family=family,
-        ).eval()
+        made = with_network(source, network, family).eval()
         widen(made)
         return made.requires_grad_(True)
 

@@ -17,6 +17,7 @@ from lightning_distill.networks import small  # noqa: F401  (registers ResidualM
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import FAMILIES, register
 from lightning_distill.networks.families.base import SAME
+from lightning_distill.networks.roles import with_network
 from lightning_distill.networks.second_time import EMBEDDINGS
 from lightning_distill.networks.specs import DenoiserSpec
 
@@ -235,13 +236,4 @@ class ConcatenatedDenoiser(DenoiserSpec):
         bound = denoiser.family  # with the null embeddings of the folder
         family = FAMILIES[type(network).__name__]
         family = replace(family, null={**bound.null, "low": SAME}, guidance_scale=bound.guidance_scale)
-        return Denoiser(
-            network,
-            denoiser.process,
-            denoiser.prediction_type,
-            network_process=denoiser.network_process,
-            sigma_data=denoiser.sigma_data,
-            data_scale=denoiser.data_scale,
-            null_class=denoiser.null_class,
-            family=family,
-        )
+        return with_network(denoiser, network, family)

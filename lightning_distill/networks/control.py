@@ -18,6 +18,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import FAMILIES
 from lightning_distill.networks.families.base import SAME, Family, register
 from lightning_distill.networks.folders import load_diffusers_network
+from lightning_distill.networks.roles import with_network
 from lightning_distill.networks.second_time import EMBEDDINGS
 from lightning_distill.networks.specs import DenoiserSpec, PretrainedDenoiser
 
@@ -210,13 +211,4 @@ class ControlledDenoiser(DenoiserSpec):
         family: Family = FAMILIES[type(network).__name__]
         bound = denoiser.family  # with the null embeddings of the folder
         family = replace(family, null={**bound.null, "control": SAME}, guidance_scale=bound.guidance_scale)
-        return Denoiser(
-            network,
-            denoiser.process,
-            denoiser.prediction_type,
-            network_process=denoiser.network_process,
-            sigma_data=denoiser.sigma_data,
-            data_scale=denoiser.data_scale,
-            null_class=denoiser.null_class,
-            family=family,
-        ).eval()
+        return with_network(denoiser, network, family)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.families import Family
 from lightning_distill.networks.folders import beside, load_diffusers_network, network_folder, read_scheduler
 from lightning_distill.networks.lora import (
     AdapterDenoiser,
@@ -301,11 +302,13 @@ def averaged_copy(denoiser: Denoiser, name: str) -> Denoiser:
     return copied.requires_grad_(False).eval()
 
 
-def with_network(source: Denoiser, network: nn.Module) -> Denoiser:
-    """The same denoiser around another network."""
+def with_network(source: Denoiser, network: nn.Module, family: Family | None = None) -> Denoiser:
+    """The same denoiser around another network, which is called as ``family`` says; None for as the source's."""
     if not isinstance(source, AdapterDenoiser):
         same = (source.process, source.network_process, source.family)
-        return copy.deepcopy(source, {id(source.network): network, **{id(part): part for part in same}})
+        made = copy.deepcopy(source, {id(source.network): network, **{id(part): part for part in same}})
+        made.family = family or source.family
+        return made
     return Denoiser(
         network,
         source.process,
@@ -314,7 +317,7 @@ def with_network(source: Denoiser, network: nn.Module) -> Denoiser:
         sigma_data=source.sigma_data,
         data_scale=source.data_scale,
         null_class=source.null_class,
-        family=source.family,
+        family=family or source.family,
     ).eval()
 
 

@@ -58,9 +58,9 @@ class HiPA(InstaFlow):
                 f"{self.sample_shape}; use InstaFlow with student=Lora(...)."
             )
 
-    def terms_of(self, made: Tensor, goal: Tensor) -> dict[str, Tensor]:
+    def terms_of(self, made: Tensor, goal: Tensor, cond: Mapping[str, Any]) -> dict[str, Tensor]:
         """The distances, that of the high frequencies among them."""
         return {
-            **super().terms_of(made, goal),
+            **super().terms_of(made, goal, cond),
             "high_frequency": high_frequency_distance(made, goal, self.radius).mean(),
         }

@@ -1,5 +1,6 @@
 """Regression of the teacher's samples from the noise they came from (Luhman and Luhman, arXiv:2101.02388)."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.networks.teacher_features import TeacherFeatures
 
 __all__ = ["InstaFlow", "KnowledgeDistillation"]
 
@@ -27,7 +29,8 @@ class KnowledgeDistillation(TeacherPaths):
         teacher: the pretrained model.
         metric: distance, see ``losses.consistency.distance``.
         huber: constant of pseudo-Huber, None for the default.
-        perceptual: further distance with the weight ``student/perceptual``; None for none.
+        perceptual: further distance with the weight ``student/perceptual``: LPIPS, or that of the teacher's own
+            features; None for none.
         sampler: ``ode`` or ``renoise``.
         **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``.
 
@@ -51,15 +54,13 @@ class KnowledgeDistillation(TeacherPaths):
         *,
         metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber",
         huber: float | None = None,
-        perceptual: PerceptualDistance | None = None,
+        perceptual: PerceptualDistance | TeacherFeatures | None = None,
         sampler: Literal["ode", "renoise"] = "ode",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, sampler=sampler, **kwargs)
         self.metric, self.huber = metric, huber
         self.perceptual = perceptual
-        if perceptual is not None:
-            perceptual.check()
 
     def solver_times(self) -> list[float]:
         """The solver's grid with the student's times in it."""
@@ -87,20 +88,21 @@ class KnowledgeDistillation(TeacherPaths):
         row = torch.arange(n, device=t.device).repeat(steps)
         scale = self.pair_scale(batch, t[:n])
         scale = None if scale is None else scale[row]
-        made = self.student(inputs.flatten(0, 1), t, slice_cond(batch.cond, row), guidance=scale).x0
+        cond = slice_cond(batch.cond, row)
+        made = self.student(inputs.flatten(0, 1), t, cond, guidance=scale).x0
         goal = x0[row]
-        return Terms(self.terms_of(made, goal), {"mse": (made.detach() - goal).square().mean()})
+        return Terms(self.terms_of(made, goal, cond), {"mse": (made.detach() - goal).square().mean()})
 
-    def terms_of(self, made: Tensor, goal: Tensor) -> dict[str, Tensor]:
-        """Loss terms of predictions (N, ...) whose ends are known, by name."""
+    def terms_of(self, made: Tensor, goal: Tensor, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Loss terms of predictions (N, ...) with conditions ``cond`` whose ends are known, by name."""
         terms = {"regression": distance(made, goal, self.metric, self.huber).mean()}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(made, goal).mean()
+            terms["perceptual"] = self.perceived(made, goal, cond).mean()
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update whose pairs are made in training."""
-        return {"student": {"student": 1, "teacher": self.solver_calls}}
+        return {"student": {"student": 1, "teacher": self.solver_calls + self.perceiving_calls}}
 
 
 class InstaFlow(KnowledgeDistillation):

@@ -13,6 +13,7 @@ from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.networks.teacher_features import TeacherFeatures
 from lightning_distill.parameterisations import Capability
 from lightning_distill.processes import FlowMatching
 from lightning_distill.times import TimeDistribution, Uniform
@@ -34,8 +35,8 @@ class Reflow(TeacherPaths):
         metric: distance of velocities, see ``losses.consistency.distance``.
         huber: constant of pseudo-Huber, None for the default.
         time_weight: factor on it: ``one``, or ``data``, 1 - t.
-        perceptual: further distance of the predicted sample from x0, with the weight ``student/perceptual``; None for
-            none.
+        perceptual: further distance of the predicted sample from x0, with the weight ``student/perceptual``: LPIPS, or
+            that of the teacher's own features; None for none.
         perceptual_weight: its factor: ``one``, or ``inverse``, 1 / t.
         sampler: ``ode`` (Euler), ``heun``, or ``start_noise``, which adds the starting noise to every prediction.
         **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``.
@@ -59,7 +60,7 @@ class Reflow(TeacherPaths):
         metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "mse",
         huber: float | None = None,
         time_weight: Literal["one", "data"] = "one",
-        perceptual: PerceptualDistance | None = None,
+        perceptual: PerceptualDistance | TeacherFeatures | None = None,
         perceptual_weight: Literal["one", "inverse"] = "one",
         sampler: Literal["ode", "heun", "start_noise"] = "ode",
         **kwargs: Any,
@@ -75,8 +76,6 @@ class Reflow(TeacherPaths):
         self.time_weight = time_weight
         self.perceptual = perceptual
         self.perceptual_weight = perceptual_weight
-        if perceptual is not None:
-            perceptual.check()
 
     def coupled(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noise and data of the training pairs, (B, ...) each; the teacher's own here."""
@@ -94,7 +93,7 @@ class Reflow(TeacherPaths):
         weight = 1.0 - t if self.time_weight == "data" else torch.ones_like(t)
         terms = Terms({"velocity": (weight.to(error) * error).mean()})
         if self.perceptual is not None:
-            seen = self.perceptual(prediction.x0, x0)
+            seen = self.perceived(prediction.x0, x0, batch.cond)
             factor = 1.0 / t if self.perceptual_weight == "inverse" else torch.ones_like(t)
             terms.losses["perceptual"] = (factor.to(seen) * seen).mean()
         terms.diagnostics["straightness"] = straightness(velocity.detach(), noise, x0).mean()
@@ -102,4 +101,4 @@ class Reflow(TeacherPaths):
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update whose pairs are made in training."""
-        return {"student": {"student": 1, "teacher": self.solver_calls}}
+        return {"student": {"student": 1, "teacher": self.solver_calls + self.perceiving_calls}}

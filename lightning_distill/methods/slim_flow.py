@@ -97,4 +97,4 @@ class SlimFlowDistillation(InstaFlow):
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
-        return {"student": {"student": 2, "teacher": self.solver_calls + 1}}
+        return {"student": {"student": 2, "teacher": self.solver_calls + 1 + self.perceiving_calls}}

@@ -14,6 +14,7 @@ from lightning_distill.methods import DistillationModule, TeacherTraining
 from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.merging import base_state_dict
+from lightning_distill.networks.teacher_features import TeacherFeatures
 from lightning_distill.prediction import Prediction
 
 pytestmark = pytest.mark.filterwarnings(
@@ -196,6 +197,7 @@ def test_the_teacher_runs_without_graph_unless_its_features_are_needed(case, bui
     seen = run(case, module)
     gan = getattr(module, "gan", None)
     needed = getattr(module, "differentiates_scores", False) or (gan is not None and gan.features == "teacher")
+    needed |= isinstance(getattr(module, "perceptual", None), TeacherFeatures)
     assert any(seen.teacher_graphs) == needed
 
 

@@ -55,7 +55,7 @@ def comparison() -> list[str]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for problem in ("fashion", "digits"):
         for row in (_load(f"compare_{problem}") or {"rows": []})["rows"]:
-            groups.setdefault(row["config"], []).append(row)
+            groups.setdefault(row["config"] + _settings(row), []).append(row)
     if not groups:
         return []
     lines = ["", "Mean over seeds (smallest to largest); 5,000 samples, one thread:", ""]
@@ -63,7 +63,7 @@ def comparison() -> list[str]:
         "| configuration | steps | seeds | progress | fd_cnn | recall | class accuracy | CPU s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for config, rows in groups.items():
+    for name, rows in groups.items():
 
         def cell(key: str, digits: int, rows: list[dict[str, Any]] = rows) -> str:
             values = [row[key] for row in rows]
@@ -71,10 +71,17 @@ def comparison() -> list[str]:
 
         cells = [cell("progress", 3), cell("fd", 2), cell("recall", 2), cell("class_accuracy", 3)]
         seconds = sum(row["cpu_seconds"] for row in rows) / len(rows)
-        lines.append(
-            f"| [`{config}`]({config}) | {rows[0]['nfe']} | {len(rows)} | {' | '.join(cells)} | {seconds:.0f} |"
-        )
+        config = rows[0]["config"]
+        what = f"[`{config}`]({config}){name.removeprefix(config)}"
+        lines.append(f"| {what} | {rows[0]['nfe']} | {len(rows)} | {' | '.join(cells)} | {seconds:.0f} |")
     return lines
+
+
+def _settings(row: dict[str, Any]) -> str:
+    """What a row changed in its configuration, and the stages before it."""
+    words = [f"{key} {value}" for key, value in row.get("settings", {}).items()]
+    words += [f"after [`{config}`]({config})" for config in row.get("after", ())]
+    return f", {', '.join(words)}" if words else ""
 
 
 def evidence(name: str, description: str) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -33,11 +34,13 @@ FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.yaml"))
 COMPLETE = [f for f in FILES if f.split("/")[0] in ("quickstart.yaml", "method", "teacher", "recipe")]
 #: words that fit a recipe to its tiny model
 FITTING: list[str] = []
+#: small stores by the command that makes them
+STORES: dict[str, Path] = {}
 TINY = ["--trainer.fast_dev_run=true", "--data.init_args.batch_size=4"]
 
 
 @pytest.fixture(autouse=True)
-def files(tmp_path, monkeypatch, request):
+def files(tmp_path, tmp_path_factory, monkeypatch, request):
     """Tiny stand-ins for the data and the runs that configurations name, in the current folder."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
@@ -63,11 +66,29 @@ def files(tmp_path, monkeypatch, request):
     FITTING.clear()
     if name and name.startswith("recipe/"):
         FITTING.extend(stand_in(load(name)))
+    if name and "# Trajectories:" in config_path(name).read_text():
+        link_store(config_path(name).read_text(), tmp_path_factory)
     if name and "class_path: RunDenoiser" in config_path(name).read_text():
         path = load(name)["model"]["init_args"]["teacher"]["init_args"]["path"]
-        teacher = ["-c", str(config_path(f"teacher/{Path(path).name}.yaml")), "--data.init_args.batch_size=4"]
+        folder = next(f for f in ("teacher", "method") if f"{f}/{Path(path).name}.yaml" in FILES)
+        before = config_path(f"{folder}/{Path(path).name}.yaml")
+        if "# Trajectories:" in before.read_text():
+            link_store(before.read_text(), tmp_path_factory)
+        teacher = ["-c", str(before), "--data.init_args.batch_size=4"]
         trainer_cli(["fit", *teacher, "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"])
         assert Path(path).is_dir(), "the teacher is the run of the configuration of that name"
+
+
+def link_store(text, folders):
+    """A few records by the command that a configuration's comment names, made once."""
+    command = re.search(r"# Trajectories: lightning-distill ((?:.*\\\n#)*.*)", text).group(1).replace("\\\n#", " ")
+    if command not in STORES:
+        STORES[command] = folders.mktemp("store") / "store"
+        assert main([*command.split(), "--num=16", f"--out={STORES[command]}"]) == 0
+    words = command.split()
+    folder = Path(words[words.index("--out") + 1])
+    folder.parent.mkdir()
+    folder.symlink_to(STORES[command])
 
 
 def texts_and_latents():

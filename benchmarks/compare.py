@@ -27,14 +27,14 @@ import json, sys, time, torch
 torch.set_num_threads(1)
 from lightning_distill.cli import trainer_cli
 from lightning_distill.commands.quickstart import evaluate_student, figures_of
-stages, zoo, samples, out = json.loads(sys.argv[1])
+stages, zoo, samples, many, out = json.loads(sys.argv[1])
 seconds, teacher = 0.0, []
 for words in stages:
     start = time.process_time()
     cli = trainer_cli([*words, *teacher])
     seconds += time.process_time() - start
     teacher = [f"--model.init_args.teacher.init_args.path={cli.trainer.log_dir}"]
-row, teachers = evaluate_student(cli.model.eval(), samples, bf16=zoo == "fashion")
+row, teachers = evaluate_student(cli.model.eval(), samples, bf16=zoo == "fashion", many=many)
 figures = figures_of(row)
 figures |= {f"fd_teacher_{t.nfe}": t.metrics["fd_cnn"] for t in teachers}
 figures["parameters"] = sum(p.numel() for p in cli.model.student.parameters())
@@ -73,7 +73,7 @@ def run(entry: str, seed: int, args: argparse.Namespace, environment: dict[str, 
             stages.append(words)
         stages[-1].append("--trainer.enable_checkpointing=false")
         stages[-1] += [f"--model.init_args.{key}={value}" for key, value in row.get("settings", {}).items()]
-        job = json.dumps([stages, args.problem, args.samples, out])
+        job = json.dumps([stages, args.problem, args.samples, args.many, out])
         done = subprocess.run(
             [sys.executable, "-c", _RUN, job], env=environment, capture_output=True, text=True, check=False
         )
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--many", type=int, default=50, help="steps of the teacher at its best")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--store", help="folder of the teacher's trajectories, for configurations that read them")
     parser.add_argument("--data", help="folder of the data set, for configurations that use data")

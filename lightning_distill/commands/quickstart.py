@@ -37,7 +37,7 @@ EVALUATION_SEED = 20_000
 
 
 def evaluate_student(
-    module: DistillationModule, n: int, bf16: bool = True
+    module: DistillationModule, n: int, bf16: bool = True, many: int = 50
 ) -> tuple[EvaluationRow, list[EvaluationRow]]:
     """Figures of a student of a shipped teacher, and the teacher's own from its card.
 
@@ -45,12 +45,13 @@ def evaluate_student(
         module: trained module, in evaluation mode.
         n: samples; 5,000 for a figure that is reported.
         bf16: sample under bfloat16 autocast.
+        many: steps of the teacher at its best.
     """
     extractors = [ZooClassifier(module.require_teacher().zoo_name or "")]
     evaluator = Evaluator(extractors, {e.name: load_reference(e.data) for e in extractors}, half="held_out")
     runner = EvaluationRunner(evaluator, n, EVALUATION_SEED, bf16=bf16)
     nfe = len(module.student_times)
-    teacher = runner.teacher_rows(module, [nfe, 50], TeacherCache())
+    teacher = runner.teacher_rows(module, [nfe, many], TeacherCache())
     row = runner.student_row(module, nfe, "ema" if module.student_ema else "student", teacher, stage="test")
     return row, teacher
 

@@ -268,6 +268,44 @@ def emoji() -> str:
     return "\n".join(lines)
 
 
+def super_resolution() -> str:
+    """Picture and table of docs/super_resolution.md."""
+    result = _load("super_resolution")
+    if result is None:
+        return "(run `python benchmarks/super_resolution.py --data ROOT` to fill this table)"
+    rows, training, seen = result["rows"], result["training"], set[str]()
+    distances, factor = list(result["reference"]), result["factor"]
+    columns = {"psnr": ("PSNR", 2), "consistency": ("PSNR to the input", 2)} | {name: (name, 2) for name in distances}
+    if any(row["lpips"] is not None for row in rows):
+        columns["lpips"] = ("LPIPS", 3)
+    lines = [
+        "![input, teacher, students and truth, a test picture of each class](images/super_resolution.png)",
+        "",
+        f"| restored by | network calls | realism | {' | '.join(title for title, _ in columns.values())} | CPU s |",
+        f"|---|---|---|{'---|' * len(columns)}---|",
+    ]
+    for row in rows:
+        who = {"real": "(the true pictures)", "bicubic": "bicubic enlargement"}.get(row["who"], row["who"])
+        config, seconds = row.get("config"), ""
+        if config and config not in seen:
+            seen.add(config)
+            spent = training[config]["cpu_seconds"]
+            who = f"[{who}](../configs/{config})"
+            seconds = "" if spent is None else f"{spent:.0f}"
+        cells = [who, str(row["nfe"] or ""), "" if row["realism"] is None else f"{row['realism']:g}"]
+        cells += ["" if row[key] is None else f"{row[key]:.{digits}f}" for key, (_, digits) in columns.items()]
+        lines.append(f"| {' | '.join([*cells, seconds])} |")
+    size, real = 32 // factor, next(iter(result["reference"].values()))
+    lines += [
+        "",
+        f"{result['samples']:,} test pictures of Fashion-MNIST, {size}x{size} to 32x32, which no network has seen; one seed.",
+        "PSNR in dB (mean over pictures, range 2) to the true picture, and of the degraded result to the input. Frechet",
+        f"distances to the {real:,} training pictures in the features of two classifiers. CPU seconds of training on one",
+        f"thread ({result['meta']['machine']['cpu']}), a student's without those of its teacher; CTMSR has none.",
+    ]
+    return "\n".join(lines)
+
+
 def fastgen() -> str:
     """Cost of a cycle of DMD2 here and in FastGen, for docs/fastgen.md."""
     result = _load("throughput_fastgen")
@@ -311,6 +349,7 @@ def main() -> None:
     pages = {
         ROOT / "README.md": {"quickstart": quickstart, "methods": methods, "strategies": strategies, "cost": cost},
         ROOT / "docs" / "text_to_emoji.md": {"emoji": emoji},
+        ROOT / "docs" / "super_resolution.md": {"super_resolution": super_resolution},
         ROOT / "docs" / "fastgen.md": {"fastgen": fastgen},
     }
     written = {ROOT / "docs" / "support_matrix.md": support()}

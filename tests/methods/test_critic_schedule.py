@@ -228,6 +228,7 @@ def test_resumed_runs_go_on_with_the_same_numbers(ring4_problem, tmp_path, stop)
 
 
 # ------------------------------------------------------------------------------------------------ learning
+@pytest.mark.slow
 @pytest.mark.learn
 def test_a_slow_critic_gets_more_updates_than_a_fast_one(ring4_problem, trained_teacher):
     means, lags = [], []

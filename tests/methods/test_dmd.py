@@ -115,8 +115,9 @@ def test_settings_that_cannot_work_are_refused(pairs, tmp_path):
         DMD(mlp(), regression_pairs=pairs, regression_distance=distance)
 
 
-@pytest.mark.learn
-def test_it_learns_four_modes_and_the_teachers_map(ring4_problem, trained_teacher, tmp_path):
+@pytest.fixture
+def map_of_the_teacher(ring4_problem, trained_teacher, tmp_path):
+    """Trains a student whose pairs are the exact map, and says how far from it the student is."""
     noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(4))
     clean = ring4().flow_map(10.0 * noise, 10.0, 0.0, ring4_problem.process, num_steps=64)
     save_file({"noise": noise, "x0": clean}, tmp_path / "pairs.safetensors")
@@ -135,5 +136,17 @@ def test_it_learns_four_modes_and_the_teachers_map(ring4_problem, trained_teache
         assert all(0.18 < share < 0.32 for share in run.shares), run.shares
         return float((run.module.sample(1000, noise=noise) - clean).square().mean().sqrt())
 
-    tied, free = deviation(1.0), deviation(0.0)
-    assert tied < 0.5 * free
+    return deviation
+
+
+@pytest.mark.learn
+def test_it_learns_four_modes_and_the_teachers_map(map_of_the_teacher):
+    found = map_of_the_teacher(1.0)
+    print(found)
+    assert found < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.learn
+def test_without_regression_it_learns_another_map(map_of_the_teacher):
+    assert map_of_the_teacher(1.0) < 0.5 * map_of_the_teacher(0.0)

@@ -379,7 +379,10 @@ def test_a_one_step_student_beats_two_teacher_steps(ring4_problem, trained_teach
 
 
 @pytest.mark.learn
-@pytest.mark.parametrize(("control", "updates", "limit"), [(SignFlipped, 120, 1.0), (WithoutCritic, 150, 0.7)])
+@pytest.mark.parametrize(
+    ("control", "updates", "limit"),
+    [(SignFlipped, 120, 1.0), pytest.param(WithoutCritic, 150, 0.7, marks=pytest.mark.slow)],
+)
 def test_controls_do_not_learn_it(control, updates, limit, ring4_problem, trained_teacher):
     assert distil(ring4_problem, trained_teacher.denoiser, updates, method=control).distance > limit
 

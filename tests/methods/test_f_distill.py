@@ -227,6 +227,7 @@ def test_it_learns_four_modes(ring4_problem, trained_teacher):
     assert bool(((means > 0.3) & (means < 3.0)).all())  # ratios of matched distributions are about 1
 
 
+@pytest.mark.slow
 @pytest.mark.learn
 def test_the_other_direction_does_not(ring4_problem, trained_teacher):
     gan = Adversary(taps=("blocks.2",))

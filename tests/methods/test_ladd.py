@@ -176,6 +176,7 @@ def test_the_distance_to_the_teacher_helps_the_game(ring4_problem, trained_teach
     assert play(ring4_problem, trained_teacher.denoiser, 40, ADD, loss_weights=alone)[0] > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.learn
 def test_the_other_direction_does_not(ring4_problem, trained_teacher):
     assert play(ring4_problem, trained_teacher.denoiser, 60, SignFlipped)[0] > 0.7

@@ -575,6 +575,7 @@ def test_learned_times_are_better_than_even_ones_wherever_learning_starts(ring_p
     assert max(found) < 0.97 * even
 
 
+@pytest.mark.slow
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 def test_reflow_on_shuffled_pairs_is_no_straighter(ring_problem, ring_pairs):

@@ -166,6 +166,7 @@ def test_two_steps_learn_four_modes(method, ring4_problem, trained_teacher):
     assert all(0.15 < share < 0.35 for share in run.shares), run.shares
 
 
+@pytest.mark.slow
 @pytest.mark.learn
 def test_the_other_direction_does_not(ring4_problem, trained_teacher):
     run = distil(ring4_problem, trained_teacher.denoiser, 100, method=SignFlipped, student_times=[10.0, 1.0])

@@ -120,6 +120,7 @@ def test_it_learns_four_modes(ring4_problem, trained_teacher):
     assert all(0.18 < share < 0.32 for share in run.shares), run.shares
 
 
+@pytest.mark.slow
 @pytest.mark.learn
 def test_the_other_direction_does_not(ring4_problem, trained_teacher):
     gan = Adversary(taps=("blocks.2",))

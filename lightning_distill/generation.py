@@ -104,6 +104,8 @@ def bound(
         t = t.to(x.device).expand(len(x)) if t.ndim == 0 else t
         return guided(denoiser, x, t, cond, guidance_scale)
 
+    if sampler == "adams" and denoiser.coefficients is not None:
+        denoise.coefficients = denoiser.coefficients()  # type: ignore[attr-defined]
     return denoise
 
 

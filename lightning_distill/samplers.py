@@ -24,6 +24,9 @@ from lightning_distill.times import validate_times
 
 __all__ = [
     "SAMPLERS",
+    "adams",
+    "adams_coefficients",
+    "adams_direction",
     "check_capability",
     "dpmpp_2m",
     "flow_map",
@@ -268,6 +271,58 @@ def dpmpp_2m(
     return denoise(x, _time(times[-1], x)).x0
 
 
+def adams_coefficients(times: Sequence[float] | Tensor) -> Tensor:
+    """Two-step Adams-Bashforth with variable steps: f_i = 1, d_i = h_i / (2 h_{i-1}), d_0 = 0.
+
+    Args:
+        times: flow-matching times with the final 0, (N + 1,).
+
+    Returns:
+        f and d, (2, N), float64.
+    """
+    steps = torch.as_tensor(times, dtype=torch.float64).diff()
+    differences = torch.cat([steps.new_zeros(1), 0.5 * steps[1:] / steps[:-1]])
+    return torch.stack([torch.ones_like(differences), differences])
+
+
+def adams_direction(v: Tensor, previous: Tensor, factor: Tensor, difference: Tensor) -> Tensor:
+    """The direction f v + d (v - v_previous) of velocities (B, ...), with coefficients ()."""
+    return factor.to(v) * v + difference.to(v) * (v - previous)
+
+
+def adams(
+    denoise: Denoise, x: Tensor, times: Sequence[float], process: NoiseProcess, *, noise: Noise | None = None
+) -> Tensor:
+    """Two-step Adams-Bashforth in flow-matching coordinates: second order with one evaluation a step.
+
+        x'_{i+1} = x'_i + h_i [ f_i v_i + d_i (v_i - v_{i-1}) ]
+
+    Coefficients are those of ``adams_coefficients``, or ``denoise.coefficients``, (2, N), where they were learned.
+    ``noise`` is unused.
+
+    Raises:
+        ValueError: bad times, or another number of them than of learned coefficients.
+    """
+    validate_times(times, process)
+    check_capability(denoise, "adams", times, process)
+    native = torch.tensor([*times, 0.0], dtype=torch.float64, device=x.device)
+    flow, scale = change_process(native, process, FlowMatching())
+    learned: Tensor | None = getattr(denoise, "coefficients", None)
+    coefficients = adams_coefficients(flow) if learned is None else learned.to(x.device)
+    if coefficients.shape[1] != len(times):
+        raise ValueError(
+            f"the solver's coefficients were learned for {coefficients.shape[1]} steps, and there are {len(times)} "
+            "times; sample at the times they were learned with."
+        )
+    previous: Tensor | None = None
+    for i, (factor, difference) in enumerate(coefficients.unbind(1)):
+        v = denoise(x, native[i]).flow_prediction
+        direction = adams_direction(v, v if previous is None else previous, factor, difference)
+        x = (scale[i] / scale[i + 1]).to(x) * x + ((flow[i + 1] - flow[i]) / scale[i + 1]).to(x) * direction
+        previous = v
+    return x
+
+
 def flow_map(
     denoise: TwoTimeDenoise,
     x: Tensor,
@@ -344,6 +399,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ode": ode,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "adams": adams,
     "start_noise": start_noise,
     "flow_map": flow_map,
     "gamma": gamma,

@@ -13,7 +13,18 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.small import small_unet
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving, change_process
-from lightning_distill.samplers import SAMPLERS, dpmpp_2m, flow_map, heun, ode, renoise, simulate, transport
+from lightning_distill.samplers import (
+    SAMPLERS,
+    adams,
+    adams_coefficients,
+    dpmpp_2m,
+    flow_map,
+    heun,
+    ode,
+    renoise,
+    simulate,
+    transport,
+)
 from lightning_distill.times import few_step_times
 
 F64 = torch.float64
@@ -51,7 +62,7 @@ def error(sampler, process, times, x):
 
 
 @by_process
-@pytest.mark.parametrize(("sampler", "order"), [(ode, 1), (heun, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(ode, 1), (heun, 2), (adams, 2)])
 def test_order_of_convergence(sampler, order, process):
     x = process.prior(torch.randn(8, 2, dtype=F64))
     errors = [error(sampler, process, uniform_flow_grid(process, n), x) for n in (32, 64, 128)]
@@ -98,7 +109,40 @@ def test_dpmpp_2m_is_the_published_update():
     torch.testing.assert_close(dpmpp_2m(denoise, x, times, process), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [ode, heun])
+def test_adams_is_exact_for_a_velocity_linear_in_time():
+    """v = a + b t: every step but the first, which is Euler's, integrates it exactly, however uneven the grid."""
+    flow, (a, b) = FlowMatching(), torch.randn(2, 5, 2, dtype=F64)
+    times = [1.0, 0.75, 0.3, 0.1]
+
+    def line(x, t):
+        return Prediction((a + b * t).expand_as(x), x, t.expand(len(x)), flow, "flow_prediction")
+
+    x = torch.randn(5, 2, dtype=F64)
+    first = (times[1] - times[0]) * (a + b * times[0])
+    rest = -a * times[1] - 0.5 * b * times[1] ** 2
+    torch.testing.assert_close(adams(line, x, times, flow), x + first + rest, rtol=0, atol=1e-12)
+
+
+@by_process
+def test_adams_without_differences_is_ode_and_coefficients_are_counted(process):
+    x, times = process.prior(torch.randn(6, 2, dtype=F64)), uniform_flow_grid(process, 4)
+    denoise = gaussian(process)
+
+    def euler(*at):
+        return denoise(*at)
+
+    euler.coefficients = torch.stack([torch.ones(4, dtype=F64), torch.zeros(4, dtype=F64)])
+    torch.testing.assert_close(adams(euler, x, times, process), ode(denoise, x, times, process), rtol=0, atol=1e-9)
+    euler.coefficients = euler.coefficients[:, :3]
+    with pytest.raises(ValueError, match="learned for 3 steps, and there are 4"):
+        adams(euler, x, times, process)
+    flow = change_process(torch.tensor([*times, 0.0], dtype=F64), process, FlowMatching())[0]
+    steps = flow.diff().tolist()
+    expected = [0.0, *(0.5 * h / before for before, h in pairwise(steps))]
+    assert adams_coefficients(flow)[1].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sampler", [ode, heun, adams])
 def test_ode_samplers_do_not_depend_on_the_process(sampler):
     """On the same noise levels the probability-flow ODE is one and the same."""
     flow, start = FlowMatching(), 0.9
@@ -111,7 +155,7 @@ def test_ode_samplers_do_not_depend_on_the_process(sampler):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["renoise", "ode", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["renoise", "ode", "heun", "dpmpp_2m", "adams"])
 @pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving(zero_terminal_snr=True), TrigFlow()])
 def test_samplers_are_finite_from_pure_noise(name, process):
     x = torch.randn(16, 2)
@@ -255,7 +299,7 @@ def test_samplers_share_one_signature():
         assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[4:])
 
 
-@pytest.mark.parametrize(("name", "calls"), [("renoise", 4), ("ode", 4), ("heun", 7), ("dpmpp_2m", 4)])
+@pytest.mark.parametrize(("name", "calls"), [("renoise", 4), ("ode", 4), ("heun", 7), ("dpmpp_2m", 4), ("adams", 4)])
 def test_number_of_network_evaluations(name, calls):
     process, seen = FlowMatching(), []
     teacher = gaussian(process)

@@ -34,7 +34,7 @@ class Straightening(TeacherPaths):
     """
 
     learns_from = "teacher alone; or its stored trajectories"
-    samplers = ("ode",)
+    samplers: ClassVar[tuple[str, ...]] = ("ode",)
     capability: ClassVar[Capability | None] = None
 
     def __init__(

@@ -1,8 +1,8 @@
-"""The teacher itself with the best few times: what every distillation has to beat."""
+"""The teacher itself with the best few steps: what every distillation has to beat."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,36 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Role, with_network
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import FlowMatching, VariancePreserving, change_process
+from lightning_distill.samplers import adams_coefficients, adams_direction
 
 __all__ = ["LearnedSolver", "StepSizes"]
 
 
+Coefficients = Literal["none", "differences", "all"]
+
+
 class StepSizes(nn.Module):
-    """Falling times from a start to 0 whose differences are positive and free otherwise.
+    """Falling times from a start to 0 whose differences are positive and free otherwise, and coefficients of the steps.
 
         t_i = start (1 - p_1 - .. - p_i),     p = softmax(logits)
 
     Args:
         count: number of steps, >= 1.
         start: first time.
+        learned: coefficients of ``samplers.adams`` that are trained beside the times: ``none`` (they are those of
+            Euler), ``differences`` (d_i) or ``all`` (f_i and d_i).
     """
 
-    def __init__(self, count: int, start: float) -> None:
+    def __init__(self, count: int, start: float, learned: Coefficients = "none") -> None:
         super().__init__()
         self.start = start
         self.logits = nn.Parameter(torch.zeros(count))
+        self.factors = nn.Parameter(torch.ones(count), requires_grad=learned == "all")
+        self.differences = nn.Parameter(torch.zeros(count), requires_grad=learned != "none")
+
+    def coefficients(self) -> Tensor:
+        """Factors f and d of every step, (2, count), float64."""
+        return torch.stack([self.factors, self.differences]).double()
 
     def forward(self) -> Tensor:
         """Times, (count + 1,), float64; the first is ``start``, the last 0."""
@@ -44,22 +56,29 @@ class StepSizes(nn.Module):
     @torch.no_grad()
     def place(self, times: Sequence[float]) -> None:
         """Set the times, without the final 0."""
-        steps = -torch.tensor([*times, 0.0], dtype=torch.float64).diff()
+        grid = torch.tensor([*times, 0.0], dtype=torch.float64)
+        steps = -grid.diff()
         self.logits.copy_((steps / steps.sum()).log())
+        if self.differences.requires_grad:
+            self.differences.copy_(adams_coefficients(grid)[1])
 
 
 class LearnedSolver(BOSS):
-    """The times of the teacher's own few Euler (DDIM) steps, learned through them; no weight changes.
+    """The times and coefficients of the teacher's own few steps, learned through them; no weight changes.
 
-        min over t_1 > .. > t_K-1 of  d( Euler(eps; t_0, .., t_K-1), ODE_T(eps) )
+        min over t_1 > .. > t_K-1, f, d of  D( Solver(eps; t, f, d), ODE_T(eps) ),
+        Solver: x'_{i+1} = x'_i + (t_i+1 - t_i) [ f_i v_i + d_i (v_i - v_i-1) ]      (``samplers.adams``)
 
     They start at Bellman's knots (``BOSS``), which add up the errors of single jumps, and then follow the gradient of
-    the error that counts, that of the end point. The result is a list of times for a stock scheduler: export as usual.
+    the error that counts, that of the end point. Without coefficients the steps are Euler's (DDIM) and the result is a
+    list of times for a stock scheduler: export as usual. With them the same calls come much closer.
 
     Args:
         teacher: the pretrained model.
         solver_steps: intervals of the accurate solver.
         solver: of the accurate trajectories.
+        coefficients: what is learned beside the times: ``none``, ``differences`` (d_i, from Adams-Bashforth's on), or
+            ``all`` (f_i as well).
         student: not taken, as ``ema``: the network is the teacher's.
         ema: see ``student``.
         metric: distance of end points, see ``losses.consistency.distance``.
@@ -68,12 +87,15 @@ class LearnedSolver(BOSS):
     Notes:
         In variance-preserving processes the learned times are rounded to the scheduler's timesteps when they are used.
         Stored pairs say nothing of the way between, so that learning then starts at the uniform grid.
+        Factors f_i and step sizes are what learnable sampler distillation (LSD) learns of a discrete model's sampler; the
+        differences d_i are what makes continuous solvers second order.
     """
 
     phases: ClassVar[dict[str, tuple[str, ...]]] = {"student": ("schedule",)}
     paper = ""
     learns_from = "teacher alone; or its stored pairs"
     default_lr = 1e-2
+    samplers: ClassVar[tuple[str, ...]] = ("ode", "adams")
 
     def __init__(
         self,
@@ -81,13 +103,24 @@ class LearnedSolver(BOSS):
         *,
         solver_steps: int = 50,
         solver: Literal["euler", "heun"] = "heun",
+        coefficients: Coefficients = "none",
         student: Role | None = None,
         ema: list[EMAProfile] | None = None,
         **kwargs: Any,
     ) -> None:
         if student is not None or ema:
             raise ValueError("LearnedSolver leaves the teacher's weights as they are; leave out student and ema.")
-        super().__init__(teacher, solver_steps=solver_steps, solver=solver, ema=[], **kwargs)
+        if coefficients not in get_args(Coefficients):
+            raise ValueError(f"coefficients={coefficients!r}: choose none, differences or all.")
+        super().__init__(
+            teacher,
+            solver_steps=solver_steps,
+            solver=solver,
+            ema=[],
+            sampler="ode" if coefficients == "none" else "adams",
+            **kwargs,
+        )
+        self.coefficients: Coefficients = coefficients
         self.schedule: StepSizes | None = None
 
     def setup(self, stage: str) -> None:
@@ -109,9 +142,11 @@ class LearnedSolver(BOSS):
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
         self._flow_max = float(change_process(end, self.process, FlowMatching())[0])
         start = BOSS.student_times.fget(self)  # type: ignore[attr-defined]
-        schedule = StepSizes(len(start), self._flow_time(start[:1])[0])
+        schedule = StepSizes(len(start), self._flow_time(start[:1])[0], self.coefficients)
         schedule.place(self._flow_time(start))
         self.schedule = schedule
+        if self.coefficients != "none":
+            self.student.coefficients = schedule.coefficients
 
     def _flow_time(self, times: Sequence[float]) -> list[float]:
         native = torch.tensor(list(times), dtype=torch.float64)
@@ -139,11 +174,12 @@ class LearnedSolver(BOSS):
         assert self.schedule is not None
         noise, x0 = self.pairs(batch)
         times, u = self.schedule(), self.draws.uniform("guidance", batch.size)
-        x = times[0].detach().to(noise) * noise
-        for t, r in pairwise(times):
+        x, previous = times[0].detach().to(noise) * noise, None
+        for (t, r), (factor, difference) in zip(pairwise(times), self.schedule.coefficients().unbind(1)):
             seen, native = self.native(x, t.expand(batch.size))
-            velocity = self.guidance(self.student, seen, native, batch.cond, u).flow_prediction
-            x = x + (r - t).to(x) * velocity
+            v = self.guidance(self.student, seen, native, batch.cond, u).flow_prediction
+            x = x + (r - t).to(x) * adams_direction(v, v if previous is None else previous, factor, difference)
+            previous = v
         loss = distance(x, x0, self.metric, self.huber).mean()
         return Terms({"end": loss}, {"mse": (x.detach() - x0).square().mean()})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -62,6 +62,8 @@ class Denoiser(nn.Module):
 
     #: whether the network alone gives the predictions, so that stock pipelines can
     stands_alone: ClassVar[bool] = True
+    #: coefficients of a solver that was learned for this network, see ``samplers.adams``
+    coefficients: Callable[[], Tensor] | None = None
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from conftest import fit
 from small_problems import Exact, Given, mlp, ready
 
 from lightning_distill.batch import Batch
+from lightning_distill.commands.export import export_module
 from lightning_distill.ema import PowerEMA
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance, RandomGuidance, guided
@@ -38,7 +39,7 @@ from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
-from lightning_distill.samplers import ode
+from lightning_distill.samplers import adams_coefficients, ode
 from lightning_distill.schedules import WarmupDecay
 from lightning_distill.strategies import RoleFSDP2
 from lightning_distill.times import Uniform
@@ -282,6 +283,36 @@ def test_the_gradient_is_that_of_the_end_point_in_the_times():
                 logits[i] -= step
         assert logits.grad[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=0.05, abs=1e-5)
     assert all(p.grad is None for p in module.teacher.parameters())
+
+
+@pytest.mark.parametrize("coefficients", ["differences", "all"])
+@pytest.mark.parametrize("process", [FlowMatching(), EDM()], ids=["flow", "edm"])
+def test_learned_coefficients_are_those_the_sampler_uses(coefficients, process):
+    module, batch = solver(process, coefficients=coefficients), Batch(size=256)
+    assert module.sampler == "adams"
+    module.student_loss(batch)
+    schedule = module.schedule
+    assert schedule.differences.tolist() == pytest.approx(adams_coefficients(schedule())[1].tolist(), abs=1e-6)
+    with torch.no_grad():
+        schedule.factors.mul_(torch.tensor([0.9, 1.1, 1.05]))
+        schedule.differences.add_(torch.tensor([0.0, 0.1, -0.2]))
+    loss = module.student_loss(batch).losses["end"]
+    noise, x0 = module.pairs(batch)
+    assert loss.item() == pytest.approx((module.sample(256, noise=noise) - x0).square().mean().item(), rel=1e-4)
+    loss.backward()
+    assert schedule.differences.grad[1:].abs().min() > 0
+    assert schedule.differences.grad[0] == 0  # there is no earlier velocity
+    assert (schedule.factors.grad is None) == (coefficients == "differences")
+    again = solver(process, coefficients=coefficients)
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again.sample(16, noise=noise[:16]), module.sample(16, noise=noise[:16]))
+
+
+def test_coefficients_have_a_name_and_no_stock_scheduler(tmp_path):
+    with pytest.raises(ValueError, match="choose none, differences or all"):
+        solver(coefficients="some")
+    with pytest.raises(ValueError, match="adams"):
+        export_module(solver(coefficients="all"), tmp_path / "exported")
 
 
 @pytest.mark.parametrize("process", [VariancePreserving(), EDM()], ids=["vp", "edm"])
@@ -573,6 +604,19 @@ def test_learned_times_are_better_than_even_ones_wherever_learning_starts(ring_p
         assert module.student_times == pytest.approx([1.0, 0.579, 0.303], abs=0.01)
     print(f"learned_solver: {found} in 3, evenly {even:.3f}")
     assert max(found) < 0.97 * even
+
+
+@pytest.mark.learn
+@pytest.mark.filterwarnings("ignore:.*eval mode")
+def test_learned_coefficients_are_better_than_any_times(ring_problem, ring_pairs):
+    teacher, noise, ends = ring_problem
+    grid = [1.0, 0.579, 0.303]
+    settings = {"student": None, "ema": [], "lr": 5e-2, "updates": 200, "student_times": grid, "coefficients": "all"}
+    module = learned(teacher, ring_pairs, LearnedSolver, **settings)
+    found = rmse(module.sample(len(noise), noise=noise), ends)
+    best, adams = (rmse(generate(teacher, noise, {}, grid, sampler), ends) for sampler in ("ode", "adams"))
+    print(f"learned_solver: {found:.3f} with coefficients, {best:.3f} without, Adams-Bashforth {adams:.3f}")
+    assert found < 0.7 * min(best, adams)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def bound(
         return guided(denoiser, x, t, cond, guidance_scale)
 
     if sampler == "adams" and denoiser.coefficients is not None:
-        denoise.coefficients = denoiser.coefficients()  # type: ignore[attr-defined]
+        denoise.coefficients = denoiser.coefficients  # type: ignore[attr-defined]
     return denoise
 
 

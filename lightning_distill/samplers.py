@@ -297,23 +297,16 @@ def adams(
 
         x'_{i+1} = x'_i + h_i [ f_i v_i + d_i (v_i - v_{i-1}) ]
 
-    Coefficients are those of ``adams_coefficients``, or ``denoise.coefficients``, (2, N), where they were learned.
-    ``noise`` is unused.
-
-    Raises:
-        ValueError: bad times, or another number of them than of learned coefficients.
+    Coefficients are those of ``adams_coefficients``, or ``denoise.coefficients(flow_times)``, (2, N), where some were
+    learned for these times. ``noise`` is unused.
     """
     validate_times(times, process)
     check_capability(denoise, "adams", times, process)
     native = torch.tensor([*times, 0.0], dtype=torch.float64, device=x.device)
     flow, scale = change_process(native, process, FlowMatching())
-    learned: Tensor | None = getattr(denoise, "coefficients", None)
-    coefficients = adams_coefficients(flow) if learned is None else learned.to(x.device)
-    if coefficients.shape[1] != len(times):
-        raise ValueError(
-            f"the solver's coefficients were learned for {coefficients.shape[1]} steps, and there are {len(times)} "
-            "times; sample at the times they were learned with."
-        )
+    learned = getattr(denoise, "coefficients", None)
+    found = None if learned is None else learned(flow)
+    coefficients = adams_coefficients(flow) if found is None else found
     previous: Tensor | None = None
     for i, (factor, difference) in enumerate(coefficients.unbind(1)):
         v = denoise(x, native[i]).flow_prediction

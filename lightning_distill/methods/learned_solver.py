@@ -21,6 +21,8 @@ from lightning_distill.samplers import adams_coefficients, adams_direction
 __all__ = ["LearnedSolver", "StepSizes"]
 
 
+#: largest change of a flow-matching time when it becomes an index of a scheduler with 1,000 of them
+_ROUNDED = 5e-3
 Coefficients = Literal["none", "differences", "all"]
 
 
@@ -46,6 +48,12 @@ class StepSizes(nn.Module):
     def coefficients(self) -> Tensor:
         """Factors f and d of every step, (2, count), float64."""
         return torch.stack([self.factors, self.differences]).double()
+
+    def coefficients_at(self, times: Tensor) -> Tensor | None:
+        """The coefficients, if they belong to these flow-matching times (N + 1,); schedulers round theirs a little."""
+        own = self().to(times)
+        fits = own.shape == times.shape and bool((own - times).abs().max() < _ROUNDED)
+        return self.coefficients().to(times.device) if fits else None
 
     def forward(self) -> Tensor:
         """Times, (count + 1,), float64; the first is ``start``, the last 0."""
@@ -87,8 +95,8 @@ class LearnedSolver(BOSS):
     Notes:
         In variance-preserving processes the learned times are rounded to the scheduler's timesteps when they are used.
         Stored pairs say nothing of the way between, so that learning then starts at the uniform grid.
-        Factors f_i and step sizes are what learnable sampler distillation (LSD) learns of a discrete model's sampler; the
-        differences d_i are what makes continuous solvers second order.
+        Factors f_i and step sizes are what learnable sampler distillation (LSD) learns of a discrete model's sampler;
+        the differences d_i are what makes continuous solvers second order.
     """
 
     phases: ClassVar[dict[str, tuple[str, ...]]] = {"student": ("schedule",)}
@@ -146,7 +154,7 @@ class LearnedSolver(BOSS):
         schedule.place(self._flow_time(start))
         self.schedule = schedule
         if self.coefficients != "none":
-            self.student.coefficients = schedule.coefficients
+            self.student.coefficients = schedule.coefficients_at
 
     def _flow_time(self, times: Sequence[float]) -> list[float]:
         native = torch.tensor(list(times), dtype=torch.float64)

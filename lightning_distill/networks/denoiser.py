@@ -62,8 +62,8 @@ class Denoiser(nn.Module):
 
     #: whether the network alone gives the predictions, so that stock pipelines can
     stands_alone: ClassVar[bool] = True
-    #: coefficients of a solver that was learned for this network, see ``samplers.adams``
-    coefficients: Callable[[], Tensor] | None = None
+    #: coefficients of a solver that was learned for this network, by times, see ``samplers.adams``
+    coefficients: Callable[[Tensor], Tensor | None] | None = None
 
     def __init__(
         self,

@@ -303,6 +303,10 @@ def test_learned_coefficients_are_those_the_sampler_uses(coefficients, process):
     assert schedule.differences.grad[1:].abs().min() > 0
     assert schedule.differences.grad[0] == 0  # there is no earlier velocity
     assert (schedule.factors.grad is None) == (coefficients == "differences")
+    flow = schedule()
+    assert torch.equal(schedule.coefficients_at(flow + 1e-3), schedule.coefficients())
+    assert schedule.coefficients_at(flow + 1e-2) is None
+    assert schedule.coefficients_at(flow[1:]) is None
     again = solver(process, coefficients=coefficients)
     again.load_state_dict(module.state_dict())
     torch.testing.assert_close(again.sample(16, noise=noise[:16]), module.sample(16, noise=noise[:16]))

@@ -9,12 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "as_batch", "slice_cond"]
+__all__ = ["Batch", "as_batch", "pack_streams", "slice_cond"]
+
+#: fields of which a sample may be several tensors
+_STREAMS = ("x0", "noise")
 
 
 def slice_cond(cond: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Any]:
     """The given rows of every tensor in a conditioning mapping; indices may repeat some."""
     return {k: v[rows] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in cond.items()}
+
+
+def pack_streams(samples: Mapping[str, Tensor]) -> Tensor:
+    """Several tensors per sample as one: flattened, and put behind each other in the order of their names.
+
+    Args:
+        samples: by name, (B, ...) each.
+
+    Returns:
+        (B, N), N the number of all elements of a sample; ``streams.StreamProcess.unpack`` takes it apart.
+
+    Raises:
+        ValueError: no tensor, or numbers of samples that differ.
+    """
+    sizes = {name: len(value) for name, value in samples.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"streams of one batch have one number of samples, and these have {sizes}.")
+    return torch.cat([samples[name].flatten(1) for name in sorted(samples)], dim=1)
 
 
 @dataclass
@@ -81,7 +102,8 @@ class Batch:
 def as_batch(data: Any) -> Batch:
     """Turn what a loader yields into a ``Batch``.
 
-    Accepted: a ``Batch``; a mapping with its field names; ``x0``; ``(x0,)``; ``(x0, class_labels)``.
+    Accepted: a ``Batch``; a mapping with its field names; ``x0``; ``(x0,)``; ``(x0, class_labels)``. In a mapping,
+    ``x0`` and ``noise`` may be mappings of several tensors per sample, see ``pack_streams``.
 
     Raises:
         TypeError: anything else, with the accepted forms.
@@ -91,7 +113,9 @@ def as_batch(data: Any) -> Batch:
     if isinstance(data, Tensor):
         return Batch(x0=data)
     if isinstance(data, Mapping) and set(data) <= {f.name for f in fields(Batch)}:
-        return Batch(**data)
+        given: dict[str, Any] = dict(data)
+        packed = {k: pack_streams(given[k]) for k in _STREAMS if isinstance(given.get(k), Mapping)}
+        return Batch(**{**given, **packed})
     if isinstance(data, (tuple, list)) and 1 <= len(data) <= 2 and all(isinstance(v, Tensor) for v in data):
         cond = {} if len(data) == 1 else {"class_labels": data[1].to(torch.long)}
         return Batch(x0=data[0], cond=cond)

@@ -33,9 +33,12 @@ __all__ = [
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Reshape a per-sample coefficient (B,) or () to broadcast over ``like`` (B, ...), in the dtype of ``like``."""
+    """Reshape a coefficient (B,) or () to broadcast over ``like`` (B, ...), in the dtype of ``like``.
+
+    A coefficient with as many dimensions as ``like`` has one value per element already (``streams``).
+    """
     coefficient = coefficient.to(device=like.device, dtype=like.dtype)
-    if coefficient.ndim == 0:
+    if coefficient.ndim in (0, like.ndim):
         return coefficient
     return coefficient.reshape(coefficient.shape[0], *([1] * (like.ndim - 1)))
 

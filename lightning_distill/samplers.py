@@ -261,11 +261,11 @@ def dpmpp_2m(
     validate_times(times, process)
     check_capability(denoise, "dpmpp_2m", times, process)
     lambdas = 0.5 * process.log_snr(torch.tensor(list(times), dtype=torch.float64))
-    steps = lambdas.diff().tolist()
+    steps = lambdas.diff(dim=0).to(x.device)
     previous: Tensor | None = None
     for i, (t, r) in enumerate(pairwise(times)):
         x0 = denoise(x, _time(t, x)).x0
-        extrapolated = x0 if previous is None else x0 + steps[i] / (2.0 * steps[i - 1]) * (x0 - previous)
+        extrapolated = x0 if previous is None else x0 + (0.5 * steps[i] / steps[i - 1]).to(x0) * (x0 - previous)
         x = transport(Prediction.from_x0(extrapolated, x, _time(t, x), process), r)
         previous = x0
     return denoise(x, _time(times[-1], x)).x0
@@ -275,13 +275,13 @@ def adams_coefficients(times: Sequence[float] | Tensor) -> Tensor:
     """Two-step Adams-Bashforth with variable steps: f_i = 1, d_i = h_i / (2 h_{i-1}), d_0 = 0.
 
     Args:
-        times: flow-matching times with the final 0, (N + 1,).
+        times: flow-matching times with the final 0, (N + 1,), or of every element, (N + 1, D).
 
     Returns:
-        f and d, (2, N), float64.
+        f and d, (2, N) or (2, N, D), float64.
     """
-    steps = torch.as_tensor(times, dtype=torch.float64).diff()
-    differences = torch.cat([steps.new_zeros(1), 0.5 * steps[1:] / steps[:-1]])
+    steps = torch.as_tensor(times, dtype=torch.float64).diff(dim=0)
+    differences = torch.cat([torch.zeros_like(steps[:1]), 0.5 * steps[1:] / steps[:-1]])
     return torch.stack([torch.ones_like(differences), differences])
 
 

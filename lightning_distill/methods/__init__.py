@@ -30,6 +30,7 @@ from lightning_distill.methods.fake_branch import FakeBranch, NegativeTime, Shif
 from lightning_distill.methods.fake_score import FakeScoreMethod, Scores
 from lightning_distill.methods.flash_dmd import FlashDMD
 from lightning_distill.methods.flash_vdm import FlashVDM
+from lightning_distill.methods.flash_wam import FlashWAM
 from lightning_distill.methods.flow_map_distillation import FlowMapDistillation
 from lightning_distill.methods.free_flow import FreeFlow
 from lightning_distill.methods.gdd import GDD, GDDI
@@ -137,6 +138,7 @@ __all__ = [
     "FakeScoreMethod",
     "FlashDMD",
     "FlashVDM",
+    "FlashWAM",
     "FlowMapDistillation",
     "FreeFlow",
     "GuidanceDistillation",

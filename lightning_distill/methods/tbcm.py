@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods.scm import SCM, ContinuousConsistency, Points
@@ -79,8 +79,32 @@ class BackwardConsistency(ContinuousConsistency):
         told = [s for s in scales if s is not None]
         return Points(by_sample(states), by_sample(tau), by_sample(velocities), cond, by_sample(told) if told else None)
 
+    def __call__(
+        self, method: TrajectoryMethod, batch: Batch, log_variance: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the term it extends, without an effect of the states of pure noise on the weights of times.
+
+        At pi / 2 the tangent and its weight are 0, so that u(pi / 2) would fall without end and take the weights of
+        the times beside it along.
+        """
+        if log_variance is None:
+            return super().__call__(method, batch)
+        return super().__call__(method, batch, _AwayFromNoise(log_variance))
+
     def forward_counts(self) -> dict[str, int]:  # noqa: D102
         return {**super().forward_counts(), "teacher": self.solver_steps}
+
+
+class _AwayFromNoise(nn.Module):
+    """A function of TrigFlow times, and the constant 0 at pi / 2."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, tau: Tensor) -> Tensor:
+        value: Tensor = self.function(tau)
+        return torch.where(TrigFlow().alpha(tau) > 0.0, value, 0.0)
 
 
 class TBCM(SCM):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_distill import methods
-from lightning_distill.batch import Batch
+from lightning_distill.batch import Batch, as_batch
 from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.ema import ConstantEMA, PowerEMA
 from lightning_distill.guidance import Guidance, RandomGuidance
@@ -80,6 +80,7 @@ from lightning_distill.methods import (
     FDistill,
     FlashDMD,
     FlashVDM,
+    FlashWAM,
     FlowMapDistillation,
     FreeFlow,
     GuidanceDistillation,
@@ -122,9 +123,13 @@ from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.shared_encoder import SharedEncoder
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_text_unet, small_unet
 from lightning_distill.networks.specs import seeded
+from lightning_distill.networks.stream_mixture import ring_action
+from lightning_distill.networks.streams import StreamDenoiser, StreamMLP, StreamsNetwork
+from lightning_distill.networks.teacher_features import TeacherFeatures
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import EDM, FlowMatching, ResidualShift, TrigFlow, VariancePreserving
 from lightning_distill.schedules import WarmupDecay
+from lightning_distill.streams import Stream, StreamProcess
 from lightning_distill.times import Karras, LogNormal, Uniform
 
 #: samples per phase and update
@@ -191,6 +196,18 @@ def restoring_mlp(residual_shift: bool = False) -> Denoiser:
     network = random_weights(ResidualMLP((4,), width=8, depth=2))
     process = ResidualShift(0.5) if residual_shift else FlowMatching()
     return Denoiser(concatenated(network, 2, residual_shift), process, "flow_prediction", sigma_data=1.12)
+
+
+def streams_mlp() -> Denoiser:
+    process = StreamProcess({"video": Stream([2], 5.0), "action": Stream([1])})
+    module = random_weights(StreamMLP({"video": [2], "action": [1]}, width=8, depth=2, num_classes=8))
+    return StreamDenoiser(StreamsNetwork(module, process), process, "flow_prediction", sigma_data=1.25)
+
+
+def streams() -> Batch:
+    """Points of a ring with actions, as dictionaries."""
+    x0, labels = ring_action(labelled=True).sample(2 * EPOCH * BATCH, torch.Generator().manual_seed(0))
+    return as_batch({"x0": {"action": x0[:, :1], "video": x0[:, 1:]}, "cond": {"class_labels": labels}})
 
 
 class Rounded:
@@ -504,6 +521,9 @@ CASES: list[Case] = [
         guidance=Guidance(2.0)
     )),
     Case("pairs_one_step", InstaFlow, vp_mlp, lambda: coupled(points(labelled=True)), mapping()),
+    Case("pairs_perceived", InstaFlow, vp_unet, lambda: coupled(images()), mapping(
+        perceptual=TeacherFeatures(["mid_block"])
+    )),
     Case("pairs_on_the_way", KnowledgeDistillation, flow_mlp, lambda: without_data(points()), mapping(
         num_steps=2, solver_steps=3, metric="mse"
     )),
@@ -513,6 +533,9 @@ CASES: list[Case] = [
     )),
     Case("times_alone", LearnedSolver, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), mapping(
         num_steps=3, solver_steps=5, guidance=Guidance(2.0)
+    )),
+    Case("times_and_coefficients", LearnedSolver, flow_mlp, lambda: without_data(points()), mapping(
+        num_steps=2, solver_steps=3, coefficients="all"
     )),
     Case("fine_detail", HiPA, vp_unet, lambda: coupled(images()), mapping(student=lambda: Lora(rank=2))),
     Case("key_points", AccVideo, flow_mlp, lambda: without_data(points()), ladd(
@@ -561,6 +584,10 @@ CASES: list[Case] = [
     Case("from_a_rendering", VideoScene, flow_mlp, lambda: replace(points(), noise=points().x0), mapping(
         intervals=6
     )),
+    Case("streams", FlashWAM, streams_mlp, streams, mapping(
+        intervals=4, guidance=Guidance(2.0), guided=["video"]
+    )),
+    Case("streams_heun", FlashWAM, streams_mlp, streams, mapping(solver="heun", target_ema="none", num_steps=2)),
     Case("stages", FlashVDM, flow_mlp, points, ladd(
         num_steps=1, intervals=4, guidance_updates=0, gan_from=0, skips=lambda: [1, 2], gan=heads(features="teacher")
     )),

@@ -102,6 +102,14 @@ def test_directions_are_the_teachers_and_cost_no_further_call():
     torch.testing.assert_close(points.velocity, want, rtol=0, atol=1e-5)
 
 
+def test_pure_noise_has_no_say_in_the_weights_of_times():
+    """An exact student has no error, and u falls at every state but the first, where it could fall without end."""
+    module = backward(solver_steps=5, adaptive=True)
+    loss = module.student_loss(Batch(size=32)).losses["consistency"]
+    (slope,) = torch.autograd.grad(loss, module.log_variance.outer.bias)
+    assert slope.item() == pytest.approx(4 / 5, abs=1e-3)
+
+
 def test_stored_states_are_used_as_they_are():
     module = backward()
     times = torch.tensor([0.9, 0.5, 0.2], dtype=F64)

@@ -1,7 +1,7 @@
 """Exact teachers: Gaussian mixtures, whose denoiser, score, velocity and density are known in closed form."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,21 @@ from lightning_distill.networks.families import Family, register
 from lightning_distill.processes import FlowMatching, NoiseProcess, change_process, expand
 
 __all__ = ["AnalyticNetwork", "GaussianMixture", "analytic_denoiser", "gaussian_flow_map", "ring", "ring4"]
+
+
+def runge_kutta(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, start: Tensor, stop: Tensor, num_steps: int
+) -> Tensor:
+    """The ODE dx/dt = velocity(x, t) from one time to another, both (), by the classical method of fourth order."""
+    h = (stop - start) / num_steps
+    for i in range(num_steps):
+        s = start + i * h
+        k1 = velocity(x, s)
+        k2 = velocity(x + h / 2 * k1, s + h / 2)
+        k3 = velocity(x + h / 2 * k2, s + h / 2)
+        k4 = velocity(x + h * k3, s + h)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
 
 
 class GaussianMixture(nn.Module):
@@ -183,14 +198,7 @@ class GaussianMixture(nn.Module):
         flow = FlowMatching()
         ends = torch.tensor([t, r], dtype=torch.float64, device=x.device)
         (start, stop), scales = change_process(ends, process, flow)
-        y, h = x.double() * scales[0], (stop - start) / num_steps
-        for i in range(num_steps):
-            s = start + i * h
-            k1 = self.velocity(y, s, flow, labels)
-            k2 = self.velocity(y + h / 2 * k1, s + h / 2, flow, labels)
-            k3 = self.velocity(y + h / 2 * k2, s + h / 2, flow, labels)
-            k4 = self.velocity(y + h * k3, s + h, flow, labels)
-            y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        y = runge_kutta(lambda y, s: self.velocity(y, s, flow, labels), x.double() * scales[0], start, stop, num_steps)
         return (y / scales[1]).to(x.dtype)
 
     def _components(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_distill.networks.analytic import AnalyticNetwork, GaussianMixture
+from lightning_distill.networks.analytic import AnalyticNetwork, GaussianMixture, runge_kutta
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import NoiseProcess
@@ -73,14 +73,8 @@ class StreamMixture(GaussianMixture):
         num_steps: int = 128,
     ) -> Tensor:
         """The probability-flow ODE from time t to time r, by RK4 in the process' own time."""
-        y, h = x.double(), (r - t) / num_steps
-        for i in range(num_steps):
-            s = torch.tensor(t + i * h, dtype=torch.float64, device=x.device)
-            k1 = self.velocity(y, s, process, labels)
-            k2 = self.velocity(y + h / 2 * k1, s + h / 2, process, labels)
-            k3 = self.velocity(y + h / 2 * k2, s + h / 2, process, labels)
-            k4 = self.velocity(y + h * k3, s + h, process, labels)
-            y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        start, stop = torch.tensor([t, r], dtype=torch.float64, device=x.device)
+        y = runge_kutta(lambda y, s: self.velocity(y, s, process, labels), x.double(), start, stop, num_steps)
         return y.to(x.dtype)
 
     def _solved(

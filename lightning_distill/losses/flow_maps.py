@@ -16,6 +16,7 @@ Targets are returned without graph; residuals with the graph of what they are gi
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -157,12 +158,15 @@ def rcgm_target(
     step: float = 0.01,
     order: int = 1,
     clamp: float | None = 1.0,
+    spacing: Literal["near", "even"] = "near",
 ) -> Tensor:
     """Target of recursive consistent generation, a difference form of the Eulerian identity (TwinFlow's objective).
 
         u_target = u - clamp( [ (t - r) u - h v - sum of the jumps that lead on to r ] / h )
 
-    The first h follows v, the next ``order`` - 1 steps of h the student, and one jump of the student the rest.
+    The first h follows v and N jumps of the student the rest: ``near`` N - 1 of h and one to r, ``even`` N equal ones
+    (the released code). For N = 1 they are the same. ``even`` divides the whole mismatch between u and its parts by h,
+    which takes the limit to be stable, ``near`` only what of it changes over h.
 
     Args:
         average: student without graph.
@@ -171,26 +175,31 @@ def rcgm_target(
         velocity: v at (x, t).
         t: flow-matching times, (B,).
         r: target times, (B,).
-        step: h; samples with t - r < order * h get their u as target, no gradient.
+        step: h; samples without room for the steps, of N h in all for ``near`` and of h for ``even``, get their u as
+            target, no gradient.
         order: N >= 1.
         clamp: largest absolute value of the bracket, None for no limit. A limit keeps the zero of the loss.
+        spacing: of the jumps, ``near`` or ``even``.
 
     Returns:
         (B, ...), without graph.
     """
     if order < 1:
         raise ValueError(f"order={order}: the recursion has at least one step.")
+    if spacing not in ("near", "even"):
+        raise ValueError(f"spacing={spacing!r} is unknown; choose near or even.")
+    room = step * (order if spacing == "near" else 1)
     with torch.no_grad():
-        y, s = x - step * velocity, t - step
-        moved = step * velocity
-        for _ in range(order - 1):
-            u = average(y, s, s - step)
-            y, s, moved = y - step * u, s - step, moved + step * u
-        moved = moved + expand(s - r, x) * average(y, s, r)
+        y, moved = x - step * velocity, step * velocity
+        start = torch.maximum(t - step, r)
+        ends = [start - k * step if spacing == "near" else torch.lerp(start, r, k / order) for k in range(1, order)]
+        for s, end in pairwise([start, *(torch.maximum(end, r) for end in ends), r]):
+            u = average(y, s, end)
+            y, moved = flow_jump(y, u, s, end), moved + expand(s - end, x) * u
         change = (expand(t - r, x) * online - moved) / step
         if clamp is not None:
             change = change.clamp(-clamp, clamp)
-        inside = expand((t - r >= order * step - 1e-9).double(), x)
+        inside = expand((t - r >= room - 1e-9).double(), x)
         return online - inside * change
 
 

@@ -51,6 +51,9 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
         The paper's adaptive weights compare gradients of the last layer within an update. Here they are those of the
         network's outputs, over all micro-batches and processes, and of the update before, so that a batch may be split
         in any way; in the first update they are 1.
+        Trajectories end at 0, in the paper at its smallest noise level; Heun's method is that of ``solver_step``.
+        The denoising term has no weight over time, in the released code that of EDM. Both jumps of the target are those
+        of the average; the released code takes the first from the student, without gradient.
         The paper's d is LPIPS and its discriminator StyleGAN-XL's, on clean pictures; here the game sees the teacher's
         features of noised samples.
     """

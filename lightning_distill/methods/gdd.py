@@ -33,7 +33,8 @@ class GDD(LADD):
 
     Notes:
         Samples are compared at the process' smallest noise level, below what images resolve.
-        The paper computes R1 every few updates with a larger weight; here it is computed at each.
+        The paper computes R1 every few updates with a larger weight; here it is computed at each. Both sides of the
+        game are means over the batch, of which the released code takes the sum.
         The network of ``features`` must not be one that evaluates the samples.
     """
 

@@ -39,7 +39,9 @@ class PCM(EndGame, ConsistencyDistillation):
     Notes:
         f_m is the identity at s_m by construction; in the target it is set by hand, as in the released code, there and
         at the end of the grid.
-        With ``gan`` student and discriminator are both updated in every cycle; the released code alternates.
+        The last phase ends in clean data, in the released code at the scheduler's timestep 0.
+        With ``gan`` student and discriminator are both updated in every cycle; the released code alternates. Its
+        student minimises relu(1 - D), which is the hinge loss -D here while D < 1.
     """
 
     paper = "2405.18407"

@@ -48,8 +48,9 @@ class PiFlow(TwoTimeMethod):
 
     Notes:
         Losses are in flow-matching coordinates whatever the process is; the paper is about flow matching.
-        Substeps are even in time, the paper's in time before its shift; the paper weighs the loss by 30, which
-        scale-free optimizers do not see. Final steps of another length are set by ``student_times``.
+        Substeps are even in time, the paper's in time before its shift, and each interval between two points has
+        ``substeps`` of them, in the released code as many as its share of a trajectory. The paper weighs half the loss
+        by 30, which scale-free optimizers do not see. Final steps of another length are set by ``student_times``.
         Without data the segment of a batch is drawn like the step of a backward simulation, instead of training all
         segments of a rollout one after the other.
         The initial offsets between components are reconstructed, see ``policies.initial_offsets``.

@@ -210,6 +210,8 @@ class SCM(TrajectoryMethod):
 
     Notes:
         u is a linear function of sinusoids of tau instead of a layer on the network's own embedding.
+        Samples are divided by sigma_data first: the paper's c = .1 at sigma_data = .5 is .2 here, and the weight
+        lacks its constant 1 / sigma_data, which u takes up.
         Networks whose embedding multiplies time by 1000 have large derivatives in it; the paper changes the embedding.
     """
 

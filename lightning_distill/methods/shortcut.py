@@ -39,6 +39,7 @@ class Shortcut(TwoTimeMethod):
         A step of size 1/M counts as one of size 0, so that the smallest step is the velocity itself (the released code
         trains the velocity at size 1/M instead).
         Times t are drawn from multiples of 2d, as in the paper; for r = t from ``training_times``.
+        The released code also limits the point between the two steps to [-4, 4], and leaves 1e-5 of the noise in data.
     """
 
     paper = "2410.12557"

@@ -29,6 +29,10 @@ class SlimFlow(Reflow):
         annealing_kind: how r falls.
         flip: share of pairs whose noise and data are both mirrored left to right (images only).
         **kwargs: see ``Reflow``; ``student=Explicit(...)`` is the smaller network.
+
+    Notes:
+        The exponential share reaches 0 at its last update; the released code's, e^(-k / total), never does. Pairs are
+        mirrored one by one, there a batch at once.
     """
 
     paper = "2407.12718"

@@ -40,8 +40,8 @@ class TDM(SubintervalMethod):
         have slopes .0699 (``x0``), .0056 (``x0_is``) and .1129 (``ambient``), and only the last is that of the matched
         law. It is the default here. The released code weights by the mean of the log-ratio over the elements, which is
         1 up to rounding for images.
-        The paper's denoising weight min(SNR, 5) is ``critic_space``'s here, and its student may be told the target
-        time; this one is not.
+        The paper's denoising weight min(SNR, 5) is ``critic_space``'s here (``epsilon`` where it is below 5), and its
+        student may be told the target time; this one is not.
         With one step it is DMD2.
     """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ class TwinFlow(TwoTimeMethod):
         teacher: the pretrained model; with ``from_data`` only where the student's weights come from.
         fake_branch: what tells the branches apart; None for ``NegativeTime()``.
         from_data: v is eps - x0 of the pair (the paper) instead of the (guided) teacher's velocity.
-        order: N of the recursion.
-        step: h of the recursion.
+        order: N of the recursion, jumps of the student that follow the first step.
+        step: h of the recursion, the length of that step.
+        spacing: of the jumps, ``near`` or ``even``, see ``losses.flow_maps.rcgm_target``.
         clamp: limit of both changes, 1 in the released code; None for none.
         robust: c of the robust loss of the flow map; None for the squared error.
         whole_share: share of the flow map's samples with t at its largest and r = 0.
@@ -48,10 +49,13 @@ class TwinFlow(TwoTimeMethod):
 
     Notes:
         Every sample takes part in all three terms; the released code cuts the batch into quarters.
-        Where t - r < N h there is no room for the steps: there r = t, and the target is v (the released code leaves
-        these samples out, so that u(x, t, t) is only near others).
+        Where there is no room for the steps, r = t and the target is v (the released code keeps r and moves u towards v
+        by the limit at most).
+        The jumps of the recursion are the student's own. The released code takes them from an average, with ``even``
+        spacing, which without ``clamp`` diverges from two jumps on.
         The fake branch has the plain squared error: its targets are single pairs, and ``robust`` would go to their
-        median. The same holds for ``robust`` and ``clamp`` beside ``from_data`` in few dimensions.
+        median. The same holds for ``robust`` and ``clamp`` beside ``from_data`` in few dimensions. Matching has half
+        the gradient of a squared error; the released code weighs both terms robustly, too.
         Guidance added to v of ``from_data`` is left out: distil a guided teacher.
     """
 
@@ -67,6 +71,7 @@ class TwinFlow(TwoTimeMethod):
         from_data: bool = True,
         order: int = 2,
         step: float = 0.01,
+        spacing: Literal["near", "even"] = "near",
         clamp: float | None = 1.0,
         robust: float | None = 1e-3,
         whole_share: float = 0.25,
@@ -77,6 +82,8 @@ class TwinFlow(TwoTimeMethod):
         super().__init__(teacher, **kwargs)
         if order < 1 or not 0.0 < order * step < 0.5:
             raise ValueError(f"order={order} and step={step}: give at least one step, together shorter than .5.")
+        if spacing not in ("near", "even"):
+            raise ValueError(f"spacing={spacing!r} is unknown; choose near or even.")
         if whole_share < 0.0 or near_share < 0.0 or whole_share + near_share > 1.0:
             raise ValueError(f"whole_share={whole_share} and near_share={near_share} add up to at most 1.")
         for name, value in (("clamp", clamp), ("robust", robust)):
@@ -85,6 +92,7 @@ class TwinFlow(TwoTimeMethod):
         self.fake_branch = fake_branch or self.default_branch()
         self.from_data, self.asks_teacher = from_data, not from_data
         self.order, self.step, self.clamp, self.robust = order, step, clamp, robust
+        self.spacing: Literal["near", "even"] = spacing
         self.whole_share, self.near_share = whole_share, near_share
         self.matching_times = matching_times or Uniform(0.02, 0.98)
 
@@ -102,7 +110,7 @@ class TwinFlow(TwoTimeMethod):
 
     # ------------------------------------------------------------------------------------------------ flow map
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
-        """Flow-matching times t >= r of each sample, (n,), float64; at least ``order`` steps apart, or equal."""
+        """Flow-matching times t >= r of each sample, (n,), float64; at least the steps apart, or equal."""
         part, u = self.draws.uniform("part", n), self.draws.uniform("r", n)
         t = self.flow_times("t", n)
         near = part > 1.0 - self.near_share
@@ -110,7 +118,8 @@ class TwinFlow(TwoTimeMethod):
         whole = part < self.whole_share
         t = torch.where(whole, self._flow_max, t)
         r = torch.where(whole, 0.0, r)
-        return t, torch.where(t - r < self.order * self.step, t, r)
+        room = self.step * (self.order if self.spacing == "near" else 1)
+        return t, torch.where(t - r < room, t, r)
 
     def flow_map_term(self, batch: Batch) -> Tensor:
         """Regression on the recursive target."""
@@ -120,7 +129,7 @@ class TwinFlow(TwoTimeMethod):
             velocity = self.teacher_velocity(batch, x, t)
         average = self.average(self.student, batch, self.told_scale(self.native(x, t)[1]))
         u = average(x, t, r)
-        target = rcgm_target(average, u.detach(), x, velocity, t, r, self.step, self.order, self.clamp)
+        target = rcgm_target(average, u.detach(), x, velocity, t, r, self.step, self.order, self.clamp, self.spacing)
         target = torch.where(expand(t == r, x).bool(), velocity, target)
         return robust_loss(u, target, t, r, self.robust)
 

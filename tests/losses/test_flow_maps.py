@@ -96,14 +96,12 @@ def test_semigroup_and_shortcuts(exact):
 def test_recursive_target_is_first_order_and_exact_with_an_exact_step(exact):
     x, t, _, r = draws()
     u, v = exact.average(x, t, r), exact.velocity(x, t)
-    for order in (1, 2, 3):
-        errors = [
-            (rcgm_target(exact.average, u, x, v, t, r, step=h, order=order, clamp=None) - u).norm().item()
-            for h in (2e-2, 1e-2)
-        ]
+    for order, spacing in ((1, "near"), (2, "near"), (3, "near"), (2, "even"), (3, "even")):
+        recursion = {"order": order, "clamp": None, "spacing": spacing}
+        errors = [(rcgm_target(exact.average, u, x, v, t, r, h, **recursion) - u).norm().item() for h in (2e-2, 1e-2)]
         assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1)
         perfect = exact.average(x, t, t - 1e-2)
-        off = rcgm_target(exact.average, u, x, perfect, t, r, step=1e-2, order=order, clamp=None) - u
+        off = rcgm_target(exact.average, u, x, perfect, t, r, 1e-2, **recursion) - u
         assert largest(off) < 100 * exact.tolerance
     # the paper's limit bounds the change; samples without room for the steps are left alone
     wrong = u + 5.0
@@ -259,3 +257,5 @@ def test_bad_input():
         mean_flow_directions(x, "gap")
     with pytest.raises(ValueError, match="at least one step"):
         rcgm_target(Net(), x, x, x, t, r, order=0)
+    with pytest.raises(ValueError, match="choose near or even"):
+        rcgm_target(Net(), x, x, x, t, r, spacing="wide")

@@ -220,13 +220,15 @@ def test_samples_move_by_the_difference_of_the_branches():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_times_have_their_shares_and_room_for_the_steps():
-    module = twin(order=2, step=0.01, whole_share=0.25, near_share=0.25)
+@pytest.mark.parametrize(("spacing", "room"), [("near", 0.02), ("even", 0.01)])
+def test_times_have_their_shares_and_room_for_the_steps(spacing, room):
+    module = twin(order=2, step=0.01, whole_share=0.25, near_share=0.25, spacing=spacing)
     t, r = module.pair_times(4000)
     assert float(((t == 1.0) & (r == 0.0)).double().mean()) == pytest.approx(0.25, abs=0.03)
     assert float((r >= 0.95 * t).double().mean()) == pytest.approx(0.25 + 0.5 * 0.07, abs=0.05)
     gap = t - r
-    assert bool(((gap == 0.0) | (gap >= 0.02)).all())
+    assert bool(((gap == 0.0) | (gap >= room)).all())
+    assert bool(((gap >= room) & (gap < 2 * room)).any())
 
 
 def test_from_data_the_slope_of_the_flow_map_vanishes_in_the_mean():
@@ -268,6 +270,7 @@ def test_bad_settings_are_named():
         ({"order": 0}, "at least one step"),
         ({"order": 10, "step": 0.1}, "together shorter than .5"),
         ({"whole_share": 0.8, "near_share": 0.4}, "add up to at most 1"),
+        ({"spacing": "wide"}, "spacing='wide' is unknown"),
         ({"clamp": 0.0}, "clamp=0.0: give a positive number"),
         ({"robust": -1.0}, "robust=-1.0: give a positive number"),
     ):

@@ -103,5 +103,5 @@ def test_default_conditions_are_the_classes_in_turn(denoiser):
 
 
 def test_unknown_samplers_are_listed_against_the_known(denoiser):
-    with pytest.raises(ValueError, match=r"unknown sampler 'euler'; choose one of dpmpp_2m.*renoise"):
+    with pytest.raises(ValueError, match=r"unknown sampler 'euler'; choose one of adams, dpmpp_2m.*renoise"):
         generate(denoiser, torch.randn(2, 2), {}, TIMES, "euler")

@@ -145,7 +145,7 @@ def test_segments():
 
 
 # ------------------------------------------------------------------------------------------------ capabilities
-ONE_STEP = {(name, 1) for name in ("renoise", "ode", "heun", "dpmpp_2m", "start_noise")}
+ONE_STEP = {(name, 1) for name in ("renoise", "ode", "heun", "dpmpp_2m", "adams", "start_noise")}
 ALLOWED = {
     "one_step_only": ONE_STEP,
     "any_step": {*ONE_STEP, ("renoise", 2)},

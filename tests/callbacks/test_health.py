@@ -30,7 +30,11 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 BY_NAME = {case.name: case for case in CASES}
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.method.__name__}-{c.name}")
+each_case = pytest.mark.parametrize(
+    "case",
+    [case if i % 6 == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(CASES)],
+    ids=lambda c: f"{c.method.__name__}-{c.name}",
+)
 
 
 def small_health(**settings):

@@ -30,6 +30,7 @@ from recipe_stand_ins import stand_in
 
 ROOT = config_path("quickstart.yaml").parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.yaml"))
+SLOW = pytest.mark.slow
 #: folders whose files are complete runs; the others are added to one
 COMPLETE = [f for f in FILES if f.split("/")[0] in ("quickstart.yaml", "method", "teacher", "recipe")]
 #: words that fit a recipe to its tiny model
@@ -157,7 +158,7 @@ def test_runs(name):
     assert cli.trainer.global_step == 1
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [f if i % 4 == 0 else pytest.param(f, marks=SLOW) for i, f in enumerate(FILES)])
 def test_prints_itself(name, capsys):
     assert main(["fit", *words(name), "--print_config"]) == 0
     printed = capsys.readouterr().out

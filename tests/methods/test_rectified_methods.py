@@ -355,9 +355,9 @@ def test_hipa_needs_images():
 def test_hipa_weighs_fine_detail_and_no_constant():
     module = HiPA(mlp(), student=Given(torch.nn.Identity()), shape=[1, 8, 8], ema=[])
     goal = torch.randn(3, 1, 8, 8)
-    assert module.terms_of(goal + 0.5, goal)["high_frequency"].item() < 1e-12
+    assert module.terms_of(goal + 0.5, goal, {})["high_frequency"].item() < 1e-12
     checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2 - 0.5
-    assert module.terms_of(goal + checks, goal)["high_frequency"].item() == pytest.approx(0.25, rel=1e-4)
+    assert module.terms_of(goal + checks, goal, {})["high_frequency"].item() == pytest.approx(0.25, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ key points

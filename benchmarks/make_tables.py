@@ -122,7 +122,7 @@ def methods() -> str:
     lines += [
         "",
         "Formulas: *parity*, losses and gradients equal those of released code, run once on tiny networks "
-        "(`tests/methods/test_parity.py`); *derived*, tested against closed forms and independent derivations; "
+        "(`tests/methods/test_parity*.py`); *derived*, tested against closed forms and independent derivations; "
         "*reconstructed*, the paper left part of them open.",
     ]
     for problem, what in (("ring4", "four modes in the plane"), ("ring", "a ring of eight modes")):
@@ -298,10 +298,10 @@ def super_resolution() -> str:
     size, real = 32 // factor, next(iter(result["reference"].values()))
     lines += [
         "",
-        f"{result['samples']:,} test pictures of Fashion-MNIST, {size}x{size} to 32x32, which no network has seen; one seed.",
-        "PSNR in dB (mean over pictures, range 2) to the true picture, and of the degraded result to the input. Frechet",
-        f"distances to the {real:,} training pictures in the features of two classifiers. CPU seconds of training on one",
-        f"thread ({result['meta']['machine']['cpu']}), a student's without those of its teacher; CTMSR has none.",
+        f"{result['samples']:,} test pictures of Fashion-MNIST, {size}x{size} to 32x32, which no network has seen; one",
+        "seed. PSNR in dB (mean over pictures, range 2) to the true picture, and of the degraded result to the input.",
+        f"Frechet distances to the {real:,} training pictures in the features of two classifiers. CPU seconds of one",
+        f"thread ({result['meta']['machine']['cpu']}) in training, a student's without its teacher's; CTMSR has none.",
     ]
     return "\n".join(lines)
 

@@ -50,20 +50,26 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def comparison() -> list[str]:
-    """Mean and range over seeds of every configuration that was compared."""
+def _compared() -> dict[str, list[dict[str, Any]]]:
+    """Rows of all seeds by configuration and its settings."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for problem in ("fashion", "digits"):
         for row in (_load(f"compare_{problem}") or {"rows": []})["rows"]:
-            groups.setdefault(row["config"] + _settings(row), []).append(row)
+            groups.setdefault(row["config"] + _settings(row, "configs"), []).append(row)
+    return groups
+
+
+def comparison() -> list[str]:
+    """Mean and range over seeds of every configuration that was compared with three seeds."""
+    groups = {name: rows for name, rows in _compared().items() if len(rows) > 2}
     if not groups:
         return []
-    lines = ["", "Mean over seeds (smallest to largest); 5,000 samples, one thread:", ""]
+    lines = ["", "Mean over three seeds (smallest to largest); 5,000 samples, one thread:", ""]
     lines += [
-        "| configuration | steps | seeds | progress | fd_cnn | recall | class accuracy | CPU s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| configuration | steps | progress | fd_cnn | recall | class accuracy | CPU s |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, rows in groups.items():
+    for rows in groups.values():
 
         def cell(key: str, digits: int, rows: list[dict[str, Any]] = rows) -> str:
             values = [row[key] for row in rows]
@@ -72,15 +78,49 @@ def comparison() -> list[str]:
         cells = [cell("progress", 3), cell("fd", 2), cell("recall", 2), cell("class_accuracy", 3)]
         seconds = sum(row["cpu_seconds"] for row in rows) / len(rows)
         config = rows[0]["config"]
-        what = f"[`{config}`]({config}){name.removeprefix(config)}"
-        lines.append(f"| {what} | {rows[0]['nfe']} | {len(rows)} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(f"| [`{config}`]({config}) | {rows[0]['nfe']} | {' | '.join(cells)} | {seconds:.0f} |")
     return lines
 
 
-def _settings(row: dict[str, Any]) -> str:
-    """What a row changed in its configuration, and the stages before it."""
+def stored() -> str:
+    """Configurations that learn from stored trajectories, beside the teacher in as many steps."""
+    groups = {name: rows[0] for name, rows in _compared().items() if "fd_teacher_50" in rows[0] and len(rows) < 3}
+    guided = [row for rows in _compared().values() for row in rows if "fd_teacher_20" in row]
+    if not groups:
+        return "(run `python benchmarks/compare.py fashion --store STORE --configs ...` to fill this table)"
+    lines = [
+        "| configuration | steps | fd_cnn | teacher, as many steps | progress | recall | class accuracy | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(groups.values(), key=lambda row: (row["nfe"], row["fd"])):
+        name = row["config"].rpartition("/")[2]
+        own = row[f"fd_teacher_{row['nfe']}"]
+        cells = [f"{row['fd']:.2f}", f"{own:.2f}", f"{row['progress']:.3f}"]
+        cells += [f"{row['recall']:.2f}", f"{row['class_accuracy']:.3f}", f"{row['cpu_seconds']:.0f}"]
+        what = f"[`{name}`](../{row['config']}){_settings(row, '../configs')}"
+        lines.append(f"| {what} | {row['nfe']} | {' | '.join(cells)} |")
+    many = next(iter(groups.values()))["fd_teacher_50"]
+    lines += [
+        "",
+        f"Fashion-MNIST, one seed, 5,000 samples; the teacher in 50 steps has {many:.2f}. CPU seconds are those of "
+        "training (of both stages where there are two) on a machine with other load, without those of the store.",
+    ]
+    for row in guided:
+        steps, name = row["nfe"], row["config"].rpartition("/")[2]
+        lines += [
+            "",
+            f"[`{name}`](../{row['config']}): adapters in place of classifier-free guidance, {steps} network calls for "
+            f"{steps} steps, fd_cnn {row['fd']:.2f}; guidance with twice the calls {row[f'fd_teacher_{steps}']:.2f} "
+            f"({row['samples']:,} samples, {row['cpu_seconds']:.0f} CPU s of training).",
+        ]
+    return "\n".join(lines)
+
+
+def _settings(row: dict[str, Any], configs: str) -> str:
+    """What a row changed in its configuration, and the stages before it, in the folder ``configs``."""
     words = [f"{key} {value}" for key, value in row.get("settings", {}).items()]
-    words += [f"after [`{config}`]({config})" for config in row.get("after", ())]
+    for config in row.get("after", ()):
+        words.append(f"after [`{config.rpartition('/')[2]}`]({configs}/{config.removeprefix('configs/')})")
     return f", {', '.join(words)}" if words else ""
 
 
@@ -350,6 +390,7 @@ def main() -> None:
         ROOT / "README.md": {"quickstart": quickstart, "methods": methods, "strategies": strategies, "cost": cost},
         ROOT / "docs" / "text_to_emoji.md": {"emoji": emoji},
         ROOT / "docs" / "super_resolution.md": {"super_resolution": super_resolution},
+        ROOT / "docs" / "trajectories.md": {"stored": stored},
         ROOT / "docs" / "fastgen.md": {"fastgen": fastgen},
     }
     written = {ROOT / "docs" / "support_matrix.md": support()}

@@ -85,7 +85,7 @@ def comparison() -> list[str]:
 def stored() -> str:
     """Configurations that learn from stored trajectories, beside the teacher in as many steps."""
     groups = {name: rows[0] for name, rows in _compared().items() if "fd_teacher_50" in rows[0] and len(rows) < 3}
-    guided = [row for rows in _compared().values() for row in rows if "fd_teacher_20" in row]
+    guided = [row for rows in _compared().values() for row in rows if row["method"] == "AGD"]
     if not groups:
         return "(run `python benchmarks/compare.py fashion --store STORE --configs ...` to fill this table)"
     lines = [
@@ -175,7 +175,8 @@ def methods() -> str:
                 "",
                 f"`{problem}` is {what} with an exact teacher; SW2 is the sliced Wasserstein distance of the student "
                 f"of `*_{problem}.yaml` to the data, one seed (floor {rows[0]['sw2_floor']:.3f}; the teacher with one "
-                f"step {one:.2f}, with two {two:.2f}). Not a ranking: nothing is tuned, students start at random.",
+                f"step {one:.2f}, with two {two:.2f}). Not a ranking: settings are hardly "
+                "tuned, students start at random.",
             ]
     return "\n".join(lines)
 

@@ -79,7 +79,8 @@ def bound(
         denoiser: student or teacher.
         cond: conditions on the network's device.
         sampler: name in ``samplers.SAMPLERS``.
-        guidance_scale: w of classifier-free guidance, for networks of one time.
+        guidance_scale: w of classifier-free guidance, for networks of one time; 1 leaves them to their own
+            ``sampling_guidance``, where they have one.
 
     Raises:
         ValueError: ``flow_map`` for a network without a target time, or guidance of a flow map.
@@ -102,7 +103,10 @@ def bound(
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
         t = t.to(x.device).expand(len(x)) if t.ndim == 0 else t
-        return guided(denoiser, x, t, cond, guidance_scale)
+        policy = denoiser.sampling_guidance
+        if policy is None or guidance_scale != 1.0:
+            return guided(denoiser, x, t, cond, guidance_scale)
+        return policy(denoiser, x, t, cond, t.new_full((len(x),), 0.5))
 
     if sampler == "adams" and denoiser.coefficients is not None:
         denoise.coefficients = denoiser.coefficients  # type: ignore[attr-defined]

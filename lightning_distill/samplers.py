@@ -297,7 +297,7 @@ def adams(
 
         x'_{i+1} = x'_i + h_i [ f_i v_i + d_i (v_i - v_{i-1}) ]
 
-    Coefficients are those of ``adams_coefficients``, or ``denoise.coefficients(flow_times)``, (2, N), where some were
+    Coefficients are those of ``adams_coefficients``, or ``denoise.coefficients(times)``, (2, N), where some were
     learned for these times. ``noise`` is unused.
     """
     validate_times(times, process)
@@ -305,8 +305,8 @@ def adams(
     native = torch.tensor([*times, 0.0], dtype=torch.float64, device=x.device)
     flow, scale = change_process(native, process, FlowMatching())
     learned = getattr(denoise, "coefficients", None)
-    found = None if learned is None else learned(flow)
-    coefficients = adams_coefficients(flow) if found is None else found
+    found = None if learned is None else learned(times)
+    coefficients = adams_coefficients(flow) if found is None else found.to(x.device)
     previous: Tensor | None = None
     for i, (factor, difference) in enumerate(coefficients.unbind(1)):
         v = denoise(x, native[i]).flow_prediction

@@ -11,12 +11,11 @@ from lightning_distill.batch import Batch
 from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.guidance import guided
 from lightning_distill.losses.consistency import PairWeight, consistency_loss, pair_weight
-from lightning_distill.methods.base import DistillationModule, Terms
+from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.networks.streams import StreamBoundary, StreamsNetwork, check_boundaries
-from lightning_distill.parameterisations import embeds_guidance
 from lightning_distill.prediction import Prediction
 from lightning_distill.streams import StreamProcess
 from lightning_distill.times import t_min
@@ -113,9 +112,7 @@ class FlashWAM(ConsistencyDistillation):
         own = getattr(getattr(self._student_role, "spec", None), "process", None)
         if own is not None and repr(own) != repr(layout):
             raise ValueError(f"the student works with {own!r} and the teacher with {layout!r}; give both one process.")
-        # not that of the trajectory methods, which asks for the one noise level of the noisiest time
-        DistillationModule.build_roles(self)
-        self._tells_scale = embeds_guidance(self.student)
+        super().build_roles()
         network, shared = self.student.network, self.require_teacher().network
         if not isinstance(network, StreamsNetwork):
             raise ValueError(

@@ -15,14 +15,12 @@ from lightning_distill.methods.boss import BOSS
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Role, with_network
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.processes import FlowMatching, VariancePreserving, change_process
+from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving, change_process
 from lightning_distill.samplers import adams_coefficients, adams_direction
 
 __all__ = ["LearnedSolver", "StepSizes"]
 
 
-#: largest change of a flow-matching time when it becomes an index of a scheduler with 1,000 of them
-_ROUNDED = 5e-3
 Coefficients = Literal["none", "differences", "all"]
 
 
@@ -33,14 +31,18 @@ class StepSizes(nn.Module):
 
     Args:
         count: number of steps, >= 1.
-        start: first time.
+        start: first time, in flow matching.
+        process: of the native times; None for flow matching.
         learned: coefficients of ``samplers.adams`` that are trained beside the times: ``none`` (they are those of
             Euler), ``differences`` (d_i) or ``all`` (f_i and d_i).
     """
 
-    def __init__(self, count: int, start: float, learned: Coefficients = "none") -> None:
+    def __init__(
+        self, count: int, start: float, process: NoiseProcess | None = None, learned: Coefficients = "none"
+    ) -> None:
         super().__init__()
         self.start = start
+        self.process = process or FlowMatching()
         self.logits = nn.Parameter(torch.zeros(count))
         self.factors = nn.Parameter(torch.ones(count), requires_grad=learned == "all")
         self.differences = nn.Parameter(torch.zeros(count), requires_grad=learned != "none")
@@ -49,21 +51,28 @@ class StepSizes(nn.Module):
         """Factors f and d of every step, (2, count), float64."""
         return torch.stack([self.factors, self.differences]).double()
 
-    def coefficients_at(self, times: Tensor) -> Tensor | None:
-        """The coefficients, if they belong to these flow-matching times (N + 1,); schedulers round theirs a little."""
-        own = self().to(times)
-        fits = own.shape == times.shape and bool((own - times).abs().max() < _ROUNDED)
-        return self.coefficients().to(times.device) if fits else None
+    @torch.no_grad()
+    def native_times(self) -> list[float]:
+        """The times without the final 0 in the process' own time; those of a scheduler are its timesteps."""
+        times = change_process(self()[:-1].cpu(), FlowMatching(), self.process)[0]
+        if isinstance(self.process, VariancePreserving):
+            times = (times * self.process.num_train_timesteps).round() / self.process.num_train_timesteps
+        found: list[float] = times.clamp_max(self.process.t_max).tolist()
+        return found
+
+    def coefficients_at(self, times: Sequence[float]) -> Tensor | None:
+        """The coefficients, where ``times`` are ``native_times``; None for others, which they were not learned for."""
+        return self.coefficients() if list(times) == self.native_times() else None
 
     def forward(self) -> Tensor:
-        """Times, (count + 1,), float64; the first is ``start``, the last 0."""
+        """Flow-matching times, (count + 1,), float64; the first is ``start``, the last 0."""
         shares = self.logits.double().softmax(0)
         inner = 1.0 - shares.cumsum(0)[:-1]
         return self.start * torch.cat([inner.new_ones(1), inner, inner.new_zeros(1)])
 
     @torch.no_grad()
     def place(self, times: Sequence[float]) -> None:
-        """Set the times, without the final 0."""
+        """Set the flow-matching times, without the final 0."""
         grid = torch.tensor([*times, 0.0], dtype=torch.float64)
         steps = -grid.diff()
         self.logits.copy_((steps / steps.sum()).log())
@@ -93,6 +102,8 @@ class LearnedSolver(BOSS):
         **kwargs: see ``BOSS``; ``student_times`` are where learning starts. The default rate is .01.
 
     Notes:
+        The network needs its guidance when it is sampled as well, two calls a step; ``sample`` sees to it, and stock
+        pipelines, which would be called without, are refused.
         In variance-preserving processes the learned times are rounded to the scheduler's timesteps when they are used.
         Stored pairs say nothing of the way between, so that learning then starts at the uniform grid.
         Factors f_i and step sizes are what learnable sampler distillation (LSD) learns of a discrete model's sampler;
@@ -150,11 +161,14 @@ class LearnedSolver(BOSS):
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
         self._flow_max = float(change_process(end, self.process, FlowMatching())[0])
         start = BOSS.student_times.fget(self)  # type: ignore[attr-defined]
-        schedule = StepSizes(len(start), self._flow_time(start[:1])[0], self.coefficients)
+        schedule = StepSizes(len(start), self._flow_time(start[:1])[0], self.process, self.coefficients)
         schedule.place(self._flow_time(start))
         self.schedule = schedule
         if self.coefficients != "none":
             self.student.coefficients = schedule.coefficients_at
+        if self.guidance.needs_null:
+            self.student.sampling_guidance = self.guidance
+            self.student.stands_alone = False
 
     def _flow_time(self, times: Sequence[float]) -> list[float]:
         native = torch.tensor(list(times), dtype=torch.float64)
@@ -163,13 +177,7 @@ class LearnedSolver(BOSS):
     @property
     def student_times(self) -> list[float]:
         """The learned times."""
-        if self.schedule is None:
-            return super().student_times
-        with torch.no_grad():
-            times = change_process(self.schedule()[:-1].cpu(), FlowMatching(), self.process)[0]
-        if isinstance(self.process, VariancePreserving):
-            times = (times * self.process.num_train_timesteps).round() / self.process.num_train_timesteps
-        return times.clamp_max(self.process.t_max).tolist()
+        return super().student_times if self.schedule is None else self.schedule.native_times()
 
     def _place_knots(self, states: Tensor, times: Tensor) -> None:
         super()._place_knots(states, times)

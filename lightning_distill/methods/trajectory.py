@@ -56,7 +56,7 @@ class TrajectoryMethod(DistillationModule):
         """The student; one that embeds a guidance scale is sampled with that of ``guidance``."""
         super().build_roles()
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
-        self._flow_max = float(change_process(end, self.process, FlowMatching())[0])
+        self._flow_max = float(change_process(end, self.process, FlowMatching())[0].max())
         self._tells_scale = embeds_guidance(self.student)
         if self._tells_scale:
             self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from lightning_distill.networks.families.base import SAME
 from lightning_distill.networks.second_time import Times, second_time_of
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
 from lightning_distill.processes import EDM, NoiseProcess, change_process, expand
+
+if TYPE_CHECKING:
+    from lightning_distill.guidance import Guidance
 
 __all__ = ["TAPPED", "AllTapsSeen", "Denoiser"]
 
@@ -61,9 +64,11 @@ class Denoiser(nn.Module):
     """
 
     #: whether the network alone gives the predictions, so that stock pipelines can
-    stands_alone: ClassVar[bool] = True
-    #: coefficients of a solver that was learned for this network, by times, see ``samplers.adams``
-    coefficients: Callable[[Tensor], Tensor | None] | None = None
+    stands_alone: bool = True
+    #: coefficients of a solver that was learned for this network, by native times, see ``samplers.adams``
+    coefficients: Callable[[Sequence[float]], Tensor | None] | None = None
+    #: guidance without which the network is not sampled
+    sampling_guidance: Guidance | None = None
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_distill.networks.families import Family, register
 
-__all__ = ["ResidualMLP", "small_dit", "small_text_unet", "small_unet"]
+__all__ = ["ConditionedMLP", "ResidualBlock", "ResidualMLP", "null_class", "small_dit", "small_text_unet", "small_unet"]
 
 
 class _TimeFeatures(nn.Module):
@@ -32,7 +32,7 @@ class _TimeFeatures(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
     """h + outer(silu(inner(h + embedding))); no normalisation, which loses the position of a 2-D point."""
 
     def __init__(self, width: int) -> None:
@@ -40,11 +40,59 @@ class _Block(nn.Module):
         self.inner = nn.Linear(width, width)
         self.outer = nn.Linear(width, width)
 
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
         return h + self.outer(F.silu(self.inner(h + embedding)))
 
 
-class ResidualMLP(nn.Module):
+class ConditionedMLP(nn.Module):
+    """What small residual MLPs are told: times and a class, as one embedding that every block adds.
+
+    Args:
+        width: features of the hidden layers.
+        depth: number of residual blocks, at least 1.
+        num_classes: number of classes, 0 for none; the label ``num_classes`` means "no class".
+        time_features: number of features of each time, even.
+        times: number of times.
+
+    Raises:
+        ValueError: sizes below their minimum.
+    """
+
+    def __init__(self, width: int, depth: int, num_classes: int, time_features: int, times: int = 1) -> None:
+        super().__init__()
+        if min(width, depth) < 1 or num_classes < 0 or time_features < 2 or time_features % 2:
+            raise ValueError(
+                f"{type(self).__name__}(width={width}, depth={depth}, num_classes={num_classes}, "
+                f"time_features={time_features}): needs width and depth >= 1, num_classes >= 0 and an even "
+                "time_features >= 2."
+            )
+        self.num_classes = num_classes
+        self.time_proj = _TimeFeatures(time_features)
+        features = time_features * times
+        self.time_embedding = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+        self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
+
+    def embed(self, times: Sequence[Tensor], class_labels: Tensor | None) -> Tensor:
+        """The embedding, (B, width).
+
+        Args:
+            times: as many as the network has, (B,) each.
+            class_labels: classes, (B,) integers; None means "no class".
+
+        Raises:
+            ValueError: labels for a network without classes.
+        """
+        embedding: Tensor = self.time_embedding(torch.cat([self.time_proj(t) for t in times], dim=1))
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((len(embedding),), self.num_classes, device=embedding.device)
+            return embedding + self.class_embedding(class_labels)
+        if class_labels is not None:
+            raise ValueError(f"this {type(self).__name__} has num_classes=0, but the batch has class_labels.")
+        return embedding
+
+
+class ResidualMLP(ConditionedMLP):
     """A residual MLP on flattened samples, for 2-D points and 8x8 digits.
 
     Times are native: give it flow-matching or TrigFlow times (other processes reach it through the
@@ -69,21 +117,11 @@ class ResidualMLP(nn.Module):
         num_classes: int = 0,
         time_features: int = 64,
     ) -> None:
-        super().__init__()
-        if min(width, depth) < 1 or num_classes < 0 or time_features < 2 or time_features % 2:
-            raise ValueError(
-                f"ResidualMLP(width={width}, depth={depth}, num_classes={num_classes}, "
-                f"time_features={time_features}): needs width and depth >= 1, num_classes >= 0 and an even "
-                "time_features >= 2."
-            )
+        super().__init__(width, depth, num_classes, time_features)
         self.shape = tuple(shape)
-        self.num_classes = num_classes
         elements = math.prod(self.shape)
-        self.time_proj = _TimeFeatures(time_features)
-        self.time_embedding = nn.Sequential(nn.Linear(time_features, width), nn.SiLU(), nn.Linear(width, width))
-        self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.input = nn.Linear(elements, width)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.output = nn.Linear(width, elements)
         with torch.no_grad():
             self.output.weight.mul_(0.01)
@@ -105,20 +143,15 @@ class ResidualMLP(nn.Module):
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"this ResidualMLP takes samples of shape {self.shape}, got a batch {tuple(x.shape)}.")
-        embedding = self.time_embedding(self.time_proj(t.to(x.dtype)))
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((x.shape[0],), self.num_classes, device=x.device)
-            embedding = embedding + self.class_embedding(class_labels)
-        elif class_labels is not None:
-            raise ValueError("this ResidualMLP has num_classes=0, but the batch has class_labels.")
+        embedding = self.embed([t.to(x.dtype)], class_labels)
         h = self.input(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
         return self.output(h).reshape(x.shape)
 
 
-def _null_class(network: nn.Module) -> int | None:
+def null_class(network: nn.Module) -> int | None:
+    """The label that means "no class", of networks that state ``num_classes``; None without classes."""
     classes = network.num_classes
     return classes if isinstance(classes, int) and classes > 0 else None
 
@@ -128,7 +161,7 @@ register(
         "ResidualMLP",
         time="native",
         cond_keys=("class_labels",),
-        null={"class_labels": _null_class},
+        null={"class_labels": null_class},
         blocks=("blocks",),
         lora_targets=(
             "input",

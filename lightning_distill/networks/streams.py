@@ -18,7 +18,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import register
 from lightning_distill.networks.families.base import PLAIN
 from lightning_distill.networks.seeding import seeded
-from lightning_distill.networks.small import _Block, _null_class, _TimeFeatures
+from lightning_distill.networks.small import ConditionedMLP, ResidualBlock, null_class
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import edm_boundary
 from lightning_distill.processes import expand
@@ -159,10 +159,10 @@ class StreamsNetwork(nn.Module):
         return self.process.pack(velocities)
 
 
-register(replace(PLAIN, model_class="StreamsNetwork", null={"class_labels": _null_class}))
+register(replace(PLAIN, model_class="StreamsNetwork", null={"class_labels": null_class}))
 
 
-class StreamMLP(nn.Module):
+class StreamMLP(ConditionedMLP):
     """A residual MLP that sees all streams and their times, for small problems.
 
     Args:
@@ -181,15 +181,10 @@ class StreamMLP(nn.Module):
         num_classes: int = 0,
         time_features: int = 64,
     ) -> None:
-        super().__init__()
+        super().__init__(width, depth, num_classes, time_features, times=len(shapes))
         self.shapes = {name: tuple(shape) for name, shape in sorted(shapes.items())}
-        self.num_classes = num_classes
-        self.time_proj = _TimeFeatures(time_features)
-        features = time_features * len(shapes)
-        self.time_embedding = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
-        self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.inputs = nn.ModuleDict({name: nn.Linear(prod(shape), width) for name, shape in self.shapes.items()})
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.outputs = nn.ModuleDict({name: nn.Linear(width, prod(shape)) for name, shape in self.shapes.items()})
         with torch.no_grad():
             for parameter in self.outputs.parameters():
@@ -205,13 +200,7 @@ class StreamMLP(nn.Module):
             times: of each stream, (B,).
             class_labels: classes, (B,) integers; None means "no class".
         """
-        embedding = self.time_embedding(torch.cat([self.time_proj(times[name]) for name in self.shapes], dim=1))
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((len(embedding),), self.num_classes, device=embedding.device)
-            embedding = embedding + self.class_embedding(class_labels)
-        elif class_labels is not None:
-            raise ValueError("this StreamMLP has num_classes=0, but the batch has class_labels.")
+        embedding = self.embed([times[name] for name in self.shapes], class_labels)
         h = torch.stack([layer(samples[name].flatten(1)) for name, layer in self.inputs.items()]).sum(0)
         for block in self.blocks:
             h = block(h, embedding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.commands.export import export_module
 from lightning_distill.ema import PowerEMA
 from lightning_distill.generation import generate
-from lightning_distill.guidance import Guidance, RandomGuidance, guided
+from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance, guided
 from lightning_distill.methods import (
     BOSS,
     AccVideo,
@@ -286,10 +287,11 @@ def test_the_gradient_is_that_of_the_end_point_in_the_times():
 
 
 @pytest.mark.parametrize("coefficients", ["differences", "all"])
-@pytest.mark.parametrize("process", [FlowMatching(), EDM()], ids=["flow", "edm"])
+@pytest.mark.parametrize("process", [FlowMatching(), EDM(), VariancePreserving()], ids=["flow", "edm", "vp"])
 def test_learned_coefficients_are_those_the_sampler_uses(coefficients, process):
     module, batch = solver(process, coefficients=coefficients), Batch(size=256)
     assert module.sampler == "adams"
+    rounding = 0.05 if isinstance(process, VariancePreserving) else 1e-4  # timesteps are whole numbers there
     module.student_loss(batch)
     schedule = module.schedule
     assert schedule.differences.tolist() == pytest.approx(adams_coefficients(schedule())[1].tolist(), abs=1e-6)
@@ -298,18 +300,38 @@ def test_learned_coefficients_are_those_the_sampler_uses(coefficients, process):
         schedule.differences.add_(torch.tensor([0.0, 0.1, -0.2]))
     loss = module.student_loss(batch).losses["end"]
     noise, x0 = module.pairs(batch)
-    assert loss.item() == pytest.approx((module.sample(256, noise=noise) - x0).square().mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx((module.sample(256, noise=noise) - x0).square().mean().item(), rel=rounding)
     loss.backward()
     assert schedule.differences.grad[1:].abs().min() > 0
     assert schedule.differences.grad[0] == 0  # there is no earlier velocity
     assert (schedule.factors.grad is None) == (coefficients == "differences")
-    flow = schedule()
-    assert torch.equal(schedule.coefficients_at(flow + 1e-3), schedule.coefficients())
-    assert schedule.coefficients_at(flow + 1e-2) is None
-    assert schedule.coefficients_at(flow[1:]) is None
+    times = module.student_times
+    assert torch.equal(schedule.coefficients_at(times), schedule.coefficients())
+    assert schedule.coefficients_at([*times[:-1], 0.99 * times[-1]]) is None
+    assert schedule.coefficients_at(times[1:]) is None
     again = solver(process, coefficients=coefficients)
     again.load_state_dict(module.state_dict())
     torch.testing.assert_close(again.sample(16, noise=noise[:16]), module.sample(16, noise=noise[:16]))
+
+
+@pytest.mark.parametrize("coefficients", ["none", "all"])
+@pytest.mark.parametrize("policy", [Guidance(3.0), IntervalGuidance(3.0, 0.2, 0.7)], ids=["scale", "interval"])
+def test_a_guided_solver_samples_with_its_guidance(coefficients, policy, tmp_path):
+    settings = {"shape": [2], "num_steps": 3, "solver_steps": 8, "guidance": policy, "coefficients": coefficients}
+    teacher, batch = classes(), replace(labelled(), x0=None, size=N)
+    with torch.no_grad():
+        for p in teacher.network.output.parameters():  # it begins near zero
+            p.normal_(std=0.2)
+    module = ready(LearnedSolver(teacher, **settings))
+    loss = module.student_loss(batch).losses["end"]
+    noise, x0 = module.pairs(batch)
+    assert loss.item() == pytest.approx(
+        (module.sample(len(noise), batch.cond, noise=noise) - x0).square().mean().item()
+    )
+    plain = generate(module.teacher, noise, batch.cond, module.student_times, module.sampler)
+    assert (plain - x0).square().mean().item() > 1.5 * loss.item()
+    with pytest.raises(ValueError, match="need more than its network"):
+        export_module(module, tmp_path / "exported")
 
 
 def test_coefficients_have_a_name_and_no_stock_scheduler(tmp_path):

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from lightning_distill.batch import Batch
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
+from lightning_distill.methods.perceiving import Perceptual, perceiving_calls
 from lightning_distill.methods.regression import PairRegression
-from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 
@@ -25,8 +25,8 @@ class DMD(FakeScoreMethod):
         regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) of noise and what the
             teacher's deterministic sampler made of it, with the guidance of ``guidance``.
         regression_conditions: store of the embeddings with which the pairs were made, for text models.
-        regression_distance: LPIPS as in the paper (images or decoded latents in [-1, 1]); None is the mean squared
-            error.
+        regression_distance: LPIPS as in the paper (images or decoded latents in [-1, 1]), or the squared error with
+            the distance of the teacher's own features; None is the mean squared error alone.
         weight: lambda, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
         **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``. The default weight of ``student/regression`` is
@@ -48,7 +48,7 @@ class DMD(FakeScoreMethod):
         *,
         regression_pairs: str | None = None,
         regression_conditions: str | None = None,
-        regression_distance: PerceptualDistance | None = None,
+        regression_distance: Perceptual | None = None,
         weight: str = "dmd_v1",
         fake_score_steps: int = 1,
         **kwargs: Any,
@@ -65,6 +65,7 @@ class DMD(FakeScoreMethod):
     def check_configuration(self) -> None:
         """Pairs lead from noise to data in one step."""
         super().check_configuration()
+        self.regression.check(self)
         if len(self.student_times) > 1:
             raise ValueError(
                 f"DMD distils into one step, but the student has {len(self.student_times)}; use DMD2 for several."
@@ -80,4 +81,5 @@ class DMD(FakeScoreMethod):
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
         counts = super().forward_counts()
         counts["student"]["student"] += 1
+        counts["student"]["teacher"] += perceiving_calls(self.regression.distance)
         return counts

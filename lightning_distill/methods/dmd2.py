@@ -8,6 +8,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.methods.adversarial import AdversarialMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.grouped import Grouped
+from lightning_distill.methods.perceiving import Perceptual
 from lightning_distill.methods.regression import PairRegression
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.networks.denoiser import Denoiser
@@ -40,7 +41,10 @@ class DMD2(AdversarialMethod):
         regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) with noise and teacher
             outputs, for a warm-up by regression.
         regression_conditions: store of the embeddings with which they were made, for text models.
-        regression_steps: student updates of that warm-up.
+        regression_distance: LPIPS, or the squared error with the distance of the teacher's own features; None is the
+            mean squared error alone.
+        regression_steps: student updates of that warm-up. The critic waits: it starts from the teacher, to whose
+            distribution the warm-up leads.
         **kwargs: see ``AdversarialMethod`` (``gan``; default weights 1e-3 for ``student/gan`` and 1e-2 for
             ``fake_score/gan``), ``FakeScoreMethod`` and ``DistillationModule``.
 
@@ -62,6 +66,7 @@ class DMD2(AdversarialMethod):
         gan_every: int = 1,
         regression_pairs: str | None = None,
         regression_conditions: str | None = None,
+        regression_distance: Perceptual | None = None,
         regression_steps: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -85,16 +90,23 @@ class DMD2(AdversarialMethod):
         self.regression_steps = regression_steps
         self.regression = None
         if regression_pairs is not None:
-            self.regression = PairRegression(regression_pairs, conditions=regression_conditions)
+            self.regression = PairRegression(regression_pairs, regression_distance, regression_conditions)
 
     def check_configuration(self) -> None:
         """Samples in groups have a game of their own."""
         super().check_configuration()
+        if self.regression is not None:
+            self.regression.check(self)
         if self.gan_at_scores and isinstance(self, Grouped):
             raise ValueError(
                 f"{type(self).__name__} compares scores within groups and plays its game elsewhere; leave out "
                 "gan_at_scores."
             )
+
+    def phase_plan(self) -> list[tuple[str, int]]:
+        """The warm-up trains the student alone."""
+        plan = super().phase_plan()
+        return plan if self.trainer.global_step >= self.regression_steps else plan[:1]
 
     def student_loss(self, batch: Batch) -> Terms:
         """Score difference at a random time, and the generator's side of the GAN."""

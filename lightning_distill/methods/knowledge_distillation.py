@@ -9,11 +9,10 @@ from torch import Tensor
 from lightning_distill.batch import Batch, slice_cond
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.perceiving import Perceptual, perceived, perceiving_calls
 from lightning_distill.methods.teacher_paths import TeacherPaths
-from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.networks.teacher_features import TeacherFeatures
 
 __all__ = ["InstaFlow", "KnowledgeDistillation"]
 
@@ -54,7 +53,7 @@ class KnowledgeDistillation(TeacherPaths):
         *,
         metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber",
         huber: float | None = None,
-        perceptual: PerceptualDistance | TeacherFeatures | None = None,
+        perceptual: Perceptual | None = None,
         sampler: Literal["ode", "renoise"] = "ode",
         **kwargs: Any,
     ) -> None:
@@ -97,12 +96,12 @@ class KnowledgeDistillation(TeacherPaths):
         """Loss terms of predictions (N, ...) with conditions ``cond`` whose ends are known, by name."""
         terms = {"regression": distance(made, goal, self.metric, self.huber).mean()}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceived(made, goal, cond).mean()
+            terms["perceptual"] = perceived(self.perceptual, self, made, goal, cond).mean()
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update whose pairs are made in training."""
-        return {"student": {"student": 1, "teacher": self.solver_calls + self.perceiving_calls}}
+        return {"student": {"student": 1, "teacher": self.solver_calls + perceiving_calls(self.perceptual)}}
 
 
 class InstaFlow(KnowledgeDistillation):

@@ -9,11 +9,10 @@ from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import distance
 from lightning_distill.losses.rectified import straightness
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.perceiving import Perceptual, perceived, perceiving_calls
 from lightning_distill.methods.teacher_paths import TeacherPaths
-from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.networks.teacher_features import TeacherFeatures
 from lightning_distill.parameterisations import Capability
 from lightning_distill.processes import FlowMatching
 from lightning_distill.times import TimeDistribution, Uniform
@@ -60,7 +59,7 @@ class Reflow(TeacherPaths):
         metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "mse",
         huber: float | None = None,
         time_weight: Literal["one", "data"] = "one",
-        perceptual: PerceptualDistance | TeacherFeatures | None = None,
+        perceptual: Perceptual | None = None,
         perceptual_weight: Literal["one", "inverse"] = "one",
         sampler: Literal["ode", "heun", "start_noise"] = "ode",
         **kwargs: Any,
@@ -93,7 +92,7 @@ class Reflow(TeacherPaths):
         weight = 1.0 - t if self.time_weight == "data" else torch.ones_like(t)
         terms = Terms({"velocity": (weight.to(error) * error).mean()})
         if self.perceptual is not None:
-            seen = self.perceived(prediction.x0, x0, batch.cond)
+            seen = perceived(self.perceptual, self, prediction.x0, x0, batch.cond)
             factor = 1.0 / t if self.perceptual_weight == "inverse" else torch.ones_like(t)
             terms.losses["perceptual"] = (factor.to(seen) * seen).mean()
         terms.diagnostics["straightness"] = straightness(velocity.detach(), noise, x0).mean()
@@ -101,4 +100,4 @@ class Reflow(TeacherPaths):
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update whose pairs are made in training."""
-        return {"student": {"student": 1, "teacher": self.solver_calls + self.perceiving_calls}}
+        return {"student": {"student": 1, "teacher": self.solver_calls + perceiving_calls(self.perceptual)}}

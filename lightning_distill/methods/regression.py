@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_distill.data.pairs import open_pairs
 from lightning_distill.data.trajectories import StoredTrajectories, check_teacher
+from lightning_distill.methods.perceiving import Perceptual, check_perceptual, perceived
 from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class PairRegression:
 
     Args:
         path: store of ``lightning-distill trajectories``, or safetensors file, see ``data.pairs.load_pairs``.
-        distance: perceptual distance; None is the mean squared error.
+        distance: LPIPS, as in DMD; that of the teacher's features is added to the mean squared error; None is the
+            mean squared error alone.
         conditions: store of the embeddings with which the teacher made the pairs, for text models.
         allow_other_teacher: accept a store whose teacher is not the method's.
     """
@@ -30,7 +32,7 @@ class PairRegression:
     def __init__(
         self,
         path: str,
-        distance: PerceptualDistance | None = None,
+        distance: Perceptual | None = None,
         conditions: str | None = None,
         allow_other_teacher: bool = False,
     ) -> None:
@@ -38,8 +40,16 @@ class PairRegression:
         self.pairs = open_pairs(path, conditions)
         self.distance = distance
         self._teacher_known = allow_other_teacher
-        if distance is not None:
+        if isinstance(distance, PerceptualDistance):
             distance.check()
+
+    def check(self, module: "DistillationModule") -> None:
+        """The distance can be computed.
+
+        Raises:
+            ValueError: its weights or blocks are missing.
+        """
+        check_perceptual(self.distance, module)
 
     def loss(self, module: "DistillationModule", n: int) -> Tensor:
         """Mean over n pairs, drawn with replacement by the module's current draws.
@@ -65,6 +75,9 @@ class PairRegression:
         t = torch.full((n,), module.student_times[0], dtype=torch.float64, device=module.device)
         x = module.student(start, t, cond).x0
         reference = pairs.x0.to(x)
+        if isinstance(self.distance, PerceptualDistance):
+            return self.distance(x, reference).mean()
+        error = (x - reference).square().mean()
         if self.distance is None:
-            return (x - reference).square().mean()
-        return self.distance(x, reference).mean()
+            return error
+        return error + perceived(self.distance, module, x, reference, cond).mean()

@@ -10,6 +10,7 @@ from lightning_distill.losses.consistency import distance
 from lightning_distill.losses.rectified import Annealing, annealed_noise, annealing
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.knowledge_distillation import InstaFlow
+from lightning_distill.methods.perceiving import perceiving_calls
 from lightning_distill.methods.reflow import Reflow
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
@@ -101,4 +102,4 @@ class SlimFlowDistillation(InstaFlow):
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
-        return {"student": {"student": 2, "teacher": self.solver_calls + 1 + self.perceiving_calls}}
+        return {"student": {"student": 2, "teacher": self.solver_calls + 1 + perceiving_calls(self.perceptual)}}

@@ -1,6 +1,5 @@
 """What methods share that learn from the teacher's own trajectories, stored or solved in training."""
 
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -8,13 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.generation import default_cond
+from lightning_distill.methods.perceiving import Perceptual, check_perceptual
 from lightning_distill.methods.trajectory import TrajectoryMethod
-from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.discriminators import tap_shapes
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.networks.teacher_features import TeacherFeatures
 from lightning_distill.parameterisations import average_velocity
 from lightning_distill.processes import FlowMatching, change_process, expand
 from lightning_distill.samplers import heun_step, transport
@@ -36,7 +32,7 @@ class TeacherPaths(TrajectoryMethod):
 
     learns_from = "teacher alone; or its stored trajectories"
     #: distance of samples beside the method's own, of methods that take one
-    perceptual: PerceptualDistance | TeacherFeatures | None = None
+    perceptual: Perceptual | None = None
 
     def __init__(
         self,
@@ -58,25 +54,7 @@ class TeacherPaths(TrajectoryMethod):
     def check_configuration(self) -> None:
         """The perceptual distance has its weights, or finds its blocks."""
         super().check_configuration()
-        if isinstance(self.perceptual, PerceptualDistance):
-            self.perceptual.check()
-        elif self.perceptual is not None:
-            teacher = self.require_teacher()
-            cond = {k: v.to(teacher.device) for k, v in default_cond(teacher, 1).items()}
-            tap_shapes(teacher, self.sample_shape, self.perceptual.taps, cond)
-
-    def perceived(self, made: Tensor, goal: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        """The perceptual distance of samples (B, ...), which have the conditions ``cond``: (B,)."""
-        assert self.perceptual is not None
-        if isinstance(self.perceptual, PerceptualDistance):
-            return self.perceptual(made, goal)
-        u, noise = self.draws.uniform("perceptual/t", len(made)), self.draws.normal("perceptual/noise", made.shape)
-        return self.perceptual(self.require_teacher(), made, goal, cond, u, noise)
-
-    @property
-    def perceiving_calls(self) -> int:
-        """Teacher calls of the perceptual distance."""
-        return 2 if isinstance(self.perceptual, TeacherFeatures) else 0
+        check_perceptual(self.perceptual, self)
 
     @property
     def solver_calls(self) -> int:

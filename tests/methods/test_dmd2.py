@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from small_problems import Exact, distil, gaussian_problem, mlp, posterior, ready, shift
 
 from lightning_distill.batch import Batch
@@ -15,6 +16,7 @@ from lightning_distill.methods.base import Terms
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.roles import Lora
+from lightning_distill.networks.teacher_features import TeacherFeatures
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws, RandomStreams
 from lightning_distill.times import Uniform
@@ -258,31 +260,52 @@ def test_the_stop_is_uniform_and_common_to_all_micro_batches():
 
 # ------------------------------------------------------------------------------------------------ warm-up
 def test_regression_warms_up_and_matching_takes_over(tmp_path, ring4_problem):
-    from safetensors.torch import save_file
-
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(512, 1, generator=generator)
     save_file({"noise": noise, "x0": 0.7 * noise + 1.0}, tmp_path / "pairs.safetensors")
     module = gaussian_problem(
-        regression_pairs=str(tmp_path / "pairs.safetensors"), regression_steps=60, fake_score_steps=1, weight="one"
+        regression_pairs=str(tmp_path / "pairs.safetensors"), regression_steps=60, fake_score_steps=2, weight="one"
     )
-    names = []
-    original = module.student_loss
+    names, critic, weights = [], [], []
+    student_loss, fake_score_loss = module.student_loss, module.fake_score_loss
 
-    def student_loss(batch):
-        terms = original(batch)
+    def of_student(batch):
+        terms = student_loss(batch)
         names.extend(terms.losses)
+        weights.append([float(p.detach()) for p in (module.student.network.a, module.student.network.b)])
         return terms
 
-    module.student_loss = student_loss
+    def of_critic(batch):
+        critic.append(module.draws.update)
+        return fake_score_loss(batch)
+
+    module.student_loss, module.fake_score_loss = of_student, of_critic
     ring4_problem.fit(module, 61, Batch(size=64), batch_size=64)
     assert names == ["regression"] * 60 + ["matching"]
-    assert float(module.student.network.a.detach()) == pytest.approx(0.7, abs=0.05)
-    assert float(module.student.network.b.detach()) == pytest.approx(1.0, abs=0.05)
+    assert critic == [60, 60]  # it waits for the end of the warm-up
+    assert weights[-1] == pytest.approx([0.7, 1.0], abs=0.02)  # as the warm-up leaves them
+
+
+def test_the_teachers_features_are_added_to_the_squared_error(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    noise, x0 = torch.randn(6, 2, generator=generator), torch.randn(6, 2, generator=generator)
+    save_file({"noise": noise, "x0": x0}, tmp_path / "pairs.safetensors")
+    path, distance = str(tmp_path / "pairs.safetensors"), TeacherFeatures(["blocks.0"])
+    module = ready(DMD2(mlp(), regression_pairs=path, regression_distance=distance, regression_steps=1))
+    loss = module.student_loss(Batch(size=5)).losses["regression"]
+    rows = (module.draws.uniform("pairs", 5) * 6).long()
+    made = module.student(noise[rows], torch.ones(5), {}).x0
+    u, eps = module.draws.uniform("perceptual/t", 5), module.draws.normal("perceptual/noise", (5, 2))
+    seen = distance(module.teacher, made, x0[rows], {}, u, eps)
+    torch.testing.assert_close(loss, (made - x0[rows]).square().mean() + seen.mean())
+    assert float(seen.mean().detach()) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ bad input
-def test_settings_that_cannot_work_are_refused_with_the_reason():
+def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path):
+    pairs = str(tmp_path / "pairs.safetensors")
+    save_file({"noise": torch.zeros(1, 2), "x0": torch.zeros(1, 2)}, pairs)
+
     def refused(message, teacher=None, **settings):
         with pytest.raises(ValueError, match=message):
             DMD2(teacher or mlp(), **settings).configure_model()
@@ -293,6 +316,8 @@ def test_settings_that_cannot_work_are_refused_with_the_reason():
     refused("must be 1 or more", updates_per_sample=0)
     refused("accumulate_grad_batches=0", accumulate_grad_batches=0)
     refused("needs regression_pairs", regression_steps=5)
+    with_pairs = {"regression_pairs": pairs, "regression_steps": 5}
+    refused("no block 'nowhere'", **with_pairs, regression_distance=TeacherFeatures(["nowhere"]))
     refused("sampler='heun' is unknown", sampler="heun")
     refused("outside", student_times=[2.0])
     refused("must fall strictly", student_times=[0.5, 0.8])

@@ -1,0 +1,47 @@
+"""Perceptual distances as parts of methods: LPIPS, or that of the teacher's own features."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_distill.generation import default_cond
+from lightning_distill.metrics.lpips_diversity import PerceptualDistance
+from lightning_distill.networks.discriminators import tap_shapes
+from lightning_distill.networks.teacher_features import TeacherFeatures
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import DistillationModule
+
+__all__ = ["Perceptual", "check_perceptual", "perceived", "perceiving_calls"]
+
+Perceptual = PerceptualDistance | TeacherFeatures
+
+
+def check_perceptual(distance: Perceptual | None, module: "DistillationModule") -> None:
+    """The distance has its weights, or finds its blocks in the teacher.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(distance, PerceptualDistance):
+        distance.check()
+    elif distance is not None:
+        teacher = module.require_teacher()
+        cond = {k: v.to(teacher.device) for k, v in default_cond(teacher, 1).items()}
+        tap_shapes(teacher, module.sample_shape, distance.taps, cond)
+
+
+def perceived(
+    distance: Perceptual, module: "DistillationModule", made: Tensor, goal: Tensor, cond: Mapping[str, Any]
+) -> Tensor:
+    """Distance of samples (B, ...) with the conditions ``cond`` by the module's current draws: (B,)."""
+    if isinstance(distance, PerceptualDistance):
+        return distance(made, goal)
+    u, noise = module.draws.uniform("perceptual/t", len(made)), module.draws.normal("perceptual/noise", made.shape)
+    return distance(module.require_teacher(), made, goal, cond, u, noise)
+
+
+def perceiving_calls(distance: Perceptual | None) -> int:
+    """Teacher calls of a distance."""
+    return 2 if isinstance(distance, TeacherFeatures) else 0

@@ -48,7 +48,21 @@ class RunConfig(SaveConfigCallback):
 
 
 class TrainerCLI(LightningCLI):
-    """LightningCLI with checkpoints and a progress bar counted in student updates, unless the user gives others."""
+    """LightningCLI with checkpoints and a progress bar counted in student updates, unless the user gives others.
+
+    Args:
+        command: the only subcommand that will be asked for; parsers of the others take time to build. None for all.
+        **kwargs: see ``LightningCLI``.
+    """
+
+    def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
+        self._command = command
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Subcommands with the arguments of the Trainer's method that are ours to give."""
+        known = LightningCLI.subcommands()
+        return known if self._command is None else {self._command: known[self._command]}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse, then look at the checkpoint to resume from before anything is built."""
@@ -151,6 +165,7 @@ def run_trainer(words: Sequence[str]) -> TrainerCLI:
         trainer_defaults={"logger": logger, "num_sanity_val_steps": 0, "max_epochs": -1, "log_every_n_steps": 25},
         parser_kwargs=options,
         args=list(words),
+        command=words[0] if words[0] in LightningCLI.subcommands() else None,
     )
 
 

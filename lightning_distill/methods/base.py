@@ -326,11 +326,17 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             if log:
                 self._log_terms(phase, terms)
         self._rollouts.clear()
-        schedulers = self.lr_schedulers() or []
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()  # type: ignore[call-arg]
+        self._step_schedules(repeats)
         if log:
             self._log_skipped()
+
+    def _step_schedules(self, ran: Mapping[str, int]) -> None:
+        """Learning-rate schedules of the phases that ran go on."""
+        given = self.lr_schedulers() or []
+        scheduled = [phase for phase in self.phases if self.scheduler_factories.get(phase) is not None]
+        for phase, scheduler in zip(scheduled, given if isinstance(given, list) else [given]):
+            if phase in ran:
+                scheduler.step()
 
     def _slice(self, batch: Batch) -> list[Batch]:
         parts = self.slices_per_cycle

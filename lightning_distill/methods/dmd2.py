@@ -43,8 +43,8 @@ class DMD2(AdversarialMethod):
         regression_conditions: store of the embeddings with which they were made, for text models.
         regression_distance: LPIPS, or the squared error with the distance of the teacher's own features; None is the
             mean squared error alone.
-        regression_steps: student updates of that warm-up. The critic waits: it starts from the teacher, to whose
-            distribution the warm-up leads.
+        regression_steps: student updates of that warm-up. The critic and its schedule wait: it starts from the
+            teacher, to whose distribution the warm-up leads.
         **kwargs: see ``AdversarialMethod`` (``gan``; default weights 1e-3 for ``student/gan`` and 1e-2 for
             ``fake_score/gan``), ``FakeScoreMethod`` and ``DistillationModule``.
 

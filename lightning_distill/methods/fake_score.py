@@ -61,7 +61,7 @@ class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
             and the steps need not have the teacher's distribution one by one (see ``networks.step_condition``).
         rollout_step: whether the random step of a rollout is one per ``batch`` or one per ``sample``.
         fake_score_optimizer: optimizer of the critic (and of discriminator heads); None for fused AdamW.
-        fake_score_scheduler: learning-rate schedule of the critic, stepped once per student update.
+        fake_score_scheduler: learning-rate schedule of the critic, stepped once per cycle with critic updates.
         **kwargs: see ``DistillationModule``.
     """
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from small_problems import Exact, distil, gaussian_problem, mlp, posterior, ready, shift
+from torch.optim.lr_scheduler import StepLR
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance
@@ -264,7 +267,12 @@ def test_regression_warms_up_and_matching_takes_over(tmp_path, ring4_problem):
     noise = torch.randn(512, 1, generator=generator)
     save_file({"noise": noise, "x0": 0.7 * noise + 1.0}, tmp_path / "pairs.safetensors")
     module = gaussian_problem(
-        regression_pairs=str(tmp_path / "pairs.safetensors"), regression_steps=60, fake_score_steps=2, weight="one"
+        regression_pairs=str(tmp_path / "pairs.safetensors"),
+        regression_steps=60,
+        fake_score_steps=2,
+        weight="one",
+        student_scheduler=partial(StepLR, step_size=100),
+        fake_score_scheduler=partial(StepLR, step_size=100),
     )
     names, critic, weights = [], [], []
     student_loss, fake_score_loss = module.student_loss, module.fake_score_loss
@@ -282,7 +290,8 @@ def test_regression_warms_up_and_matching_takes_over(tmp_path, ring4_problem):
     module.student_loss, module.fake_score_loss = of_student, of_critic
     ring4_problem.fit(module, 61, Batch(size=64), batch_size=64)
     assert names == ["regression"] * 60 + ["matching"]
-    assert critic == [60, 60]  # it waits for the end of the warm-up
+    assert critic == [60, 60]  # it waits for the end of the warm-up, and its schedule with it
+    assert [scheduler.last_epoch for scheduler in module.lr_schedulers()] == [61, 1]
     assert weights[-1] == pytest.approx([0.7, 1.0], abs=0.02)  # as the warm-up leaves them
 
 

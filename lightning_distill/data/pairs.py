@@ -18,7 +18,7 @@ from lightning_distill.data.loader import InMemory
 from lightning_distill.data.store import is_store
 from lightning_distill.data.trajectories import StoredTrajectories
 
-__all__ = ["Pairs", "load_pairs", "open_pairs"]
+__all__ = ["Pairs", "load_pairs", "open_pairs", "single_precision"]
 
 
 def open_pairs(path: str | Path, conditions: str | None = None) -> InMemory | StoredTrajectories:
@@ -32,9 +32,9 @@ def open_pairs(path: str | Path, conditions: str | None = None) -> InMemory | St
         FileNotFoundError: there is neither.
         ValueError: something else lies there.
     """
-    return (
-        StoredTrajectories(str(path), conditions) if is_store(path) else InMemory(load_pairs(path), transform=_single)
-    )
+    if is_store(path):
+        return StoredTrajectories(str(path), conditions)
+    return InMemory(load_pairs(path), transform=single_precision)
 
 
 def load_pairs(path: str | Path) -> Batch:
@@ -109,10 +109,12 @@ class Pairs(DistillationDataModule):
 
     def make_source(self) -> InMemory:
         """All pairs."""
-        return InMemory(self._pairs, transform=_single)
+        return InMemory(self._pairs, transform=single_precision)
 
 
-def _single(batch: Batch) -> Batch:
+def single_precision(batch: Batch) -> Batch:
+    """Pairs of any dtype as float32."""
+
     def single(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(torch.float32)
 

@@ -8,6 +8,7 @@ from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.perceiving import Perceptual, perceiving_calls
 from lightning_distill.methods.regression import PairRegression
+from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 
@@ -23,7 +24,8 @@ class DMD(FakeScoreMethod):
     Args:
         teacher: the pretrained model.
         regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) of noise and what the
-            teacher's deterministic sampler made of it, with the guidance of ``guidance``.
+            teacher's deterministic sampler made of it, with the guidance of ``guidance``; or ``SolvedPairs``, made at
+            the start of the run.
         regression_conditions: store of the embeddings with which the pairs were made, for text models.
         regression_distance: LPIPS as in the paper (images or decoded latents in [-1, 1]), or the squared error with
             the distance of the teacher's own features; None is the mean squared error alone.
@@ -46,7 +48,7 @@ class DMD(FakeScoreMethod):
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        regression_pairs: str | None = None,
+        regression_pairs: str | SolvedPairs | None = None,
         regression_conditions: str | None = None,
         regression_distance: Perceptual | None = None,
         weight: str = "dmd_v1",

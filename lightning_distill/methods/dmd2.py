@@ -11,6 +11,7 @@ from lightning_distill.methods.grouped import Grouped
 from lightning_distill.methods.perceiving import Perceptual
 from lightning_distill.methods.regression import PairRegression
 from lightning_distill.methods.rollout import Rollout
+from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 
@@ -39,7 +40,7 @@ class DMD2(AdversarialMethod):
         gan_every: the discriminator is trained in every k-th critic update only, k times as heavily (lazy as in
             arXiv:1912.04958, Appendix B).
         regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) with noise and teacher
-            outputs, for a warm-up by regression.
+            outputs, for a warm-up by regression; or ``SolvedPairs``, made at the start of the run.
         regression_conditions: store of the embeddings with which they were made, for text models.
         regression_distance: LPIPS, or the squared error with the distance of the teacher's own features; None is the
             mean squared error alone.
@@ -64,7 +65,7 @@ class DMD2(AdversarialMethod):
         weight: str = "dmd",
         gan_at_scores: bool = False,
         gan_every: int = 1,
-        regression_pairs: str | None = None,
+        regression_pairs: str | SolvedPairs | None = None,
         regression_conditions: str | None = None,
         regression_distance: Perceptual | None = None,
         regression_steps: int = 0,
@@ -73,7 +74,8 @@ class DMD2(AdversarialMethod):
         super().__init__(teacher, **kwargs)
         if regression_steps and regression_pairs is None:
             raise ValueError(
-                f"regression_steps={regression_steps} needs regression_pairs, a store or file of noise-image pairs."
+                f"regression_steps={regression_steps} needs regression_pairs, a store or file of noise-image pairs, or "
+                "SolvedPairs."
             )
         if ((gan_at_scores or gan_every != 1) and self.gan is None) or gan_every < 1:
             raise ValueError(
@@ -105,8 +107,8 @@ class DMD2(AdversarialMethod):
 
     def phase_plan(self) -> list[tuple[str, int]]:
         """The warm-up trains the student alone."""
-        plan = super().phase_plan()
-        return plan if self.trainer.global_step >= self.regression_steps else plan[:1]
+        plan, done = super().phase_plan(), 0 if self._trainer is None else self.trainer.global_step
+        return plan if done >= self.regression_steps else plan[:1]
 
     def student_loss(self, batch: Batch) -> Terms:
         """Score difference at a random time, and the generator's side of the GAN."""

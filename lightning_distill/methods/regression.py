@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_distill.data.loader import Source
 from lightning_distill.data.pairs import open_pairs
 from lightning_distill.data.trajectories import StoredTrajectories, check_teacher
 from lightning_distill.methods.perceiving import Perceptual, check_perceptual, perceived
+from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ class PairRegression:
         mean distance( G(sigma z, t_init), x_ref ),     (z, x_ref) from a store or a file
 
     Args:
-        path: store of ``lightning-distill trajectories``, or safetensors file, see ``data.pairs.load_pairs``.
+        source: store of ``lightning-distill trajectories``, or safetensors file, see ``data.pairs.load_pairs``; or
+            what the teacher is to solve.
         distance: LPIPS, as in DMD; that of the teacher's features is added to the mean squared error; None is the
             mean squared error alone.
         conditions: store of the embeddings with which the teacher made the pairs, for text models.
@@ -31,25 +34,38 @@ class PairRegression:
 
     def __init__(
         self,
-        path: str,
+        source: str | SolvedPairs,
         distance: Perceptual | None = None,
         conditions: str | None = None,
         allow_other_teacher: bool = False,
     ) -> None:
-        self.path = path
-        self.pairs = open_pairs(path, conditions)
+        self.source = source
+        self._pairs = None if isinstance(source, SolvedPairs) else open_pairs(source, conditions)
         self.distance = distance
         self._teacher_known = allow_other_teacher
         if isinstance(distance, PerceptualDistance):
             distance.check()
 
     def check(self, module: "DistillationModule") -> None:
-        """The distance can be computed.
+        """The distance can be computed, and pairs that are not stored can be solved.
 
         Raises:
-            ValueError: its weights or blocks are missing.
+            ValueError: weights or blocks of the distance are missing, or the teacher cannot make pairs.
         """
+        if isinstance(self.source, SolvedPairs):
+            self.source.check(module)
         check_perceptual(self.distance, module)
+
+    def pairs(self, module: "DistillationModule") -> Source:
+        """All pairs; solved, or their teacher compared, at the first call: the networks exist then."""
+        if self._pairs is None:
+            assert isinstance(self.source, SolvedPairs)
+            self._pairs = self.source.solve(module)
+        if not self._teacher_known:
+            if isinstance(self._pairs, StoredTrajectories):
+                check_teacher(self._pairs.key, module, str(self.source))
+            self._teacher_known = True
+        return self._pairs
 
     def loss(self, module: "DistillationModule", n: int) -> Tensor:
         """Mean over n pairs, drawn with replacement by the module's current draws.
@@ -61,13 +77,10 @@ class PairRegression:
         Raises:
             ValueError: the pairs of a store were made by another teacher.
         """
-        if not self._teacher_known:  # at the first update: the networks exist now
-            if isinstance(self.pairs, StoredTrajectories):
-                check_teacher(self.pairs.key, module, self.path)
-            self._teacher_known = True
-        total = len(self.pairs)
+        source = self.pairs(module)
+        total = len(source)
         rows = (module.draws.uniform("pairs", n) * total).long().clamp_max(total - 1).cpu()
-        pairs = self.pairs.gather(rows, 0)
+        pairs = source.gather(rows, 0)
         assert pairs.noise is not None
         assert pairs.x0 is not None
         cond = {k: v.to(module.device) for k, v in pairs.cond.items()}

@@ -71,6 +71,8 @@ def files(tmp_path, tmp_path_factory, stand_ins, monkeypatch, request):
     FITTING.clear()
     if name and name.startswith("recipe/"):
         FITTING.extend(stand_in(load(name)))
+    if name and "class_path: SolvedPairs" in config_path(name).read_text():
+        FITTING.append("--model.init_args.regression_pairs.init_args.num=8")
     if name and "# Trajectories:" in config_path(name).read_text():
         link_store(config_path(name).read_text(), tmp_path_factory)
     if name and "class_path: RunDenoiser" in config_path(name).read_text():

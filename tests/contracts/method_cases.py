@@ -112,6 +112,7 @@ from lightning_distill.methods import (
     UpdateSchedule,
     VideoScene,
 )
+from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import ring4
 from lightning_distill.networks.beside import Beside
@@ -337,6 +338,11 @@ def heads(**settings: Any) -> Callable[[], Adversary]:
     return lambda: Adversary(**{"taps": ("blocks.0",), "width": 4, **settings})
 
 
+def without_warm_up(case: Case) -> dict[str, Any]:
+    """Settings with which the first cycle of a case is like the others."""
+    return {"regression_steps": 0} if case.name.startswith("regression") else {}
+
+
 def coupled(batch: Batch) -> Batch:
     """Samples with noise that belongs to them."""
     assert batch.x0 is not None
@@ -375,6 +381,11 @@ CASES: list[Case] = [
     Case("regression", DMD2, flow_mlp, lambda: without_data(points()), lambda folder: {
         **with_pairs(folder), "regression_steps": 3
     }),
+    Case("regression_solved", DMD2, flow_mlp, lambda: without_data(points()), dmd2(
+        regression_pairs=lambda: SolvedPairs(num=7, steps=2, batch_size=4),
+        regression_distance=lambda: TeacherFeatures(["blocks.0"]),
+        regression_steps=2,
+    )),
     Case("unet_gan", DMD2, vp_unet, images, dmd2(
         gan=heads(taps=("mid_block",)), matching_times=Uniform(0.02, 0.9), student_times=[0.5]
     )),

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from method_cases import CASES, DMD2, concrete_methods, methods_without_case, trainer
+from method_cases import CASES, DMD2, concrete_methods, methods_without_case, trainer, without_warm_up
 from sampling_of_cases import CONTRACTS, sampled
 
 from lightning_distill.methods import DistillationModule, TeacherTraining
@@ -121,7 +121,7 @@ def changed(before, after) -> set[str]:
 
 # ------------------------------------------------------------------------------------------------ phases
 def test_a_phase_changes_its_own_networks_and_no_other(case, build):
-    module = build()
+    module = build(**without_warm_up(case))
     seen = run(case, module, steps=2)
     plan = [phase for phase, _ in module.phase_plan()]
     assert seen.phases == plan * 2
@@ -162,7 +162,7 @@ def test_the_teacher_never_changes_and_has_no_gradient(case, build):
 
 
 def test_forwards_are_those_declared(case, build):
-    module = build(**({"regression_steps": 0} if case.name == "regression" else {}))
+    module = build(**without_warm_up(case))
     rollouts = []
     simulate = module.simulate_student
     module.simulate_student = lambda *args: (rollouts.append(1), simulate(*args))[1]
@@ -197,13 +197,14 @@ def test_the_teacher_runs_without_graph_unless_its_features_are_needed(case, bui
     seen = run(case, module)
     gan = getattr(module, "gan", None)
     needed = getattr(module, "differentiates_scores", False) or (gan is not None and gan.features == "teacher")
-    needed |= isinstance(getattr(module, "perceptual", None), TeacherFeatures)
+    regression = getattr(getattr(module, "regression", None), "distance", None)
+    needed |= isinstance(getattr(module, "perceptual", regression), TeacherFeatures)
     assert any(seen.teacher_graphs) == needed
 
 
 # ------------------------------------------------------------------------------------------------ counters
 def test_a_cycle_is_one_student_update_and_the_declared_others(case, build):
-    module = build()
+    module = build(**without_warm_up(case))
     fit = trainer(3, callbacks=[seen := Snapshots()])
     fit.fit(module, case.loader(module))
     counts = Counter(seen.phases)
@@ -219,7 +220,7 @@ def test_a_cycle_is_one_student_update_and_the_declared_others(case, build):
 
 
 def test_every_term_is_logged_by_phase(case, build):
-    module = build()
+    module = build(**without_warm_up(case))
     fit = trainer(1, log_every_n_steps=1)
     terms = {}
     for phase in module.phases:

@@ -9,6 +9,7 @@ from method_cases import BATCH, Batches, trainer
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods import InstaFlow
+from lightning_distill.methods.regression import PairRegression
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ConstantEMA",
@@ -57,6 +58,8 @@ def cycle(build, batch, rank=0, precision="32-true", **overrides):
         global_rank = rank
 
     module.__class__ = Rank
+    if isinstance(regression := getattr(module, "regression", None), PairRegression):
+        regression.pairs(module)  # solved by every rank, and not a part of the cycle
     recorder = Recorder()
     trainer(1, callbacks=[recorder], precision=precision).fit(module, Batches([batch]))
     return module, recorder

@@ -8,7 +8,7 @@ import traceback
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from method_cases import CASES, Batches, adam, trainer
+from method_cases import CASES, Batches, adam, trainer, without_warm_up
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.filterwarnings(
@@ -155,7 +155,7 @@ class Synchronisations(TorchDispatchMode):
 
 
 def test_a_cycle_that_does_not_log_never_waits_for_the_device(case, build):
-    module = build(**({"regression_steps": 0} if case.name == "regression" else {}))
+    module = build(**without_warm_up(case))
     mode = Synchronisations()
     original = module.training_step
 

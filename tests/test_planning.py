@@ -359,6 +359,17 @@ def test_command(config, capsys):
     assert "-c/--config" in capsys.readouterr().err
 
 
+def test_what_follows_a_warm_up_is_planned(config):
+    import lightning_distill.cli
+
+    lightning_distill.cli.import_everything()
+    _, content = config
+    plain = plan_config(content)
+    content["model"]["init_args"] |= {"regression_steps": 5, "regression_pairs": "stores/not_made_yet"}
+    assert plan_config(content).need == plain.need
+    assert content["model"]["init_args"]["regression_steps"] == 5
+
+
 def test_suggestions_save_memory_one_after_the_other(config):
     import lightning_distill.cli
 

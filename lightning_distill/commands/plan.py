@@ -110,7 +110,7 @@ def plan_config(
     text_tokens: int | None = None,
     checkpointing: bool | None = None,
 ) -> Plan:
-    """Plan what a configuration describes.
+    """Plan what a configuration describes; of a run that begins with a warm-up by regression, what follows it.
 
     Args:
         config: ``model``, ``data`` and ``trainer`` as plain data.
@@ -123,8 +123,12 @@ def plan_config(
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=DistillationModule)
 
+    model = copy.deepcopy(config["model"])
+    if (settings := model.get("init_args") or {}).get("regression_steps"):
+        settings |= {"regression_steps": 0, "regression_pairs": None}  # its pairs are not there yet
+
     def build() -> DistillationModule:
-        return parser.instantiate_classes(parser.parse_object({"model": copy.deepcopy(config["model"])})).model
+        return parser.instantiate_classes(parser.parse_object({"model": copy.deepcopy(model)})).model
 
     precision = str((config.get("trainer") or {}).get("precision") or "32-true")
     return plan(

@@ -111,7 +111,10 @@ def test_intervals_are_trained_one_after_the_other():
     assert PhasedDMD(mlp(), num_steps=2).stops() is None
 
 
-@pytest.mark.parametrize(("method", "sampler"), [(PhasedDMD, "ode"), (PhasedDMD, "renoise"), (TDM, "ode")])
+@pytest.mark.parametrize(
+    ("method", "sampler"),
+    [pytest.param(PhasedDMD, "ode", marks=pytest.mark.slow), (PhasedDMD, "renoise"), (TDM, "ode")],
+)
 def test_the_first_interval_of_gaussians_converges_to_its_known_map(method, sampler, ring4_problem):
     """x_u must have the variance alpha_u^2 tau^2 + sigma_u^2; with predicted noise x_u = (alpha_u a + sigma_u) z."""
     settings = {"num_steps": 2, "sampler": sampler, "critic_condition_on": "none"}

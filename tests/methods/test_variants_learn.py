@@ -1,4 +1,4 @@
-"""Every variant of distribution matching learns four modes in 200 updates, better than the teacher in two steps."""
+"""Every variant of distribution matching learns four modes in 200 updates (several steps: in 100), better than the teacher in two steps."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def heads(**settings):
 
 
 LONG = ("adm", "flash")
+SOON = ("ac_dmd", "sc_dmd")
 TWO = [10.0, 1.0]
 FOUR = [10.0, 2.5, 1.0, 0.4]
 #: method, settings, largest distance (about 1.5 times what it was)
 CASES = {
-    "ac_dmd": (ACDMD, {"student_times": TWO}, 0.22),
+    "ac_dmd": (ACDMD, {"student_times": TWO}, 0.28),
     "adm": (
         ADM,
         {
@@ -125,13 +126,12 @@ def test_every_student_learns_its_own_classes(ring4_problem, trained_teacher):
 
 
 @pytest.mark.learn
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("flash", "adm") else []) for n in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in CASES])
 def test_it_learns_four_modes(name, ring4_problem, trained_teacher):
     method, settings, limit = CASES[name]
     made = {k: v() if callable(v) else v for k, v in settings.items()}
-    run = distil(ring4_problem, trained_teacher.denoiser, 200, method=method, **made)
+    updates = 100 if name in SOON else 200
+    run = distil(ring4_problem, trained_teacher.denoiser, updates, method=method, **made)
     print(f"{name}: {run.distance:.3f} {run.shares}")
     assert run.distance < limit
     assert run.distance < 0.5 * ring4_problem.distance(trained_teacher.sample(2))

@@ -1,4 +1,4 @@
-"""Every variant of distribution matching learns four modes in 200 updates (several steps: in 100), better than the teacher in two steps."""
+"""Every variant of distribution matching beats the teacher in two steps on four modes, after 100 or 200 updates."""
 
 from __future__ import annotations
 

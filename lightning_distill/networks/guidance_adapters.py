@@ -303,7 +303,8 @@ class GuidanceAdapters(Role):
         width: of the embeddings and hidden layers.
         heads: heads of ``attention``, dividing ``width``.
         target_modules: endings of the names of the modules that get an adapter; None for the cross-attention modules,
-            all attention modules where there is no cross-attention, and the blocks of a network without any.
+            all attention modules where there is no cross-attention, and the blocks of a network without any. UNets
+            with little attention need their residual blocks too: ``[resnets.0, resnets.1, attentions.0]``.
         time: tell the adapters the time.
         condition: tell them label or text.
         seed: of their weights.

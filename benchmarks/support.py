@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "tests" / "networks"))
 import torch  # noqa: E402
 from family_runs import build, train_once  # noqa: E402
 from matrix import key  # noqa: E402
-from results import write_result  # noqa: E402
+from results import RESULTS, write_result  # noqa: E402
 from tiny_pipelines import MAKERS, Tiny  # noqa: E402
 
 from lightning_distill.commands.export import export_module  # noqa: E402
@@ -113,11 +113,19 @@ def main() -> None:
             for lora in (False, True):
                 _keep(classes[method], family, lora, version, args)
     rows = [json.loads(file.read_text()) for file in sorted(STATE.glob("*.json"))]
+    if args.any_version and (latest := RESULTS / "latest" / "support.json").is_file():  # cells of other machines
+        here = {_name(row) for row in rows}
+        rows += [row for row in json.loads(latest.read_text())["rows"] if _name(row) not in here]
     rows = [row for row in rows if row["method"] in classes and (args.any_version or row["version"] == version)]
+    rows.sort(key=_name)
     figures = [{k: v for k, v in row.items() if k != "version"} for row in rows]
     write_result("support", {"tolerance": TOLERANCE, "families": FAMILIES, "rows": figures}, seeds=[0])
     same = sum(isinstance(row.get(e), float) and row[e] <= TOLERANCE for row in rows for e in EXPORTS)
     print(f"{len(rows)} cells, {same} exports that make the same samples")
+
+
+def _name(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["method"], row["family"], row["roles"]
 
 
 def _keep(method: type[DistillationModule], family: str, lora: bool, version: str, args: argparse.Namespace) -> None:

@@ -232,8 +232,8 @@ def support() -> str:
         "L: so does the LoRA file with diffusers' names, K: with kohya's names. Before the slash a student of full",
         "weights, behind it a LoRA student. A number is a note below.",
         "",
-        f"| family | {' | '.join(methods)} |",
-        f"|---|{'---|' * len(methods)}",
+        f"| method | {' | '.join(families)} |",
+        f"|---|{'---|' * len(families)}",
     ]
     notes: dict[str, int] = {}
 
@@ -254,9 +254,9 @@ def support() -> str:
         return text.strip()
 
     cells = {(row["method"], row["family"], row["roles"]): row for row in rows}
-    for family in families:
-        line = [" / ".join(mark(cells.get((m, family, roles))) for roles in ("full", "lora")) for m in methods]
-        lines.append(f"| {family} | {' | '.join(line)} |")
+    for method in methods:
+        line = [" / ".join(mark(cells.get((method, f, roles))) for roles in ("full", "lora")) for f in families]
+        lines.append(f"| {method} | {' | '.join(line)} |")
     lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
     lines += [
         "",

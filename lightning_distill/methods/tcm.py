@@ -20,20 +20,22 @@ class TCM(ECT):
     """Second stage of consistency training: the noisy times alone, held at t' by the frozen model of the first.
 
         f(x, t) = f_1(x, t) for t < t',   f_student(x, t) else
-        L = E_{t >= t'} w(t, r) d( f(x_t, t), sg f(x_r, r) ) + w_b d( f(x_t', t'), f_1(x_t', t') )              (Eq. 8)
+        L = E_{t > t'} w(t, r) d( f(x_t, t), sg f(x_r, r) ) + w_b w(t', r') d( f(x_t', t'), f_1(x_r', r') )     (Eq. 8)
 
     The student spends no capacity on denoising; without the boundary term it could forget the data.
 
     Args:
         teacher: the consistency model of the first stage (``RunDenoiser``, a checkpoint), f_1.
         boundary: t' in native time; None is where sigma / alpha = 1.
-        boundary_share: share of the samples at t'.
+        boundary_share: share of the samples at t'; both terms are means over their own samples.
         training_times: distribution of t before it is cut off below t', see ``ECT``.
         first_stage: stage of the schedule of r(t), high from the start.
         **kwargs: see ``ECT``. The default weight w_b of ``student/boundary`` is .1; the student's times must not lie
             below t'.
 
     Notes:
+        At t' the pair is one like the others, whose earlier time r' = r(t') is the first stage's, as in the released
+        code (NVlabs/TCM, b132239).
         The paper draws log t from a Student t distribution.
     """
 
@@ -75,22 +77,21 @@ class TCM(ECT):
         t = restricted(self.training_times, self.draws.uniform("t", n), edge, top, self.process)
         at_edge = self.draws.uniform("edge", n) < self.boundary_share
         t = torch.where(at_edge, edge, t)
-        r = torch.where(at_edge, edge, self.earlier_times(t))
+        r = self.earlier_times(t)
         eps = self.draws.normal("noise", x0.shape)
         x_t, x_r = self.process.add_noise(x0, eps, t), self.process.add_noise(x0, eps, r)
         online = self.function(self.student, batch, None)(x_t, t).x0
         own = self.target(x_r, r, batch, None)
         with torch.no_grad():
             first = ect_target(self.function(self.require_teacher(), batch, None)(x_r, r).x0, x0, r)
-        frozen = at_edge | (r < edge)
+        frozen = r < edge  # always at the edge itself
         target = torch.where(expand(frozen, x0).bool(), first, own)
         value = distance(online, target, self.metric, self.huber)
-        weight = pair_weight(self.weight, t, torch.where(at_edge, 0.0, r), self.process, self.student.sigma_data)
-        zero = torch.zeros_like(value)
-        terms = {
-            "consistency": torch.where(at_edge, zero, weight.to(value) * value).mean(),
-            "boundary": torch.where(at_edge, value, zero).mean(),
-        }
+        value = value * pair_weight(self.weight, t, r, self.process, self.student.sigma_data).to(value)
+        zero, share = torch.zeros_like(value), self.boundary_share
+        terms = {"consistency": torch.where(at_edge, zero, value).mean() / (1.0 - share)}
+        if share:
+            terms["boundary"] = torch.where(at_edge, value, zero).mean() / share
         return Terms(terms, {"mse": (online.detach() - target).square().mean(), "frozen": frozen.float().mean()})
 
     def forward_counts(self) -> dict[str, dict[str, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from exact_students import F64, FLOW, MIXTURE, ExactEnd, data, exact_module, loss_and_slope
@@ -182,14 +184,29 @@ def test_a_truncated_student_meets_the_first_stage_at_its_boundary():
     assert float(t.min()) == 1.0  # the student is trained nowhere below
     at_edge = t == 1.0
     assert float(at_edge.double().mean()) == pytest.approx(0.25, abs=0.06)
-    first = module.teacher(x_t, t).x0
-    want = distance(module.student(x_t, t).x0.detach(), first, "l2")[at_edge].sum() / 512
-    assert float(terms.losses["boundary"].detach()) == pytest.approx(float(want), rel=1e-6)
+    # from t' the pair leads to the first stage's function at r(t') = 1 - (1 + 8 sigmoid(-1)) / 8
+    assert r[at_edge].tolist() == pytest.approx([1.0 - (1.0 + 8.0 / (1.0 + math.e)) / 8.0] * int(at_edge.sum()))
+    (x_r, _) = seen[1]
+    own, first = module.student(x_r, r).x0.detach(), module.teacher(x_r, r).x0
+    target = torch.where((r < 1.0)[:, None], first, own)
+    each = distance(module.student(x_t, t).x0.detach(), target, "l2") / (t - r)
+    assert float(terms.losses["boundary"].detach()) == pytest.approx(float(each[at_edge].sum() / 128), rel=1e-6)
+    assert float(terms.losses["consistency"].detach()) == pytest.approx(float(each[~at_edge].sum() / 384), rel=1e-6)
     assert bool(((r < 1.0) & ~at_edge).any())
-    # a first stage that is the student's own function leaves no loss at the boundary
+    # with the student's own function as first stage, what is left vanishes with the gap
     stage = Denoiser(ExactEnd(process), process, "sample")
-    same = exact_module(TCM, process=process, teacher=stage, metric="l2", first_stage=2)
-    assert float(same.student_loss(batch).losses["boundary"].detach()) < 1e-20
+    left = [
+        float(
+            exact_module(TCM, process=process, teacher=stage, metric="l2", weight="one", first_stage=k)
+            .student_loss(batch)
+            .losses["boundary"]
+            .detach()
+        )
+        for k in (4, 12)
+    ]
+    assert left[1] < 0.01 * left[0]
+    alone = exact_module(TCM, process=process, teacher=stage, boundary_share=0.0)
+    assert set(alone.student_loss(batch).losses) == {"consistency"}
     with pytest.raises(ValueError, match=r"trained for times of at least 1 and would be sampled at 0.5"):
         exact_module(TCM, process=process, student_times=[80.0, 0.5])
 

@@ -31,6 +31,7 @@ from lightning_distill.methods import (
     LCM,
     PCM,
     SCM,
+    TCM,
     ConsistencyDistillation,
     FakeBranch,
     PiFlow,
@@ -42,6 +43,7 @@ from lightning_distill.methods import (
     consistency_distillation,
     ctm,
     pcm,
+    tcm,
 )
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.parameterisations import edm_boundary
@@ -110,6 +112,18 @@ def test_consistency_distillation(monkeypatch, released, metric):
     module.draws = Given(interval=(given.index + 0.5) / (given.times - 1), noise=given.noise)
     loss = module.student_loss(Batch(x0=given.x0)).losses["consistency"]
     check(loss, module.student.network, expected[released])
+
+
+@pytest.mark.parametrize("stage", [1, 7])
+@pytest.mark.parametrize("c", [0.0, 0.06])
+def test_truncated_consistency(stage, c, monkeypatch):
+    """One of four samples lies at the transition, whose term is a mean of its own."""
+    given, expected = fixture("TCM")
+    monkeypatch.setattr(tcm, "restricted", lambda *_: given.sigma)
+    module = learner(TCM, EDM(), first_stage=stage, huber=c, boundary=given.transition)
+    module.draws = Given(t=given.sigma, edge=given.edge, noise=given.noise)
+    loss = module.weighted_sum("student", module.student_loss(Batch(x0=given.x0)))
+    check(loss, module.student.network, expected[f"stage{stage}_c{c}"])
 
 
 def latent(method, given, **settings):

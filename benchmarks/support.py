@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests" / "networks"))
 
 import torch  # noqa: E402
 from family_runs import build, train_once  # noqa: E402
+from family_settings import settings_of  # noqa: E402
 from matrix import key  # noqa: E402
 from results import RESULTS, write_result  # noqa: E402
 from tiny_pipelines import MAKERS, Tiny  # noqa: E402
@@ -34,7 +35,6 @@ from tiny_pipelines import MAKERS, Tiny  # noqa: E402
 from lightning_distill.commands.export import export_module  # noqa: E402
 from lightning_distill.commands.methods import method_classes, method_rows  # noqa: E402
 from lightning_distill.methods import DistillationModule  # noqa: E402
-from lightning_distill.networks.adversary import Adversary  # noqa: E402
 
 STATE = ROOT / ".matrix" / "support"
 #: largest difference, relative to the largest latent, that counts as the same samples
@@ -42,14 +42,6 @@ TOLERANCE = 1e-5
 #: one tiny pipeline per pipeline class and kind of embedding
 FAMILIES = [name for name in MAKERS if name not in ("cogvideox_wide", "cogvideox_patches")]
 EXPORTS = {"pipeline": None, "lora_diffusers": "diffusers", "lora_kohya": "kohya"}
-
-
-def settings(method: type[DistillationModule], tiny: Tiny) -> dict[str, Any]:
-    """Arguments without which a method does not run on text-conditioned latents."""
-    if method.__name__ in ("FDistill", "UniInstruct", "CDM", "LADD", "ADD"):
-        features = "teacher" if method.__name__ in ("LADD", "ADD") else "fake_score"
-        return {"gan": Adversary(taps=(tiny.block,), features=features)}
-    return {}
 
 
 def cell(method: type[DistillationModule], name: str, lora: bool) -> dict[str, Any]:
@@ -71,7 +63,7 @@ def _trained(
     method: type[DistillationModule], tiny: Tiny, folder: Path, lora: bool
 ) -> tuple[DistillationModule | None, str]:
     try:
-        module = build(method, tiny, folder / "base", lora, **settings(method, tiny))
+        module = build(method, tiny, folder / "base", lora, **settings_of(method, tiny, lora))
         train_once(module, tiny)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         return None, _sentence(error, folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from family_settings import DATA_FREE, LEFT_OUT
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from tiny_pipelines import Tiny
@@ -59,11 +60,13 @@ def build(
     for role in ("student", "fake_score"):
         if role in names:
             options[role] = Lora(rank=2) if lora else Copy()
+    options |= settings
+    options = {key: value for key, value in options.items() if value is not LEFT_OUT}
     if "network" in names:
         if lora:
             raise ValueError(f"{method.__name__} trains every weight of a network of its own, not an adapter.")
-        return method(source, **{k: v for k, v in options.items() if k != "student"} | settings)  # type: ignore[arg-type]
-    return method(source, **options | settings)
+        return method(source, **{k: v for k, v in options.items() if k != "student"})
+    return method(source, **options)
 
 
 def _arguments(method: type) -> set[str]:
@@ -84,7 +87,8 @@ def train_once(module: DistillationModule, tiny: Tiny, samples: int = 4) -> None
                     if parameter.requires_grad and ("lora_B" in key or name != "student"):
                         parameter.add_(0.05 * torch.randn_like(parameter))
     n = samples * module.slices_per_cycle
-    batch = Batch(x0=torch.randn(n, *tiny.shape), cond=tiny.cond(n), size=n)
+    x0 = None if type(module).__name__ in DATA_FREE else torch.randn(n, *tiny.shape)
+    batch = Batch(x0=x0, cond=tiny.cond(n), size=n)
     trainer = Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,

@@ -16,7 +16,8 @@ _TURNS: dict[str, int] = {}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("case" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "case" in metafunc.fixturenames and not own:
-        chosen = sampled(_TURNS.setdefault(metafunc.definition.name, len(_TURNS)))
+        sparse = metafunc.definition.get_closest_marker("sparse")
+        chosen = sampled(_TURNS.setdefault(metafunc.definition.name, len(_TURNS)), *(sparse.args if sparse else ()))
         metafunc.parametrize(
             "case",
             [

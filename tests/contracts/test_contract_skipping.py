@@ -115,6 +115,7 @@ def test_a_bad_batch_is_skipped(tmp_path):
         assert bool(state["exp_avg_sq"].isfinite().all())
 
 
+@pytest.mark.sparse(4)
 def test_training_stops_when_steps_stay_bad_and_the_last_checkpoint_is_good(case, build, tmp_path):
     phase = list(case.method.phases)[-1]
     module = build(max_skipped_steps=3)

@@ -283,6 +283,8 @@ def test_what_is_refused(tmp_path):
     add_second_time(two_times.network)
     with pytest.raises(ValueError, match=r"was given a further input .* which no stock pipeline fills"):
         export_denoiser(two_times, [1.0], "ode", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"was given a further input .* which no stock pipeline fills"):
+        export_lora(add_adapter(two_times, "student", rank=2), [1.0], "ode", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_distill.export.cards import finish, student_config, text_usage
 from lightning_distill.export.folders import atomic_folder, check_target, read_source, source_of, source_vae
 from lightning_distill.export.pipeline import call_size, stock_student
-from lightning_distill.export.stock import stock_parts
+from lightning_distill.export.stock import check_unaltered, stock_parts
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 
@@ -76,6 +76,7 @@ def export_lora(
         raise ValueError(
             "this student is a full network, not an adapter; export the pipeline, or train with student: Lora(...)."
         )
+    check_unaltered(denoiser.network)
     check_target(Path(out_dir), overwrite)
     root = source_of(denoiser.network) if source is None else Path(source).expanduser()
     process, times, start = stock_student(denoiser, times)

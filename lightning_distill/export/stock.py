@@ -36,7 +36,7 @@ from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving
 from lightning_distill.times import validate_times
 
-__all__ = ["StockParts", "start_scale", "stock_parts"]
+__all__ = ["StockParts", "check_unaltered", "start_scale", "stock_parts"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,25 @@ class StockParts:
         return self.pipeline is not diffusers.DiTPipeline
 
 
+def check_unaltered(network: nn.Module) -> None:
+    """Refuse networks with inputs or outputs that the original class lacks.
+
+    Raises:
+        ValueError: a second time or a policy head was added.
+    """
+    name = type(network).__name__
+    if second_time_of(network) is not None:
+        raise ValueError(
+            f"this {name} was given a further input (networks.second_time), which no stock pipeline fills; distil it "
+            f"into a student of one time, or use AnyFlowTransformer3DModel. {OTHERWISE}"
+        )
+    if policy_head_of(network) is not None:
+        raise ValueError(
+            f"this {name} puts out a policy for each of its steps (networks.policy_head), and no stock pipeline can "
+            f"sample it. {OTHERWISE}"
+        )
+
+
 def stock_parts(
     network: nn.Module,
     process: NoiseProcess,
@@ -99,16 +118,7 @@ def stock_parts(
     """
     validate_times(times, process)
     name = type(network).__name__
-    if second_time_of(network) is not None:
-        raise ValueError(
-            f"this {name} was given a further input (networks.second_time), which no stock pipeline fills; distil it "
-            f"into a student of one time, or use AnyFlowTransformer3DModel. {OTHERWISE}"
-        )
-    if policy_head_of(network) is not None:
-        raise ValueError(
-            f"this {name} puts out a policy for each of its steps (networks.policy_head), and no stock pipeline can "
-            f"sample it. {OTHERWISE}"
-        )
+    check_unaltered(network)
     if sampler not in ("renoise", "ode"):
         raise ValueError(f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.")
     entry = entry_of(network, source)

@@ -20,7 +20,10 @@ __all__ = ["DATA_FREE", "LEFT_OUT", "settings_of"]
 #: stands for an argument that the method does not take
 LEFT_OUT: Any = object()
 #: methods that solve trajectories from noise where batches have no stored ones
-DATA_FREE = {"AGD", "HiPA", "InstaFlow", "KnowledgeDistillation", "RFPlusPlus", "Reflow", "SlimFlow"}
+DATA_FREE = {
+    *("AGD", "HiPA", "InstaFlow", "KnowledgeDistillation", "LearnedSolver"),
+    *("RFPlusPlus", "Reflow", "SlimFlow", "SlimFlowDistillation"),
+}
 _GAN = {
     "ADD": {"features": "teacher"},
     "ADM": {"features": "teacher", "kind": "hinge"},
@@ -30,6 +33,7 @@ _GAN = {
     "FDistill": {"features": "fake_score"},
     "LADD": {"features": "teacher"},
     "SANASprint": {"features": "teacher"},
+    "TADSR": {"features": "teacher"},
     "UniInstruct": {"features": "fake_score"},
 }
 
@@ -47,9 +51,11 @@ def settings_of(method: type[DistillationModule], tiny: Tiny, lora: bool) -> dic
         return {"gan": Adversary(taps=(tiny.block,), **_GAN[name])}
     if issubclass(method, TwoTimeMethod) and method not in (PiFlow, ArcFlow) and tiny.name != "anyflow":
         return {"student": TwoTime(Lora(rank=2) if lora else Copy())}
-    if name in ("InstaFlow", "HiPA"):
+    if name in ("HiPA", "InstaFlow", "SlimFlowDistillation"):
         return {"num_steps": 1}
-    if name in ("DCM", "MLCM"):
+    if name == "VDOT":
+        return {"group_size": 2}
+    if name in ("DCM", "MLCM", "TSCD", "VideoScene"):
         return {"num_steps": LEFT_OUT}
     if name == "GuidanceDistillation":
         return {"guidance": Guidance(2.0)}

@@ -27,6 +27,7 @@ import json, sys, time, torch
 torch.set_num_threads(1)
 from lightning_distill.cli import trainer_cli
 from lightning_distill.commands.quickstart import evaluate_student, figures_of
+from lightning_distill.networks.specs import ZooDenoiser
 stages, zoo, samples, many, out = json.loads(sys.argv[1])
 seconds, teacher = 0.0, []
 for words in stages:
@@ -34,6 +35,8 @@ for words in stages:
     cli = trainer_cli([*words, *teacher])
     seconds += time.process_time() - start
     teacher = [f"--model.init_args.teacher.init_args.path={cli.trainer.log_dir}"]
+if not cli.model.require_teacher().zoo_name:  # a stage before was no copy of the shipped teacher
+    cli.model.teacher = ZooDenoiser(zoo).build().eval()
 row, teachers = evaluate_student(cli.model.eval(), samples, bf16=zoo == "fashion", many=many)
 figures = figures_of(row)
 figures |= {f"fd_teacher_{t.nfe}": t.metrics["fd_cnn"] for t in teachers}

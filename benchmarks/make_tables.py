@@ -85,7 +85,7 @@ def comparison() -> list[str]:
 
 def stored() -> str:
     """Configurations that learn from stored trajectories, beside the teacher in as many steps."""
-    groups = {name: rows[0] for name, rows in _compared().items() if "fd_teacher_50" in rows[0] and len(rows) < 3}
+    groups = {name: rows[0] for name, rows in _compared().items() if rows[0]["method"] != "AGD" and len(rows) < 3}
     guided = [row for rows in _compared().values() for row in rows if row["method"] == "AGD"]
     if not groups:
         return "(run `python benchmarks/compare.py fashion --store STORE --configs ...` to fill this table)"

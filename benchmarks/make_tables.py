@@ -51,10 +51,10 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def _compared() -> dict[str, list[dict[str, Any]]]:
+def _compared(*problems: str) -> dict[str, list[dict[str, Any]]]:
     """Rows of all seeds by configuration and its settings."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for problem in ("fashion", "digits"):
+    for problem in problems:
         for row in (_load(f"compare_{problem}") or {"rows": []})["rows"]:
             groups.setdefault(row["config"] + _settings(row, "configs"), []).append(row)
     return groups
@@ -62,7 +62,7 @@ def _compared() -> dict[str, list[dict[str, Any]]]:
 
 def comparison() -> list[str]:
     """Mean and range over seeds of every configuration that was compared with three seeds."""
-    groups = {name: rows for name, rows in _compared().items() if len(rows) > 2}
+    groups = {name: rows for name, rows in _compared("fashion", "digits").items() if len(rows) > 2}
     if not groups:
         return []
     lines = ["", "Mean over three seeds (smallest to largest); 5,000 samples, one thread:", ""]
@@ -85,8 +85,9 @@ def comparison() -> list[str]:
 
 def stored() -> str:
     """Configurations that learn from stored trajectories, beside the teacher in as many steps."""
-    groups = {name: rows[0] for name, rows in _compared().items() if rows[0]["method"] != "AGD" and len(rows) < 3}
-    guided = [row for rows in _compared().values() for row in rows if row["method"] == "AGD"]
+    compared = _compared("fashion")
+    groups = {name: rows[0] for name, rows in compared.items() if rows[0]["method"] != "AGD" and len(rows) < 3}
+    guided = [row for rows in compared.values() for row in rows if row["method"] == "AGD"]
     if not groups:
         return "(run `python benchmarks/compare.py fashion --store STORE --configs ...` to fill this table)"
     lines = [
@@ -244,8 +245,11 @@ def support() -> str:
             (r"\b(UNet2DCondition|\w+Transformer[23]D)Model\b(?! embeds)(?!\.)", "network"),
             (r"\b(FlowMatching|VariancePreserving|TrigFlow)\([^)]*\)", r"\1"),
             (r"\[[\d., ]+\]", "[...]"),
-            (r"samples( of shape| have the shape) \([\d, ]+\)( have \d+)?", "samples have others"),
-            (r"RuntimeError: (\w+ skipped its update)\.", r"\1: gradients of the random network are not finite."),
+            (r"samples( of shape| have the shape) \([\d, ]+\)( have \d+)?", "samples have another shape"),
+            (
+                r"RuntimeError: (\w+ skipped its update)\.",
+                r"\1: its loss or gradient was not finite.",
+            ),
         ):
             sentence = re.sub(pattern, common, sentence)
         return str(notes.setdefault(sentence, len(notes) + 1))

@@ -66,6 +66,11 @@ class DisBack(DMD2):
             )
         if not 0.0 <= blend < 1.0 or blend_updates < 1:
             raise ValueError(f"blend={blend} is a share from 0 to below 1, and blend_updates={blend_updates} positive.")
+        if waypoints and self.regression_steps:
+            raise ValueError(
+                f"DisBack degrades the teacher in its first updates, so that regression_steps={self.regression_steps} "
+                "has no place there; leave it out, or set waypoints=0."
+            )
         self.num_waypoints = waypoints
         self.degradation_updates = degradation_updates if waypoints else 0
         self.backtracking_updates = backtracking_updates

@@ -41,7 +41,7 @@ class DMD(FakeScoreMethod):
     """
 
     paper = "2311.18828"
-    learns_from = "teacher, stored pairs"
+    learns_from = "teacher, stored or solved pairs"
     default_loss_weights: ClassVar[Mapping[str, float]] = {"student/regression": 0.25}
 
     def __init__(
@@ -59,7 +59,7 @@ class DMD(FakeScoreMethod):
         if regression_pairs is None:
             raise ValueError(
                 "DMD learns from stored pairs; give regression_pairs=PATH, a store or safetensors file with noise and "
-                "x0, or use DMD2, which needs none."
+                "x0, or SolvedPairs, or use DMD2, which needs none."
             )
         self.weight = weight
         self.regression = PairRegression(regression_pairs, regression_distance, regression_conditions)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_distill.batch import Batch
 from lightning_distill.data.loader import InMemory
 from lightning_distill.data.pairs import single_precision
-from lightning_distill.guidance import Guidance
+from lightning_distill.guidance import Guidance, check_guidance
 from lightning_distill.times import few_step_times
 from lightning_distill.trajectories import SOLVERS, Recipe, trajectory_records
 
@@ -58,9 +58,9 @@ class SolvedPairs:
         """The method's teacher can make them.
 
         Raises:
-            ValueError: it needs conditions other than classes, or its guidance has no fixed scale.
+            ValueError: it needs conditions other than classes, its guidance has no fixed scale, or it cannot be guided.
         """
-        self._scale(module)
+        check_guidance(module.require_teacher(), Guidance(self._scale(module)))
         if needed := [key for key in module.require_teacher().family.required if key != "class_labels"]:
             raise ValueError(
                 f"SolvedPairs knows classes, and the teacher needs {', '.join(needed)}; write a store with "

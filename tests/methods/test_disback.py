@@ -11,6 +11,7 @@ from small_problems import assert_same_cycle, gaussian_problem, mlp, ready, shif
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods import DMD2, DisBack
+from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.roles import Explicit, Lora
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser
@@ -150,6 +151,8 @@ def test_settings_that_cannot_work_are_refused():
         with pytest.raises(ValueError, match=message):
             DisBack(mlp(), **settings).configure_model()
 
+    warm_up = {"regression_steps": 5, "regression_pairs": SolvedPairs()}
+    refused("regression_steps=5 has no place there", waypoints=2, degradation_updates=30, **warm_up)
     refused("waypoints=3 snapshots need more degradation_updates", waypoints=3, degradation_updates=3)
     refused("blend=1.0 is a share", blend=1.0)
     refused("an adapter on the teacher's backbone", blend=0.5, fake_score=Lora(rank=2))

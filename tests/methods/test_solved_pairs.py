@@ -67,6 +67,9 @@ def test_what_cannot_be_solved_is_refused():
     labelled = analytic_denoiser(ring(4, 1.5, 0.35, labelled=True), FLOW)
     with pytest.raises(ValueError, match="IntervalGuidance has no fixed scale"):
         method(labelled, SolvedPairs(), guidance=IntervalGuidance(2.0, 0.1, 0.9)).configure_model()
+    unlabelled = analytic_denoiser(ring(4, 1.5, 0.35), FLOW)
+    with pytest.raises(ValueError, match="guid"):
+        method(unlabelled, SolvedPairs(guidance_scale=2.0)).configure_model()
     of_texts = Denoiser(small_text_unet(), FLOW, "flow_prediction")
     with pytest.raises(ValueError, match="the teacher needs encoder_hidden_states; write a store"):
         DMD2(of_texts, regression_pairs=SolvedPairs(), regression_steps=1, ema=[]).configure_model()
@@ -99,4 +102,7 @@ def error(module, pairs):
 def test_dmd_takes_them_too():
     teacher = analytic_denoiser(ring(4, 1.5, 0.35), FLOW)
     module = ready(method(teacher, SolvedPairs(num=5, steps=2), cls=DMD))
-    assert float(module.regression.loss(module, 3).detach()) > 0.0
+    rows = (module.draws.uniform("pairs", 3) * 5).long()
+    pairs = module.regression.pairs(module).gather(rows, 0)
+    want = (pairs.noise - pairs.x0).square().mean()  # the student of this test puts out its input
+    torch.testing.assert_close(module.regression.loss(module, 3).detach(), want)

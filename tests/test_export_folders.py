@@ -25,6 +25,7 @@ from lightning_distill.networks.lora import add_adapter
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.processes import FlowMatching, VariancePreserving
 from lightning_distill.times import few_step_times
+from lightning_distill.zoo import zoo_path
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 pytestmark = pytest.mark.filterwarnings(
@@ -93,6 +94,7 @@ def test_the_other_components_are_the_teachers(prompted):
 def test_cards_state_call_licence_and_base(prompted):
     root, _, _, full, lora = prompted
     assert read_source(root / "teacher-1").license == "openrail++"
+    assert read_source(zoo_path("fashion")).license == "apache-2.0"
     for folder, relation in ((full, "finetune"), (lora, "adapter")):
         text = (folder / "README.md").read_text()
         for part in (

@@ -4,6 +4,8 @@
     diffusers  transformer.<layer>.lora_A.weight, .lora_B.weight        multiplied into B
     kohya      lora_unet_<layer_with_underscores>.lora_down.weight, ..  .alpha beside the weights
 
+Magnitudes (DoRA) are written with diffusers' names, <component>.<layer>.lora_magnitude_vector.weight; from the other
+style diffusers drops them.
 A LoRA file has no room for the sampler, so the scheduler lies beside it and the card states every argument of the call.
 """
 
@@ -16,18 +18,23 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_distill.export.cards import finish, student_config, text_usage
 from lightning_distill.export.folders import atomic_folder, check_target, read_source, source_of, source_vae
 from lightning_distill.export.pipeline import call_size, stock_student
-from lightning_distill.export.stock import check_unaltered, stock_parts
+from lightning_distill.export.stock import check_no_policy, stock_parts
+from lightning_distill.export.target_times import Steps, low_rank, record_steps, stock_sampler
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
+from lightning_distill.networks.second_time import SECOND_TIME, second_time_of
 
 __all__ = ["LORA_STYLES", "export_lora", "lora_tensors"]
 
 LORA_STYLES = ("diffusers", "kohya")
 
+#: layers whose flattened names diffusers does not turn back
+_UNREAD = ("cond_proj",)
 _FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safetensors"}
 
 
@@ -51,7 +58,7 @@ def export_lora(
     Args:
         denoiser: the student, or one of its averages.
         times: descending native times of ``denoiser.process``.
-        sampler: ``renoise`` or ``ode``.
+        sampler: ``renoise`` or ``ode``; ``flow_map`` of a student of two times.
         out_dir: folder to create.
         style: names of the tensors; see the top of this file.
         source: pipeline folder of the base model, for size, licence and name; None for the one the network was read
@@ -67,7 +74,8 @@ def export_lora(
         the folder.
 
     Raises:
-        ValueError: the student is no adapter, its pipeline reads no LoRA files, or as ``export_pipeline``.
+        ValueError: the student is no adapter, its pipeline reads no LoRA files, the style has no place for its
+            magnitudes (DoRA), or as ``export_pipeline``.
         FileExistsError: ``out_dir`` exists and is not to be overwritten.
     """
     if style not in LORA_STYLES:
@@ -76,17 +84,30 @@ def export_lora(
         raise ValueError(
             "this student is a full network, not an adapter; export the pipeline, or train with student: Lora(...)."
         )
-    check_unaltered(denoiser.network)
+    if denoiser.config.use_dora and style == "kohya":
+        raise ValueError(
+            "this adapter also learned magnitudes (DoRA), which diffusers drops from files with kohya's names; export "
+            "the LoRA file with diffusers' names, or the pipeline, whose weights hold the adapter."
+        )
+    check_no_policy(denoiser.network)
     check_target(Path(out_dir), overwrite)
     root = source_of(denoiser.network) if source is None else Path(source).expanduser()
-    process, times, start = stock_student(denoiser, times)
     shape = denoiser.sample_shape if shape is None else shape
     network = _original_class(denoiser)
+    if second_time_of(denoiser.network) is not None and denoiser.config.use_dora:
+        raise ValueError(
+            "this adapter also learned magnitudes (DoRA), which rescale what a LoRA file adds to the time embedding "
+            "for the target times; export the pipeline, whose weights hold both, or train with dora=False."
+        )
+    given, own_times = sampler, times
+    sampler = stock_sampler(denoiser.network, given)
+    process, times, start = stock_student(denoiser, times)
     scale = denoiser.family.guidance_scale if guidance is None else guidance
     parts = stock_parts(
         network, process, denoiser.prediction_type, times, sampler, None, start, source=root, guidance=scale
     )
     _check_reader(parts.pipeline, parts.entry is not None and parts.entry.kohya, style)
+    steps = record_steps(denoiser, own_times, given, shape, scale)
     config = student_config(network, process, denoiser.prediction_type, times, sampler, card, dtype)
     vae = None if root is None else source_vae(root)
     modules = {parts.network_name: network, "scheduler": parts.scheduler}
@@ -102,6 +123,7 @@ def export_lora(
         "lora_file": _FILES[style],
         "lora_scale": 1.0,
         "lora_rank": denoiser.config.r,
+        "folded": bool(steps),
     }
     dtype_name, base = config["dtype"], "BASE_MODEL" if facts is None else facts.name
     load = (
@@ -111,7 +133,7 @@ def export_lora(
         f'pipe.load_lora_weights(".", weight_name="{config["lora_file"]}")  # lora_scale 1.0'
     )
     with atomic_folder(Path(out_dir), overwrite) as folder:
-        tensors = lora_tensors(denoiser, parts.network_name, style, dtype or torch.float32)
+        tensors = lora_tensors(denoiser, parts.network_name, style, dtype or torch.float32, steps)
         save_file(tensors, folder / config["lora_file"], metadata={"format": "pt"})
         parts.scheduler.save_pretrained(folder / "scheduler")
         usage = text_usage(config, parts, load)
@@ -121,42 +143,71 @@ def export_lora(
 
 
 def lora_tensors(
-    denoiser: AdapterDenoiser, component: str, style: str, dtype: torch.dtype = torch.float32
+    denoiser: AdapterDenoiser,
+    component: str,
+    style: str,
+    dtype: torch.dtype = torch.float32,
+    steps: Mapping[str, Steps] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a LoRA file.
+
+    All layers have one rank, since readers take the scale of the whole file from the first: where target times need
+    more than the adapter has, the others are filled up with zeros.
 
     Args:
         denoiser: the student.
         component: name of the network in the pipeline, ``transformer`` or ``unet``.
         style: ``diffusers`` or ``kohya``.
         dtype: of the tensors.
+        steps: target times to write into the layers of the time embedding, see ``target_times.record_steps``.
 
     Returns:
         contiguous copies on the CPU by key.
+
+    Raises:
+        ValueError: the style has no name for a layer.
     """
-    made: dict[str, Tensor] = {}
-    for key, value in denoiser.adapter_state_dict().items():
-        layer, _, which = key.removesuffix(".weight").rpartition(".")
+    adapter, factors, magnitudes = denoiser.adapter_state_dict(), {}, {}
+    for layer in dict.fromkeys(key.removesuffix(".weight").rpartition(".")[0] for key in adapter):
         scale = float(denoiser.bank.layers[layer].scaling[denoiser.adapter_name])
-        value = value.detach().cpu()
+        a, b = (adapter[f"{layer}.{which}.weight"].detach().cpu() for which in ("lora_A", "lora_B"))
+        factors[layer] = (a, b, scale)
+        if denoiser.config.use_dora:
+            magnitudes[layer] = adapter[f"{layer}.lora_magnitude_vector"].detach().cpu()
+    if steps:
+        factors = {layer: found for layer, found in factors.items() if not layer.startswith(f"{SECOND_TIME}.")}
+    for layer, seen in (steps or {}).items():
+        a, b = low_rank(seen)
+        if layer in factors:
+            own_a, own_b, scale = factors[layer]
+            factors[layer] = (torch.cat([own_a, a]), torch.cat([own_b, b / scale], dim=1), scale)
+        else:
+            factors[layer] = (a, b, 1.0)
+    if style == "kohya" and (unread := [layer for layer in factors if layer.endswith(_UNREAD)]):
+        raise ValueError(
+            f"diffusers reads no name with underscores for {unread[0]}, the embedding of a guidance scale; export the "
+            "LoRA file with diffusers' names."
+        )
+    made: dict[str, Tensor] = {}
+    rank = max(len(a) for a, _, _ in factors.values())
+    for layer, (a, b, scale) in factors.items():
+        if missing := rank - len(a):
+            a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
         if style == "diffusers":
-            value = value * scale if which == "lora_B" and scale != 1.0 else value
-            made[f"{component}.{layer}.{which}.weight"] = value.to(dtype).contiguous().clone()
-            continue
-        flat = f"lora_unet_{layer.replace('.', '_')}"
-        side = {"lora_A": "lora_down", "lora_B": "lora_up"}[which]
-        made[f"{flat}.{side}.weight"] = value.to(dtype).contiguous().clone()
-        made[f"{flat}.alpha"] = torch.tensor(scale * denoiser.config.r, dtype=dtype)
+            b = b * scale if scale != 1.0 else b
+            names = {f"{component}.{layer}.lora_A.weight": a, f"{component}.{layer}.lora_B.weight": b}
+            if layer in magnitudes:
+                names[f"{component}.{layer}.lora_magnitude_vector.weight"] = magnitudes[layer]
+        else:
+            flat = f"lora_unet_{layer.replace('.', '_')}"
+            names = {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b}
+            names[f"{flat}.alpha"] = torch.tensor(scale * rank)
+        made |= {key: value.to(dtype).contiguous().clone() for key, value in names.items()}
     return made
 
 
 def _original_class(denoiser: AdapterDenoiser) -> Any:
     """The network without adapters and without weights, for what its class and configuration say."""
-    if denoiser.config.use_dora:
-        raise ValueError(
-            "this adapter also learned magnitudes (DoRA), which LoRA files have no names for; export the pipeline, "
-            "whose weights hold the adapter."
-        )
     cls: Any = type(denoiser.network)
     if not hasattr(cls, "from_config"):
         raise ValueError(

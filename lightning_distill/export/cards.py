@@ -133,7 +133,7 @@ def _loading(config: Mapping[str, Any]) -> str:
 
 def pipeline_usage(config: Mapping[str, Any], network: Any, null_class: int | None) -> str:
     """Text of the card of a pipeline that takes class labels or nothing."""
-    arguments, notes = [], [f"Call it with exactly {config['num_steps']} steps; other numbers were not trained."]
+    arguments, notes = [], _steps(config)
     if config["conditional"]:
         is_dit = config["pipeline"] == "DiTPipeline"
         labels = network.config.num_embeds_ada_norm if is_dit else network.config.num_class_embeds
@@ -163,6 +163,17 @@ def pipeline_usage(config: Mapping[str, Any], network: Any, null_class: int | No
     )
 
 
+def _steps(config: Mapping[str, Any]) -> list[str]:
+    """What is to be said about the number of steps."""
+    notes = [f"Call it with exactly {config['num_steps']} steps; other numbers were not trained."]
+    if config["folded"]:
+        notes.append(
+            "The target time of each step is part of the weights, so that other times (or another scale of guidance, "
+            "where the network was told one) make no samples."
+        )
+    return notes
+
+
 def text_usage(config: Mapping[str, Any], parts: StockParts, load: str) -> str:
     """Text of the card of a text-conditioned pipeline.
 
@@ -175,7 +186,7 @@ def text_usage(config: Mapping[str, Any], parts: StockParts, load: str) -> str:
     assert entry is not None
     arguments = ['prompt="a red fox in the snow"']
     arguments += [f"{k}={v!r}" for k, v in {**config["size"], **config["call"]}.items()]
-    notes = [f"Call it with exactly {config['num_steps']} steps; other numbers were not trained."]
+    notes = _steps(config)
     if not config["size"]:
         notes.append("Give the height and width that the student was trained at.")
     if parts.takes_generator:

@@ -16,6 +16,8 @@ import torch
 import yaml
 from torch import nn
 
+from lightning_distill.networks.json_files import read_json
+
 __all__ = [
     "CONFIG",
     "SourceFacts",
@@ -129,6 +131,8 @@ def read_source(folder: Path) -> SourceFacts:
         except yaml.YAMLError:
             header = {}
     header = header if isinstance(header, dict) else {}
+    if not header and (card := folder / "card.json").is_file():  # of a shipped teacher
+        header = {"license": licence} if (licence := read_json(card).get("licence")) else {}
     cached = re.search(r"models--(.+?)--(.+?)(?:/|$)", folder.absolute().as_posix())
     parts = tuple(
         key

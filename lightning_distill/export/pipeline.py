@@ -38,8 +38,9 @@ from lightning_distill.export.folders import (
     source_of,
     source_vae,
 )
-from lightning_distill.export.stock import StockParts, start_scale, stock_parts
+from lightning_distill.export.stock import StockParts, check_no_policy, check_sampler, start_scale, stock_parts
 from lightning_distill.export.stock_run import quiet
+from lightning_distill.export.target_times import fold_into, record_steps, stock_sampler
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import family_of
 from lightning_distill.processes import NoiseProcess, change_process
@@ -67,6 +68,7 @@ def export_pipeline(
     guidance: float | None = None,
     second: nn.Module | None = None,
     boundary_ratio: float | None = None,
+    folded: bool = False,
     card: Mapping[str, Any] | None = None,
     license: str | None = None,
     dtype: torch.dtype | None = None,
@@ -93,6 +95,7 @@ def export_pipeline(
         guidance: scale told to a network that embeds it; None for its family's.
         second: the low-noise expert of a Wan 2.2 student, sampled below the boundary.
         boundary_ratio: time in (0, 1) from which on ``network`` is sampled rather than ``second``.
+        folded: target times are part of the weights (``target_times``), which the card then says.
         card: JSON values for the model card, for example ``title``, ``teacher``, ``teacher_sha256``.
         license: SPDX name in the card's header; None for that of the source, apache-2.0 without a source.
         dtype: floating-point type of the saved weights, None for float32.
@@ -138,6 +141,7 @@ def export_pipeline(
         "takes_generator": parts.takes_generator,
         "size": call_size(parts, modules, known_vae, shape),
         "shape": None if shape is None else list(shape),
+        "folded": folded,
     }
     with atomic_folder(Path(out_dir), overwrite) as folder:
         with quiet():
@@ -158,10 +162,12 @@ def export_denoiser(
 ) -> Path:
     """``export_pipeline`` of a role: adapters are merged, times are brought into the network's own process.
 
+    Target times of a student of two times become part of its weights (``target_times``).
+
     Args:
         denoiser: the student, or one of its averages.
         times: descending native times of ``denoiser.process``.
-        sampler: ``renoise`` or ``ode``.
+        sampler: ``renoise`` or ``ode``; ``flow_map`` of a student of two times.
         out_dir: folder to create.
         options: keyword arguments of ``export_pipeline``; ``second`` is a denoiser here.
 
@@ -173,15 +179,27 @@ def export_denoiser(
 
     if isinstance(denoiser.network, ExpertNetwork):
         denoiser, options["second"], options["boundary_ratio"] = _switched(denoiser)
-    process, times, start = stock_student(denoiser, times)
+    check_no_policy(denoiser.network)
+    kind = stock_sampler(denoiser.network, sampler)
+    check_sampler(kind)
+    check_target(Path(out_dir), options.get("overwrite", False))
+    process, stock_times, start = stock_student(denoiser, times)
     options.setdefault("null_class", denoiser.null_class)
     options.setdefault("guidance", denoiser.family.guidance_scale)
     options.setdefault("shape", denoiser.sample_shape)
+
+    def folded(role: Denoiser) -> nn.Module:
+        steps = record_steps(role, times, sampler, options["shape"], options["guidance"])
+        options["folded"] = options.get("folded", False) or bool(steps)
+        merged = merged_network(role, widened=True)
+        fold_into(merged, steps)
+        return merged
+
     if isinstance(options.get("second"), Denoiser):
-        options["second"] = merged_network(options["second"], widened=True)
-    network = merged_network(denoiser, widened=True)
+        options["second"] = folded(options["second"])
+    network = folded(denoiser)
     return export_pipeline(
-        network, process, denoiser.prediction_type, times, sampler, out_dir, start_scale=start, **options
+        network, process, denoiser.prediction_type, stock_times, kind, out_dir, start_scale=start, **options
     )
 
 

@@ -36,7 +36,7 @@ from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving
 from lightning_distill.times import validate_times
 
-__all__ = ["StockParts", "check_unaltered", "start_scale", "stock_parts"]
+__all__ = ["StockParts", "check_no_policy", "check_sampler", "start_scale", "stock_parts"]
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,35 @@ class StockParts:
         return self.pipeline is not diffusers.DiTPipeline
 
 
-def check_unaltered(network: nn.Module) -> None:
-    """Refuse networks with inputs or outputs that the original class lacks.
+def check_no_policy(network: nn.Module) -> None:
+    """Refuse networks that put out a policy.
 
     Raises:
-        ValueError: a second time or a policy head was added.
+        ValueError: a policy head was added.
     """
-    name = type(network).__name__
-    if second_time_of(network) is not None:
-        raise ValueError(
-            f"this {name} was given a further input (networks.second_time), which no stock pipeline fills; distil it "
-            f"into a student of one time, or use AnyFlowTransformer3DModel. {OTHERWISE}"
-        )
     if policy_head_of(network) is not None:
         raise ValueError(
-            f"this {name} puts out a policy for each of its steps (networks.policy_head), and no stock pipeline can "
-            f"sample it. {OTHERWISE}"
+            f"this {type(network).__name__} puts out a policy for each of its steps (networks.policy_head), and no "
+            f"stock pipeline can sample it. {OTHERWISE}"
+        )
+
+
+def check_sampler(sampler: str) -> None:
+    """Refuse samplers that no stock scheduler has.
+
+    Raises:
+        ValueError: neither ``renoise`` nor ``ode``.
+    """
+    if sampler not in ("renoise", "ode"):
+        raise ValueError(f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.")
+
+
+def _check_unaltered(network: nn.Module) -> None:
+    check_no_policy(network)
+    if second_time_of(network) is not None:
+        raise ValueError(
+            f"this {type(network).__name__} was given a further input (networks.second_time), which no stock pipeline "
+            "fills; export_denoiser and export_lora write it into the weights, for the times of the student."
         )
 
 
@@ -118,9 +131,8 @@ def stock_parts(
     """
     validate_times(times, process)
     name = type(network).__name__
-    check_unaltered(network)
-    if sampler not in ("renoise", "ode"):
-        raise ValueError(f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.")
+    _check_unaltered(network)
+    check_sampler(sampler)
     entry = entry_of(network, source)
     if entry is None and not isinstance(network, (UNet2DModel, DiTTransformer2DModel)):
         known = ", ".join(dict.fromkeys(entry.model_class for entry in ENTRIES))

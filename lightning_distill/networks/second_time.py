@@ -33,18 +33,21 @@ from lightning_distill.networks.small import _TimeFeatures
 
 __all__ = [
     "EMBEDDINGS",
+    "SECOND_TIME",
     "SecondTime",
     "SecondTimeKind",
     "TimeEmbedding",
     "Times",
     "add_guidance",
     "add_second_time",
+    "remove_second_time",
     "second_time_of",
     "time_embedders",
 ]
 
 SecondTimeKind = Literal["zero_init", "scaled_difference", "gated_copy"]
-_NAME = "second_time"
+#: name of the branches in their network
+SECOND_TIME = "second_time"
 #: keyword arguments that the hook takes off a call of the network
 _TARGET, _GUIDANCE = "second_time_target", "second_time_guidance"
 #: guidance scales are divided by this before their sinusoids
@@ -155,7 +158,7 @@ class SecondTime(nn.Module):
         """Names of the linear layers as the network sees them: what adapters have to target."""
         names = {name.removesuffix(".base_layer") for name, m in self.named_modules() if isinstance(m, nn.Linear)}
         # adapters of other roles may be there already
-        return sorted(f"{_NAME}.{name}" for name in names if ".lora_" not in name)
+        return sorted(f"{SECOND_TIME}.{name}" for name in names if ".lora_" not in name)
 
     def arguments(self, times: Times | None, guidance: Tensor | None) -> dict[str, Any]:
         """Keyword arguments for a call of the network.
@@ -218,7 +221,7 @@ class SecondTime(nn.Module):
 
 def second_time_of(network: nn.Module) -> SecondTime | None:
     """The branches installed on a network, None where there are none."""
-    found = getattr(network, _NAME, None)
+    found = getattr(network, SECOND_TIME, None)
     return found if isinstance(found, SecondTime) else None
 
 
@@ -329,6 +332,24 @@ def add_guidance(
     return installed
 
 
+def remove_second_time(network: nn.Module) -> None:
+    """Take the branches and their hooks off a network, in place; networks without any are left alone."""
+    branch = second_time_of(network)
+    if branch is None:
+        return
+    for module in (network, *_embedders(network, branch.embedding)):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is branch]:
+                del hooks[key]
+                for kept in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    kept.pop(key, None)
+    delattr(network, SECOND_TIME)
+
+
 def time_embedders(network: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
     """The modules that embed the time, each with the one that makes its input (None: its input is the time).
 
@@ -392,7 +413,7 @@ def _installed(network: nn.Module, embedders: list[nn.Module], embedding: TimeEm
             "width is not known; name a module that ends in one."
         )
     installed = SecondTime(embedding or _known(network), widths[-1])
-    network.add_module(_NAME, installed)
+    network.add_module(SECOND_TIME, installed)
     network.register_forward_pre_hook(installed._receive, with_kwargs=True)
     network.register_forward_hook(installed._release, always_call=True)
     for embedder in embedders:

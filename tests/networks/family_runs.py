@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_settings import DATA_FREE, LEFT_OUT
+from family_settings import DATA_FREE, FROM_PICTURES, LEFT_OUT
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from tiny_pipelines import Tiny
@@ -88,7 +88,8 @@ def train_once(module: DistillationModule, tiny: Tiny, samples: int = 4) -> None
                         parameter.add_(0.05 * torch.randn_like(parameter))
     n = samples * module.slices_per_cycle
     x0 = None if type(module).__name__ in DATA_FREE else torch.randn(n, *tiny.shape)
-    batch = Batch(x0=x0, cond=tiny.cond(n), size=n)
+    sources = torch.randn(n, *tiny.shape) if type(module).__name__ in FROM_PICTURES else None
+    batch = Batch(x0=x0, noise=sources, cond=tiny.cond(n), size=n)
     trainer = Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,

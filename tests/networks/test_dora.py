@@ -1,21 +1,28 @@
 """Adapters with magnitudes (DoRA) on the shared backbone."""
 
 import copy
+import json
 
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_lora import NETWORKS, checkpoint_all, inputs, teacher_of
+from tiny_pipelines import MAKERS
 from torch import nn
 from torch.func import functional_call
 
+from lightning_distill.export import export_lora, probe_cond, verify_export
+from lightning_distill.generation import draw_noise, generate
 from lightning_distill.networks.adapter_transfer import adapter_changes
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter, add_adapter_copy, load_role_state, role_state
 from lightning_distill.networks.merging import base_state_dict, merged_network, without_adapters
 from lightning_distill.networks.roles import Lora
+from lightning_distill.networks.second_time import add_second_time
+from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.processes import FlowMatching
+from lightning_distill.times import few_step_times
 
 
 def shake(role, seed):
@@ -143,3 +150,44 @@ def test_magnitudes_are_not_carried_to_another_model(tmp_path):
     save_file(role_state(role), tmp_path / "style.safetensors")
     with pytest.raises(ValueError, match=r"learned magnitudes \(DoRA\)"):
         adapter_changes(tmp_path / "style.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ LoRA files
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+    "sdxl", "sana_sprint", "z_image", "qwen_image", "wan", "cogvideox", "ltx",
+))])  # fmt: skip
+def test_stock_pipelines_read_magnitudes_with_diffusers_names(name, tmp_path):
+    """The samples of the student; without the magnitudes, or from kohya's names, there would be others."""
+    tiny = MAKERS[name]()
+    base = tiny.save(tmp_path / "base")
+    teacher = PretrainedDenoiser(str(base), guidance=tiny.guidance, shape=list(tiny.shape)).build()
+    student = add_adapter(teacher, "student", rank=2, alpha=3.0, dora=True)
+    shake(student, 1)
+    times, out = few_step_times(student.process, 2), tmp_path / "lora"
+    export_lora(student, times, "renoise", out, shape=tiny.shape)
+    tensors = load_file(out / "pytorch_lora_weights.safetensors")
+    magnitudes = {key for key in tensors if key.endswith(".lora_magnitude_vector.weight")}
+    assert len(magnitudes) == len(student.config.target_modules)
+    cond = probe_cond(student, 2, json.loads((out / "distill_config.json").read_text())["size"])
+    generator = torch.Generator().manual_seed(3)
+    noise = draw_noise((2, *tiny.shape), generator)
+    x0 = generate(student, noise, cond, times, "renoise", generator=generator)
+    assert verify_export(out, x0, seed=3, cond=cond, base=base) <= 1e-5
+    plain = {key: value for key, value in tensors.items() if key not in magnitudes}
+    save_file(plain, out / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="makes other images"):
+        verify_export(out, x0, seed=3, cond=cond, base=base)
+    with pytest.raises(ValueError, match=r"diffusers drops from files with kohya's names; export the LoRA file with"):
+        export_lora(student, times, "renoise", tmp_path / "kohya", style="kohya", shape=tiny.shape)
+    assert not (tmp_path / "kohya").exists()
+
+
+def test_magnitudes_and_folded_target_times_have_no_common_file(tmp_path):
+    tiny = MAKERS["sd3"]()
+    denoiser = Denoiser(tiny.network, FlowMatching(), "flow_prediction")
+    add_second_time(denoiser.network)
+    student = add_adapter(denoiser, "student", rank=2, dora=True)
+    shake(student, 1)
+    with pytest.raises(ValueError, match=r"magnitudes \(DoRA\), which rescale .* export the pipeline, whose weights"):
+        export_lora(student, [1.0, 0.5], "flow_map", tmp_path / "out", shape=tiny.shape)
+    assert not list(tmp_path.iterdir())

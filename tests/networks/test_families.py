@@ -270,6 +270,10 @@ def test_single_files(name, tmp_path):
     tiny = MAKERS[name]()
     folder = tiny.save(tmp_path / "pipeline")
     file = shutil.move(folder / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "model.safetensors")
+    pickled = tmp_path / "weights.bin"
+    pickled.write_bytes(b"anything")
+    with pytest.raises(ValueError, match=r"weights.bin is not a safetensors file; other formats can run code"):
+        PretrainedDenoiser(str(pickled)).build()
     with pytest.raises(ValueError, match=r"is a single file, .* give config_path="):
         DiffusersDenoiser(str(file)).check()
     spec = DiffusersDenoiser(str(file), config_path=str(folder))

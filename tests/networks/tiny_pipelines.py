@@ -228,20 +228,28 @@ def pixart_alpha() -> Tiny:
     return tiny
 
 
-def sd3() -> Tiny:
+def _sd3(name: str, **config: Any) -> Tiny:
     network = random_network(
         "SD3Transformer2DModel", sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=6, caption_projection_dim=16, pooled_projection_dim=7,
-        out_channels=4, pos_embed_max_size=8,
+        out_channels=4, pos_embed_max_size=8, **config,
     )  # fmt: skip
     return Tiny(
-        "sd3", "StableDiffusion3Pipeline", network, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), (4, 8, 8),
+        name, "StableDiffusion3Pipeline", network, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), (4, 8, 8),
         "transformer_blocks.0", "transformer_blocks.1",
         {"encoder_hidden_states": (LENGTH, 6), "pooled_projections": (7,)},
         lambda cond: {
             **tokens(pooled="pooled_prompt_embeds")(cond), "height": 64, "width": 64, "guidance_scale": 1.0
         },
     )  # fmt: skip
+
+
+def sd3() -> Tiny:
+    return _sd3("sd3")
+
+
+def sd35() -> Tiny:
+    return _sd3("sd35", dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
 def _sana(**config: Any) -> nn.Module:
@@ -483,7 +491,7 @@ def hunyuan_video() -> Tiny:
 MAKERS: dict[str, Callable[[], Tiny]] = {
     maker.__name__: maker
     for maker in (
-        sd15, sd21, lcm, sdxl, pixart_sigma, pixart_alpha, sd3, sana, sana_sprint, lumina2, z_image, flux, flux2,
+        sd15, sd21, lcm, sdxl, pixart_sigma, pixart_alpha, sd3, sd35, sana, sana_sprint, lumina2, z_image, flux, flux2,
         qwen_image, wan, anyflow, cogvideox, cogvideox_wide, cogvideox_patches, ltx, hunyuan_video,
     )
 }  # fmt: skip

@@ -38,6 +38,7 @@ def pipelines(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch, pipelines):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "user_cache"))
     for name in ("xl", "z", "bert"):
         os.symlink(pipelines / name, name)
     Path("p.txt").write_text("\n".join(PROMPTS))
@@ -157,7 +158,17 @@ def test_a_damaged_shard_is_written_again(capsys):
     Path("store/null_cond.safetensors").write_bytes(b"12")
     capsys.readouterr()
     prompts()
-    assert "5 of 22 records to encode" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "store/shard_000001.safetensors does not match its checksum; made again\n" in shown
+    assert shown.count("made again") == 1
+    assert "5 of 22 records to encode" in shown
+    assert shards("store") == before
+    Path("store/shard_000000.jsonl").write_text("{}\n")
+    Path("store/shard_000003.safetensors").unlink()
+    prompts()
+    shown = capsys.readouterr().err
+    assert "store/shard_000000.jsonl has 3 bytes instead of" in shown
+    assert "store/shard_000003.safetensors is missing; made again\n" in shown
     assert shards("store") == before
     assert load_file("store/null_cond.safetensors")
     prompts()
@@ -313,7 +324,7 @@ def teacher(pipelines):
 
 
 @pytest.mark.parametrize("kind", ["CachedConditions", "CachedLatents"])
-def test_a_guided_student_is_distilled_from_a_store(teacher, kind):
+def test_a_guided_student_is_distilled_from_a_store(teacher, kind, capsys):
     import yaml
 
     source = ("--prompts", "p.txt") if kind == "CachedConditions" else ("--images", "images", "--resolution", 16)
@@ -336,6 +347,15 @@ def test_a_guided_student_is_distilled_from_a_store(teacher, kind):
     }
     Path("run.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "-c", "run.yaml"]) == 0
+    file = next(Path("store").glob("shard_*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    capsys.readouterr()
+    assert main(["fit", "-c", "run.yaml"]) == 2
+    refusal = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "store/shard_000000.safetensors does not match its checksum; run the command" in refusal
+    assert main(["fit", "-c", "run.yaml", "--data.verify=false"]) == 0
+    file.write_bytes(whole)
     weights = load_file("sd/text_encoder/model.safetensors")
     weights[next(iter(weights))] += 1.0
     from safetensors.torch import save_file

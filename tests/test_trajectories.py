@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -271,6 +272,40 @@ def test_an_interrupted_command_goes_on_to_the_same_bytes(tmp_path, monkeypatch,
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
 
 
+def test_damaged_shards_are_named_and_made_again(tmp_path, capsys):
+    assert command(tmp_path / "s") == 0
+    before = digests(tmp_path / "s")
+    flipped, cut, gone = (tmp_path / "s" / f"shard_00000{i}.safetensors" for i in (0, 2, 3))
+    data = flipped.read_bytes()
+    flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    cut.write_bytes(cut.read_bytes()[:-7])
+    gone.unlink()
+    capsys.readouterr()
+    assert command(tmp_path / "s") == 0
+    shown = capsys.readouterr()
+    assert "22 of 70 records are there already" in shown.out
+    lines = shown.err.splitlines()
+    assert lines[0] == f"{flipped} does not match its checksum; made again"
+    assert lines[1].startswith(f"{cut} has ")
+    assert lines[2] == f"{gone} is missing; made again"
+    assert len(lines) == 3
+    assert digests(tmp_path / "s") == before
+
+
+def test_damaged_conditions_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "user"))
+    StoreWriter(tmp_path / "cache", {}, 3).write(0, {"class_labels": torch.tensor([7, 1, 4])})
+    file = tmp_path / "cache" / "shard_000000.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-8] + b"\5" + data[-7:])
+    assert command(tmp_path / "s", "--cond", str(tmp_path / "cache")) == 2
+    shown = capsys.readouterr().err
+    assert f"{file} does not match its checksum; run the command that wrote the store" in shown
+    assert "leave the comparison out with --no-verify" in shown
+    assert not (tmp_path / "s").exists()
+    assert command(tmp_path / "s", "--cond", str(tmp_path / "cache"), "--no-verify") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -300,6 +335,17 @@ def test_another_setting_in_the_same_folder_is_refused(tmp_path, capsys):
     for words, message in ((["--seed", "1"], "seed=0, not 1"), (["--num", "71"], "num_records=70, not 71")):
         assert command(tmp_path / "s", *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_another_teacher_is_refused_by_the_beginnings_of_both_digests(tmp_path, capsys):
+    assert command(tmp_path / "s") == 0
+    header = tmp_path / "s" / "store.json"
+    content = json.loads(header.read_text())
+    teacher = content["key"]["teacher"]
+    content["key"]["teacher"] = 32 * "ab"
+    header.write_text(json.dumps(content))
+    assert command(tmp_path / "s") == 2
+    assert f"holds a store with teacher=sha256 {6 * 'ab'}, not sha256 {teacher[:12]};" in capsys.readouterr().err
 
 
 def test_teachers_by_name_folder_run_and_text(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import queue
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.data.buckets import Bucket, make_buckets
+from lightning_distill.data.checksums import damages
 from lightning_distill.data.encoding import Encoders, Plan, Record, fill, make_parts, write_null
 from lightning_distill.data.image_text import ImageText, find_image_text, from_prompts
 from lightning_distill.data.prompts import read_prompts
@@ -53,7 +55,11 @@ def main(words: Sequence[str]) -> None:
     parts = make_parts(out, encoders, records, _buckets(args, pictures), args.frames, size, negative)
     plan = Plan(encoders, parts, args.shard_size, args.batch_size, args.frames, args.skip_broken, size)
     writers = [plan.writer(part) for part in parts]
-    done = [len(part.records) - sum(len(w.rows(s)) for s in w.missing()) for w, part in zip(writers, parts)]
+    missing = [writer.missing() for writer in writers]
+    for writer, shards in zip(writers, missing):
+        for line in damages(writer, shards):
+            print(line, file=sys.stderr)
+    done = [len(p.records) - sum(len(w.rows(s)) for s in shards) for p, w, shards in zip(parts, writers, missing)]
     null = write_null(out, encoder, negative)
     if sum(done) < len(records):
         _run(plan, args, done, encoder if args.workers == 1 else None)

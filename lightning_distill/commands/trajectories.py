@@ -7,6 +7,7 @@ import multiprocessing.connection
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_distill.commands.errors import CommandParser, is_user_error, one_line
 from lightning_distill.commands.run_folder import find_run
+from lightning_distill.data.checksums import damages, verify_stores
 from lightning_distill.data.store import StoreWriter
 from lightning_distill.data.trajectories import StoredConditions
 from lightning_distill.networks.denoiser import Denoiser
@@ -85,6 +87,10 @@ def main(words: Sequence[str]) -> None:
         default="classes",
         help="classes (in turn; nothing for unconditional teachers), or a store of conditions",
     )
+    parser.add_argument(
+        "--cond-keys", nargs="+", metavar="KEY", help="conditions of that store (default: all that the teacher knows)"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not compare that store with its checksums")
     parser.add_argument("--shape", type=int, nargs="+", help="of one sample (default: the network's own)")
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of what is kept"
@@ -117,7 +123,9 @@ def main(words: Sequence[str]) -> None:
         args.seed,
         args.bf16,
     )
-    conditions = _conditions(args.cond, denoiser)
+    conditions = _conditions(args.cond, args.cond_keys, denoiser)
+    if conditions is not None and not args.no_verify:
+        verify_stores([conditions.store], "--no-verify")
     identity = conditions.identity() if conditions else "classes" if denoiser.num_classes is not None else "none"
     # one evaluation of the network shows what does not fit together, before anything is written
     first = None if conditions is None else conditions.gather(torch.arange(1))
@@ -139,6 +147,8 @@ def main(words: Sequence[str]) -> None:
     )
     writer = job.writer()
     missing = writer.missing()
+    for line in damages(writer, missing):
+        print(line, file=sys.stderr)
     bar = _Bar(args.num, args.num - sum(len(writer.rows(shard)) for shard in missing))
     with bar:
         if args.workers == 1:
@@ -183,8 +193,12 @@ def _build(teacher: str) -> Denoiser:
     return as_denoiser(teacher_spec(teacher)).requires_grad_(False).eval()
 
 
-def _conditions(cond: str, denoiser: Denoiser) -> StoredConditions | None:
-    return None if cond == "classes" else StoredConditions(cond, denoiser.family.cond_keys or None)
+def _conditions(cond: str, keys: list[str] | None, denoiser: Denoiser) -> StoredConditions | None:
+    if cond == "classes":
+        if keys is not None:
+            raise ValueError(f"--cond-keys {' '.join(keys)}: give the store that has them as --cond.")
+        return None
+    return StoredConditions.chosen(cond, keys, denoiser.family.cond_keys)
 
 
 def _device(name: str) -> str:

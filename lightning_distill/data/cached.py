@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_distill.batch import Batch
 from lightning_distill.data.base import DistillationDataModule, Scaling, _OneBatch, check_scaling
 from lightning_distill.data.buckets import BucketLoader
+from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import ResumableLoader, epoch_generator
 from lightning_distill.data.store import Store, is_store
 from lightning_distill.networks.autoencoders import autoencoder_identity
@@ -119,6 +120,8 @@ class CachedConditions(DistillationDataModule):
         cond_keys: conditions to give out; None is all of the store's.
         pipeline: folder of the pipeline whose text encoder must have made the store; None is the teacher's, where that
             is a pipeline's folder.
+        verify: compare the shards with their checksums before training; each is read once per machine, and again when
+            its file has changed.
         **kwargs: arguments of ``DistillationDataModule``.
 
     Raises:
@@ -130,15 +133,29 @@ class CachedConditions(DistillationDataModule):
     latents = False
 
     def __init__(
-        self, path: str, cond_keys: list[str] | None = None, pipeline: str | None = None, **kwargs: Any
+        self,
+        path: str,
+        cond_keys: list[str] | None = None,
+        pipeline: str | None = None,
+        verify: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.path, self.pipeline = path, pipeline
+        self.path, self.pipeline, self.verify = path, pipeline, verify
         self.stores = open_stores(path)
         have = [name for name in self.stores[0].names if name != _LATENTS]
         self.cond_keys = have if cond_keys is None else list(cond_keys)
         if missing := [key for key in self.cond_keys if key not in have]:
             raise ValueError(f"the store {path} has no {missing[0]!r}; it has the conditions {', '.join(have)}.")
+
+    def prepare_data(self) -> None:
+        """Refuse damaged shards; called in one process per machine.
+
+        Raises:
+            ValueError: a shard does not match its checksum.
+        """
+        if self.verify:
+            verify_stores(self.stores, "verify=false")
 
     def make_source(self) -> StoreSource:
         """The records of all stores."""
@@ -227,6 +244,7 @@ class CachedLatents(CachedConditions):
         cond_keys: conditions to give out; None is all of the store's.
         pipeline: folder of the pipeline whose text encoder and autoencoder must have made the store; None is the
             teacher's, where that is a pipeline's folder.
+        verify: compare the shards with their checksums before training, see ``CachedConditions``.
         **kwargs: arguments of ``DistillationDataModule``.
 
     Attributes:
@@ -246,9 +264,10 @@ class CachedLatents(CachedConditions):
         mean: float | None = None,
         cond_keys: list[str] | None = None,
         pipeline: str | None = None,
+        verify: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(path, cond_keys, pipeline, **kwargs)
+        super().__init__(path, cond_keys, pipeline, verify, **kwargs)
         if _LATENTS not in self.stores[0].names:
             raise ValueError(
                 f"the store {path} holds no latents; write one with lightning-distill cache --images FOLDER, or use "

@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ class StoreWriter(Layout):
             {**self.key, "num_records": num_records, "shard_size": shard_size},
         )
         if differing is not None:
-            name, theirs, ours = differing
+            name, theirs, ours = (re.sub(r"'([0-9a-f]{12})[0-9a-f]{52}'", r"sha256 \1", text) for text in differing)
             raise ValueError(
                 f"{self.folder} holds a store with {name}={theirs}, not {ours}; give the settings it was begun with, "
                 "another folder, or remove this one."
@@ -256,10 +258,29 @@ class Store(Layout):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": {}}  # maps are opened anew in another process
 
-    def verify(self) -> list[int]:
-        """Shards that are missing or damaged by their checksums; reads everything."""
-        self._intact.clear()
-        return self.broken(checksums=True)
+    def verify(
+        self,
+        shards: Sequence[int] | None = None,
+        threads: int = 1,
+        report: Callable[[int], None] = lambda shard: None,
+    ) -> list[int]:
+        """Shards that are missing or damaged by their checksums; reads everything.
+
+        Args:
+            shards: those to read; None is all.
+            threads: that read and hash at the same time.
+            report: told each shard that was read, in order.
+        """
+        wanted = range(self.num_shards) if shards is None else shards
+        for shard in wanted:
+            self._intact.pop(shard, None)
+        broken = []
+        with ThreadPoolExecutor(threads) as pool:
+            for shard, whole in zip(wanted, pool.map(lambda shard: self.is_whole(shard, checksums=True), wanted)):
+                report(shard)
+                if not whole:
+                    broken.append(shard)
+        return broken
 
     def gather(self, indices: Tensor | Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Records in any order.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.data.base import DistillationDataModule
+from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import ResumableLoader
 from lightning_distill.data.store import Store
 from lightning_distill.trajectories import describe_process
@@ -40,6 +41,23 @@ class StoredConditions:
                 f"{'' if names is None else ' (' + ', '.join(names) + ')'}; it holds {', '.join(self.store.names)}."
             )
 
+    @classmethod
+    def chosen(cls, folder: str, keys: Sequence[str] | None, known: Sequence[str]) -> "StoredConditions":
+        """Conditions by a user's choice, or those that a teacher knows.
+
+        Args:
+            folder: the store.
+            keys: the choice; None for ``known``.
+            known: conditions of the teacher; empty for every one that could be.
+
+        Raises:
+            ValueError: the store lacks one of ``keys``.
+        """
+        held = Store(folder).names
+        if missing := [key for key in keys or () if key not in held]:
+            raise ValueError(f"cond keys: the store {folder} has no {missing[0]!r}, but {', '.join(held)}.")
+        return cls(folder, keys or known or None)
+
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
         """Conditions of trajectories, in the stored dtypes.
 
@@ -58,13 +76,14 @@ class StoredConditions:
         }
 
 
-def check_teacher(key: Mapping[str, Any], module: Any, where: str) -> None:
+def check_teacher(key: Mapping[str, Any], module: Any, where: str, argument: str = "allow_other_teacher") -> None:
     """Refuse trajectories of another teacher than a method's.
 
     Args:
         key: of the store.
         module: a method with its networks built; one without a teacher takes any trajectories.
         where: folder, for the message.
+        argument: that lets them pass, for the message.
 
     Raises:
         ValueError: other weights, or states of another noise process.
@@ -76,13 +95,13 @@ def check_teacher(key: Mapping[str, Any], module: Any, where: str) -> None:
     if found != key["teacher"]:
         raise ValueError(
             f"the trajectories in {where} were made by another teacher (sha256 {key['teacher'][:12]}) than the "
-            f"method's (sha256 {found[:12]}); make them with this teacher, or set allow_other_teacher=true."
+            f"method's (sha256 {found[:12]}); make them with this teacher, or set {argument}=true."
         )
     process = describe_process(teacher.process)
     if key["point_times"] and process != key["process"]:
         raise ValueError(
             f"the states in {where} belong to the noise process {_shown(key['process'])}, but the teacher works in "
-            f"{_shown(process)}; make them in this process, or set allow_other_teacher=true."
+            f"{_shown(process)}; make them in this process, or set {argument}=true."
         )
 
 
@@ -117,6 +136,11 @@ class StoredTrajectories:
 
     def __len__(self) -> int:
         return len(self.store)
+
+    @property
+    def stores(self) -> list[Store]:
+        """What is read: the records, and their conditions where these lie in a store of their own."""
+        return [self.store] if self.conditions is None else [self.store, self.conditions.store]
 
     def gather(self, indices: Tensor, epoch: int) -> Batch:
         """The records of the given indices; ``epoch`` plays no part."""
@@ -164,6 +188,8 @@ class Trajectories(DistillationDataModule):
         conditions: store of the conditions (prompt embeddings), for trajectories that were made with one.
         sigma_data: standard deviation of ``x0`` about its per-channel mean; None for the teacher's.
         allow_other_teacher: train with trajectories of another teacher, or noise process, than the method's.
+        verify: compare the shards with their checksums before training; each is read once per machine, and again when
+            its file has changed.
         **kwargs: arguments of ``DistillationDataModule``.
 
     Raises:
@@ -177,10 +203,12 @@ class Trajectories(DistillationDataModule):
         conditions: str | None = None,
         sigma_data: float | None = None,
         allow_other_teacher: bool = False,
+        verify: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.path = path
+        self.verify = verify
         self.allow_other_teacher = allow_other_teacher
         self.records = StoredTrajectories(path, conditions, self.pin_memory)
         key = self.records.key
@@ -188,6 +216,15 @@ class Trajectories(DistillationDataModule):
         self.num_classes = key["num_classes"] if key["cond"] == "classes" else None
         self.sigma_data = key["sigma_data"] if sigma_data is None else sigma_data
         self.pin_memory = False  # the records do it, with all of their fields
+
+    def prepare_data(self) -> None:
+        """Refuse damaged shards; called in one process per machine.
+
+        Raises:
+            ValueError: a shard does not match its checksum.
+        """
+        if self.verify:
+            verify_stores(self.records.stores, "verify=false")
 
     def make_source(self) -> StoredTrajectories:
         """All records."""

@@ -27,7 +27,10 @@ class DMD(FakeScoreMethod):
             teacher's deterministic sampler made of it, with the guidance of ``guidance``; or ``SolvedPairs``, made at
             the start of the run.
         regression_conditions: store of the embeddings with which the pairs were made, for text models.
-        regression_distance: LPIPS as in the paper (images or decoded latents in [-1, 1]), or the squared error with
+        regression_allow_other_teacher: accept a store that another teacher than ``teacher`` made.
+        regression_verify: compare the shards of these stores with their checksums before training; each is read once
+            per machine, and again when its file has changed.
+        regression_distance: LPIPS as in the paper (of images, or of latents with a decoder), or the squared error with
             the distance of the teacher's own features; None is the mean squared error alone.
         weight: lambda, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
@@ -37,7 +40,7 @@ class DMD(FakeScoreMethod):
     Notes:
         The paper draws z for matching and regression from one batch; here pairs are drawn on their own, as many as the
         batch has samples.
-        LPIPS is computed on the student's own output: latent students need the squared error.
+        LPIPS of latent students needs ``PerceptualDistance(decoder=PixelDecoder(...))``.
     """
 
     paper = "2311.18828"
@@ -50,6 +53,8 @@ class DMD(FakeScoreMethod):
         *,
         regression_pairs: str | SolvedPairs | None = None,
         regression_conditions: str | None = None,
+        regression_allow_other_teacher: bool = False,
+        regression_verify: bool = True,
         regression_distance: Perceptual | None = None,
         weight: str = "dmd_v1",
         fake_score_steps: int = 1,
@@ -62,7 +67,17 @@ class DMD(FakeScoreMethod):
                 "x0, or SolvedPairs, or use DMD2, which needs none."
             )
         self.weight = weight
-        self.regression = PairRegression(regression_pairs, regression_distance, regression_conditions)
+        self.regression = PairRegression(
+            regression_pairs,
+            regression_distance,
+            regression_conditions,
+            regression_allow_other_teacher,
+            regression_verify,
+        )
+
+    def prepare_data(self) -> None:
+        """Refuse damaged pairs; called in one process per machine."""
+        self.regression.prepare()
 
     def check_configuration(self) -> None:
         """Pairs lead from noise to data in one step."""

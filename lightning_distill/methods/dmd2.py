@@ -42,6 +42,9 @@ class DMD2(AdversarialMethod):
         regression_pairs: store of ``lightning-distill trajectories`` (or safetensors file) with noise and teacher
             outputs, for a warm-up by regression; or ``SolvedPairs``, made at the start of the run.
         regression_conditions: store of the embeddings with which they were made, for text models.
+        regression_allow_other_teacher: accept a store that another teacher than ``teacher`` made.
+        regression_verify: compare the shards of these stores with their checksums before training; each is read once
+            per machine, and again when its file has changed.
         regression_distance: LPIPS, or the squared error with the distance of the teacher's own features; None is the
             mean squared error alone.
         regression_steps: student updates of that warm-up. The critic and its schedule wait: it starts from the
@@ -67,6 +70,8 @@ class DMD2(AdversarialMethod):
         gan_every: int = 1,
         regression_pairs: str | SolvedPairs | None = None,
         regression_conditions: str | None = None,
+        regression_allow_other_teacher: bool = False,
+        regression_verify: bool = True,
         regression_distance: Perceptual | None = None,
         regression_steps: int = 0,
         **kwargs: Any,
@@ -76,6 +81,11 @@ class DMD2(AdversarialMethod):
             raise ValueError(
                 f"regression_steps={regression_steps} needs regression_pairs, a store or file of noise-image pairs, or "
                 "SolvedPairs."
+            )
+        if regression_pairs is not None and regression_steps < 1:
+            raise ValueError(
+                f"regression_steps={regression_steps} leaves regression_pairs without use; give regression_steps, the "
+                "number of student updates of the warm-up, or leave out regression_pairs."
             )
         if ((gan_at_scores or gan_every != 1) and self.gan is None) or gan_every < 1:
             raise ValueError(
@@ -92,7 +102,18 @@ class DMD2(AdversarialMethod):
         self.regression_steps = regression_steps
         self.regression = None
         if regression_pairs is not None:
-            self.regression = PairRegression(regression_pairs, regression_distance, regression_conditions)
+            self.regression = PairRegression(
+                regression_pairs,
+                regression_distance,
+                regression_conditions,
+                regression_allow_other_teacher,
+                regression_verify,
+            )
+
+    def prepare_data(self) -> None:
+        """Refuse damaged pairs; called in one process per machine."""
+        if self.regression is not None:
+            self.regression.prepare()
 
     def check_configuration(self) -> None:
         """Samples in groups have a game of their own."""

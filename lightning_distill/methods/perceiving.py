@@ -19,13 +19,14 @@ Perceptual = PerceptualDistance | TeacherFeatures
 
 
 def check_perceptual(distance: Perceptual | None, module: "DistillationModule") -> None:
-    """The distance has its weights, or finds its blocks in the teacher.
+    """The distance has its weights and can compare the method's samples, or finds its blocks in the teacher.
 
     Raises:
-        ValueError: it does not.
+        FileNotFoundError: weights are missing.
+        ValueError: samples cannot be compared, or there are no such blocks.
     """
     if isinstance(distance, PerceptualDistance):
-        distance.check()
+        distance.check(module.sample_shape)
     elif distance is not None:
         teacher = module.require_teacher()
         cond = {k: v.to(teacher.device) for k, v in default_cond(teacher, 1).items()}
@@ -37,9 +38,17 @@ def perceived(
 ) -> Tensor:
     """Distance of samples (B, ...) with the conditions ``cond`` by the module's current draws: (B,)."""
     if isinstance(distance, PerceptualDistance):
-        return distance(made, goal)
+        return distance(made, goal, _crop(distance, module, made))
     u, noise = module.draws.uniform("perceptual/t", len(made)), module.draws.normal("perceptual/noise", made.shape)
     return distance(module.require_teacher(), made, goal, cond, u, noise)
+
+
+def _crop(distance: PerceptualDistance, module: "DistillationModule", made: Tensor) -> Tensor | None:
+    """Corners at which both pictures are cut, a place of its own for every sample; None where nothing is."""
+    if distance.decoder is None or distance.decoder.crop is None:
+        return None
+    u, v = (module.draws.uniform(f"perceptual/{side}", len(made)) for side in ("top", "left"))
+    return distance.decoder.offsets(u, v, made)
 
 
 def perceiving_calls(distance: Perceptual | None) -> int:

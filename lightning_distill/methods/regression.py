@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import Source
 from lightning_distill.data.pairs import open_pairs
+from lightning_distill.data.store import Store
 from lightning_distill.data.trajectories import StoredTrajectories, check_teacher
 from lightning_distill.methods.perceiving import Perceptual, check_perceptual, perceived
 from lightning_distill.methods.solved_pairs import SolvedPairs
@@ -30,6 +32,7 @@ class PairRegression:
             mean squared error alone.
         conditions: store of the embeddings with which the teacher made the pairs, for text models.
         allow_other_teacher: accept a store whose teacher is not the method's.
+        verify: compare the shards of stores with their checksums before training.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class PairRegression:
         distance: Perceptual | None = None,
         conditions: str | None = None,
         allow_other_teacher: bool = False,
+        verify: bool = True,
     ) -> None:
         self.source = source
-        self._pairs = None if isinstance(source, SolvedPairs) else open_pairs(source, conditions)
+        self.verify = verify
+        self._pairs: Source | None = None if isinstance(source, SolvedPairs) else open_pairs(source, conditions)
         self.distance = distance
         self._teacher_known = allow_other_teacher
         if isinstance(distance, PerceptualDistance):
@@ -56,6 +61,20 @@ class PairRegression:
             self.source.check(module)
         check_perceptual(self.distance, module)
 
+    def prepare(self) -> None:
+        """Refuse damaged shards; for one process per machine, before training.
+
+        Raises:
+            ValueError: a shard of the pairs or of their conditions does not match its checksum.
+        """
+        stores: list[Store] = []
+        if isinstance(self._pairs, StoredTrajectories):
+            stores = self._pairs.stores
+        elif isinstance(self.source, SolvedPairs) and self.source.conditions is not None:
+            stores = [Store(self.source.conditions)]
+        if self.verify:
+            verify_stores(stores, "regression_verify=false")
+
     def pairs(self, module: "DistillationModule") -> Source:
         """All pairs; solved, or their teacher compared, at the first call: the networks exist then."""
         if self._pairs is None:
@@ -63,7 +82,7 @@ class PairRegression:
             self._pairs = self.source.solve(module)
         if not self._teacher_known:
             if isinstance(self._pairs, StoredTrajectories):
-                check_teacher(self._pairs.key, module, str(self.source))
+                check_teacher(self._pairs.key, module, str(self.source), "regression_allow_other_teacher")
             self._teacher_known = True
         return self._pairs
 
@@ -89,7 +108,7 @@ class PairRegression:
         x = module.student(start, t, cond).x0
         reference = pairs.x0.to(x)
         if isinstance(self.distance, PerceptualDistance):
-            return self.distance(x, reference).mean()
+            return perceived(self.distance, module, x, reference, cond).mean()
         error = (x - reference).square().mean()
         if self.distance is None:
             return error

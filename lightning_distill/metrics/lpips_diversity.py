@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.metrics.extractors import check_file
+from lightning_distill.networks.pixel_decoder import PixelDecoder
 
 __all__ = ["PerceptualDistance", "lpips_diversity"]
 
@@ -27,6 +28,7 @@ class PerceptualDistance:
         trunk_weights: torchvision's state dict of that network (.pth or .safetensors); None reads
             ``LIGHTNING_DISTILL_LPIPS_TRUNK``.
         allow_download: let torchvision fetch the trunk when no file is given.
+        decoder: makes pictures of latents first, for models of latents; None compares the samples themselves.
     """
 
     def __init__(
@@ -34,20 +36,37 @@ class PerceptualDistance:
         net: Literal["alex", "vgg", "squeeze"] = "alex",
         trunk_weights: str | None = None,
         allow_download: bool = False,
+        decoder: PixelDecoder | None = None,
     ) -> None:
         if net not in ("alex", "vgg", "squeeze"):
             raise ValueError(f"PerceptualDistance(net={net!r}): choose alex, vgg or squeeze.")
         self.net = net
         self.trunk_weights = trunk_weights or os.environ.get(VARIABLE)
         self.allow_download = allow_download
+        self.decoder = decoder
         self._network: torch.nn.Module | None = None
 
-    def check(self) -> None:
-        """Raise if the trunk is missing; reads nothing.
+    def check(self, shape: tuple[int, ...] | None = None) -> None:
+        """Raise if weights are missing or samples cannot be compared; reads no weights.
+
+        Args:
+            shape: of one sample, (C, H, W) or (C, F, H, W); None where it is not known yet.
 
         Raises:
             FileNotFoundError: there is no such file, or none was given.
+            ValueError: the decoder cannot be read or does not fit, or there is none and samples are no pictures.
         """
+        self._check_trunk()
+        if self.decoder is not None:
+            self.decoder.check(shape)
+        elif shape is not None and (len(shape) not in (3, 4) or shape[0] not in (1, 3)):
+            raise ValueError(
+                f"PerceptualDistance compares pictures of 1 or 3 channels, but the method's samples have the shape "
+                f"{tuple(shape)}; for latents give decoder=PixelDecoder(path) with their autoencoder, or use "
+                "TeacherFeatures, which needs none."
+            )
+
+    def _check_trunk(self) -> None:
         if self.trunk_weights is None:
             if not self.allow_download:
                 raise FileNotFoundError(
@@ -65,13 +84,14 @@ class PerceptualDistance:
             ValueError: the file holds other weights.
         """
         if self._network is None:
-            self.check()
+            self._check_trunk()
             import lpips
 
             local = self.trunk_weights is not None
             # lpips names torchvision's weights in an old way; its random trunk is overwritten below and must not move
             # the generator of the run
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            # a validation may build it first, and weights made in inference mode can take no part in training
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
                 warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
                 network = lpips.LPIPS(net=self.net, pnet_rand=local, verbose=False)
             if self.trunk_weights is not None:
@@ -79,25 +99,37 @@ class PerceptualDistance:
             self._network = network.eval().requires_grad_(False)
         return self._network
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor, offset: Tensor | None = None) -> Tensor:
         """Distances of pairs of images; gradients reach the images, where they need them.
 
         Args:
             a: (N, C, H, W) in [-1, 1], one or three channels, on the device to compute on; images below 64 pixels are
-                enlarged.
+                enlarged. Latents (N, C, h, w) with a decoder. Videos (N, C, F, H, W) are compared frame by frame.
             b: same shape and device.
+            offset: corners of the decoder's crop, (N, 2), the same for both, see ``PixelDecoder.offsets``; None for
+                the middle.
 
         Returns:
-            (N,), float32, on the device of the images.
+            (N,), float32, on the device of the images; the mean over the frames of videos.
 
         Raises:
             ValueError: different shapes, or neither one nor three channels.
         """
-        if a.shape != b.shape or a.ndim != 4 or a.shape[1] not in (1, 3):
+        comparable = a.shape == b.shape and a.ndim in (4, 5)
+        if not comparable or (self.decoder is None and a.shape[1] not in (1, 3)):
             raise ValueError(
-                f"LPIPS compares images (N, 1 or 3, H, W) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}."
+                f"LPIPS compares images (N, 1 or 3, H, W) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}; "
+                "latents need decoder=PixelDecoder(path)."
             )
-        return self.build().to(a.device)(_rgb(a), _rgb(b)).flatten()
+        if self.decoder is not None:
+            a, b = self.decoder(a, offset), self.decoder(b, offset)
+        n = len(a)
+        if a.ndim == 5:
+            a, b = (x.transpose(1, 2).flatten(0, 1) for x in (a, b))
+        network = self.build()
+        with torch.inference_mode(False):
+            network.to(a.device)
+        return network(_rgb(a), _rgb(b)).reshape(n, -1).mean(1)
 
 
 @torch.no_grad()

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.metrics.extractors import file_sha256
 from lightning_distill.networks.folders import diffusers_class, load_diffusers_network
 from lightning_distill.networks.json_files import read_json
 from lightning_distill.networks.latents import latent_scale
 
-__all__ = ["LatentCodec"]
+__all__ = ["LatentCodec", "autoencoder_folder", "autoencoder_identity", "decoder_output", "takes_videos"]
 
 
 class LatentCodec:
@@ -43,7 +42,7 @@ class LatentCodec:
         self.dtype, self.device = dtype, torch.device(device)
         self.network: Any = load_diffusers_network(self.folder, dtype).requires_grad_(False).to(self.device)
         self.scale = latent_scale(self.network)
-        self.video = any(isinstance(module, nn.Conv3d) for module in self.network.modules())
+        self.video = takes_videos(self.network)
 
     def identity(self) -> dict[str, Any]:
         """Digest of the weights and class, as plain values."""
@@ -99,17 +98,32 @@ class LatentCodec:
         Returns:
             (B, 3, H, W) or (B, 3, F, H, W), float32 in [-1, 1], on the CPU.
         """
-        frames = x0.ndim == 5
         z = self.scale.to_latent(x0.to(self.device, torch.float32)).to(self.dtype)
-        if self.video and not frames:
-            z = z.unsqueeze(2)
-        settings = {}
-        if self.network.config.get("timestep_conditioning"):
-            settings["temb"] = torch.zeros(len(z), device=z.device, dtype=z.dtype)  # no noise is left to remove
-        out = self.network.decode(z, **settings).sample.float()
-        if self.video and not frames:
-            out = out.squeeze(2)
-        return out.clamp(-1.0, 1.0).cpu()
+        return decoder_output(self.network, z).clamp(-1.0, 1.0).cpu()
+
+
+def takes_videos(network: nn.Module) -> bool:
+    """Whether an autoencoder takes videos; pictures are then videos of one frame."""
+    return any(isinstance(module, nn.Conv3d) for module in network.modules())
+
+
+def decoder_output(network: Any, z: Tensor) -> Tensor:
+    """What an autoencoder makes of latents, with a gradient to them and as far from [-1, 1] as it comes.
+
+    Args:
+        network: the autoencoder.
+        z: its own latents, (B, C, h, w) or (B, C, f, h, w).
+
+    Returns:
+        (B, 3, H, W) or (B, 3, F, H, W), float32, or float64 for such latents.
+    """
+    as_video = z.ndim == 4 and takes_videos(network)
+    settings = {}
+    if network.config.get("timestep_conditioning"):
+        settings["temb"] = torch.zeros(len(z), device=z.device, dtype=z.dtype)  # no noise is left to remove
+    out: Tensor = network.decode(z.unsqueeze(2) if as_video else z, **settings).sample
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
+    return out.squeeze(2) if as_video else out
 
 
 def autoencoder_folder(folder: str | Path) -> Path:
@@ -128,6 +142,8 @@ def autoencoder_folder(folder: str | Path) -> Path:
 
 def autoencoder_identity(folder: str | Path) -> dict[str, Any]:
     """Digest of an autoencoder's files and its class, as plain values; nothing is loaded."""
+    from lightning_distill.metrics.extractors import file_sha256  # metrics use autoencoders themselves
+
     found = autoencoder_folder(folder)
     weights = {file.name: file_sha256(file) for file in sorted(found.glob("*.safetensors"))}
     return {"autoencoder": read_json(found / "config.json")["_class_name"], "autoencoder_sha256": weights}

@@ -153,6 +153,7 @@ class FolderSource:
     def _root(self, path: Path) -> Path:
         if self.file is None:
             return path
+        check_safetensors(self.file)
         if self.given.config_path is None:
             raise ValueError(
                 f"{path} is a single file, which does not say what network its weights belong to; give config_path=... "

@@ -340,7 +340,7 @@ def heads(**settings: Any) -> Callable[[], Adversary]:
 
 def without_warm_up(case: Case) -> dict[str, Any]:
     """Settings with which the first cycle of a case is like the others."""
-    return {"regression_steps": 0} if case.name.startswith("regression") else {}
+    return {"regression_steps": 0, "regression_pairs": None} if case.name.startswith("regression") else {}
 
 
 def coupled(batch: Batch) -> Batch:

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_distill.data import claims, shards
+from lightning_distill.data import CachedConditions, checksums, claims, shards
+from lightning_distill.data.checksums import damage, verify_stores
 from lightning_distill.data.store import Store, StoreWriter, is_store
 
 KEY = {"kind": "test", "settings": {"steps": 8, "scales": [1.0, 2.5]}, "name": None}
@@ -47,6 +48,19 @@ def fill(folder, width=8, num=NUM, size=SIZE, log=None, delay=0.0):
             with open(log, "a") as stream:
                 stream.write(f"{shard}\n")
         time.sleep(delay)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "cache"))
+
+
+def flip(file):
+    """One bit, as a disk does it: size and time stay."""
+    stat, data = file.stat(), bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def digests(folder):
@@ -215,6 +229,113 @@ def test_a_finished_shard_is_read_for_its_checksum_once(filled, monkeypatch):
     os.utime(filled / "shard_000001.safetensors", (1, 1))
     assert writer.missing() == []
     assert len(reads) == 8
+
+
+# ----------------------------------------------------------------------------------------- before training
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the files that are hashed."""
+    names, real = [], shards._sha256
+    monkeypatch.setattr(shards, "_sha256", lambda file: names.append(file.name) or real(file))
+    return names
+
+
+def test_unchanged_shards_are_read_once_per_machine(filled, reads, tmp_path):
+    verify_stores([Store(filled)], "verify=false")
+    assert sorted(reads) == [f"shard_00000{i}.safetensors" for i in range(7)]
+    verify_stores([Store(filled)], "verify=false")
+    assert len(reads) == 7
+    os.utime(filled / "shard_000001.safetensors", (1, 1))
+    verify_stores([Store(filled)], "verify=false")
+    assert reads[7:] == ["shard_000001.safetensors"]
+    (file,) = (tmp_path / "cache" / "verified").iterdir()
+    found = json.loads(file.read_text())["shards"]["shard_000001"]["shard_000001.safetensors"]
+    data = filled / "shard_000001.safetensors"
+    assert found == [data.stat().st_size, 10**9, digests(filled)[data.name]]
+    for spoilt in (
+        "{",
+        "[]",
+        '{"folder": 1}',
+        json.dumps({"folder": str(filled.resolve()), "shards": {"shard_000000": 3}}),
+    ):
+        file.write_text(spoilt)
+        del reads[:]
+        verify_stores([Store(filled)], "verify=false")
+        assert len(reads) == 7
+    verify_stores([Store(filled)], "verify=false", tmp_path / "another_machine")
+    assert len(reads) == 14
+
+
+def test_a_flipped_bit_is_refused_and_only_its_shard_is_read_again(filled, reads):
+    flip(filled / "shard_000004.safetensors")
+    store = Store(filled)
+    sentence = (
+        r"shard_000004\.safetensors does not match its checksum; run the command that wrote the store "
+        r"\(lightning-distill cache \.\.\. --out .*store\) once more, .*, or leave the comparison out with "
+        r"verify=false\."
+    )
+    for hashed in (7, 1):
+        del reads[:]
+        with pytest.raises(ValueError, match=sentence):
+            verify_stores([store], "verify=false")
+        assert set(reads[:hashed]) >= {"shard_000004.safetensors"}
+        assert len(set(reads)) == hashed
+    flip(filled / "shard_000001.safetensors")
+    verified = Path(os.environ["LIGHTNING_DISTILL_CACHE"]) / "verified"
+    next(verified.iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"shard_000001.* \(and 1 more of its shards are damaged\); run the"):
+        verify_stores([store], "verify=false")
+    fill(filled)
+    verify_stores([Store(filled)], "verify=false")
+
+
+def test_every_kind_of_damage_has_its_words(filled):
+    writer = StoreWriter(filled, KEY, NUM, SIZE)
+    files = [filled / f"shard_{i:06d}.safetensors" for i in range(7)]
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].unlink()
+    flip(files[2])
+    (filled / "shard_000003.json").write_text("{")
+    (filled / "shard_000004.json").unlink()  # as an interrupted command leaves it
+    size = files[5].stat().st_size
+    assert damage(writer, 0) == f"{files[0]} has 100 bytes instead of {size}"
+    assert damage(writer, 1) == f"{files[1]} is missing"
+    assert damage(writer, 2) == f"{files[2]} does not match its checksum"
+    assert damage(writer, 3) == f"{filled / 'shard_000003.json'} cannot be read"
+    assert [damage(writer, i) for i in (4, 5)] == [None, None]
+    missing = writer.missing()
+    assert missing == [0, 1, 2, 3, 4]
+    assert [line.rsplit("; ", 1)[1] for line in checksums.damages(writer, missing)] == ["made again"] * 4
+
+
+def test_data_modules_compare_before_training(filled, reads):
+    data = CachedConditions(str(filled), cond_keys=["half"])
+    data.prepare_data()
+    assert len(reads) == 7
+    flip(filled / "shard_000006.safetensors")
+    os.utime(filled / "shard_000006.safetensors")
+    CachedConditions(str(filled), verify=False).prepare_data()
+    assert len(reads) == 7
+    with pytest.raises(ValueError, match=r"shard_000006\.safetensors does not match its checksum"):
+        data.prepare_data()
+
+
+def test_a_large_store_says_that_it_is_read(filled, monkeypatch, caplog):
+    monkeypatch.setattr(checksums, "LARGE", 1000)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        verify_stores([Store(filled)], "verify=false")
+        assert "of its shards" not in caplog.text
+        assert "with their checksums, once on this machine" in caplog.text
+        assert "GB/s" in caplog.text
+        caplog.clear()
+        verify_stores([Store(filled)], "verify=false")
+        assert not caplog.text
+
+
+def test_a_cache_that_cannot_be_written_only_warns(filled, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be written .*so that stores are read at every start"):
+        verify_stores([Store(filled)], "verify=false", tmp_path / "file")
 
 
 # ------------------------------------------------------------------------------------------ several processes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import Trainer
@@ -12,7 +15,8 @@ from lightning_distill.data import Pairs, Prior, Trajectories
 from lightning_distill.data.store import Store, StoreWriter
 from lightning_distill.data.trajectories import StoredTrajectories
 from lightning_distill.generation import default_cond, generate
-from lightning_distill.methods import DMD2, PairRegression
+from lightning_distill.methods import DMD, DMD2, PairRegression
+from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser, ZooDenoiser
 from lightning_distill.processes import VariancePreserving
@@ -35,6 +39,11 @@ def stores(tmp_path_factory):
         "points": write(root / "points", "--records", "points", "--points", "4"),
         "guided": write(root / "guided", "--records", "guided", "--points", "2", "--guidance", "1", "4"),
     }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "user_cache"))
 
 
 def fit(model, data, updates=1):
@@ -184,15 +193,92 @@ def test_conditions_are_read_from_their_own_store(tmp_path):
     fit(method(), Trajectories(made, conditions=cache, batch_size=4))
 
 
+def test_conditions_of_a_store_can_be_chosen(tmp_path, capsys):
+    writer = StoreWriter(tmp_path / "cache", {"kind": "cache"}, 3)
+    writer.write(0, {"class_labels": torch.tensor([7, 1, 4]), "size": torch.zeros(3)})
+    cache = str(tmp_path / "cache")
+    made = write(tmp_path / "made", "--cond", cache, "--cond-keys", "class_labels", num=4)
+    assert set(StoredTrajectories(made, conditions=cache).gather(torch.arange(4), 0).cond) == {"class_labels"}
+    words = [
+        "trajectories",
+        "--teacher",
+        "digits",
+        "--num",
+        "1",
+        "--out",
+        str(tmp_path / "none"),
+        "--cond-keys",
+        "taste",
+    ]
+    assert main([*words, "--cond", cache]) != 0
+    assert f"cond keys: the store {cache} has no 'taste', but class_labels, size" in capsys.readouterr().err
+    assert main(words) != 0
+    assert "give the store that has them as --cond" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------- regression
 def test_regression_reads_a_store_and_refuses_another_teachers(stores):
     module = method(other_teacher(), regression_pairs=stores["pairs"], regression_steps=1)
-    with pytest.raises(ValueError, match="were made by another teacher"):
+    with pytest.raises(ValueError, match=r"were made by another teacher .* set regression_allow_other_teacher=true"):
+        fit(module, Prior(num_classes=10, batch_size=4))
+    for cls, settings in ((DMD2, {"regression_steps": 1}), (DMD, {"num_steps": 1})):
+        module = cls(
+            other_teacher(), regression_pairs=stores["pairs"], regression_allow_other_teacher=True, ema=[], **settings
+        )
         fit(module, Prior(num_classes=10, batch_size=4))
     module = method(other_teacher())
     module.configure_model()
     tolerant = PairRegression(stores["pairs"], allow_other_teacher=True)
     assert tolerant.loss(module, 4) > 0
+
+
+@pytest.mark.parametrize("reader", ["data", "DMD", "DMD2"])
+def test_a_flipped_bit_is_refused_before_training_and_repaired_by_the_command(tmp_path, capsys, stores, reader):
+    folder = tmp_path / "pairs"
+    shutil.copytree(stores["pairs"], folder)
+    file = folder / "shard_000005.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    def training(verify=True):
+        if reader == "data":
+            return method(), Trajectories(str(folder), batch_size=4, verify=verify)
+        more = {"fake_score_steps": 1, "regression_steps": 1} if reader == "DMD2" else {}
+        cls = {"DMD": DMD, "DMD2": DMD2}[reader]
+        module = cls(ZooDenoiser("digits"), regression_pairs=str(folder), regression_verify=verify, ema=[], **more)
+        return module, Prior(num_classes=10, batch_size=4)
+
+    switch = "verify=false" if reader == "data" else "regression_verify=false"
+    sentence = (
+        rf"^{file} does not match its checksum; run the command that wrote the store \(lightning-distill trajectories "
+        rf"\.\.\. --out {folder}\) once more, .* with {switch}\.$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        fit(*training())
+    fit(*training(verify=False))
+    capsys.readouterr()
+    write(folder, num=512)
+    assert f"{file} does not match its checksum; made again" in capsys.readouterr().err
+    assert file.read_bytes() == whole
+    fit(*training())
+    assert len(list((tmp_path / "user_cache" / "verified").iterdir())) == 1
+
+
+def test_the_conditions_of_trajectories_are_compared_too(tmp_path):
+    StoreWriter(tmp_path / "cache", {"kind": "cache"}, 3).write(0, {"class_labels": torch.tensor([7, 1, 4])})
+    cache = str(tmp_path / "cache")
+    made = write(tmp_path / "made", "--cond", cache, num=4)
+    file = Path(cache, "shard_000000.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] + b"\5" + whole[-7:])
+    for solved in (True, False):
+        pairs = SolvedPairs(num=4, steps=2, conditions=cache) if solved else made
+        module = method(regression_pairs=pairs, regression_steps=1, regression_conditions=None if solved else cache)
+        with pytest.raises(ValueError, match=r"shard_000000\.safetensors does not match its checksum"):
+            fit(module, Prior(num_classes=10, batch_size=4))
+    with pytest.raises(ValueError, match=r"shard_000000\.safetensors does not match its checksum"):
+        Trajectories(made, conditions=cache).prepare_data()
+    Trajectories(made, conditions=cache, verify=False).prepare_data()
 
 
 def test_a_warm_up_on_the_teachers_pairs_brings_the_student_closer_to_them(stores):

@@ -325,6 +325,8 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path):
     refused("must be 1 or more", updates_per_sample=0)
     refused("accumulate_grad_batches=0", accumulate_grad_batches=0)
     refused("needs regression_pairs", regression_steps=5)
+    for steps in ({}, {"regression_steps": -1}):
+        refused("leaves regression_pairs without use; give regression_steps, the", regression_pairs=pairs, **steps)
     with_pairs = {"regression_pairs": pairs, "regression_steps": 5}
     refused("no block 'nowhere'", **with_pairs, regression_distance=TeacherFeatures(["nowhere"]))
     refused("sampler='heun' is unknown", sampler="heun")

@@ -6,14 +6,18 @@ from conftest import fit
 from small_problems import Affine, Exact, Given, mlp, ready
 
 from lightning_distill.batch import Batch
+from lightning_distill.data.store import StoreWriter
 from lightning_distill.ema import ConstantEMA
+from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance, IntervalGuidance
 from lightning_distill.methods import DMD, DMD2
 from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.analytic import analytic_denoiser, ring
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.small import small_text_unet
+from lightning_distill.networks.text_entries import TOKENS
 from lightning_distill.processes import FlowMatching
+from lightning_distill.times import few_step_times
 
 FLOW = FlowMatching()
 
@@ -71,8 +75,29 @@ def test_what_cannot_be_solved_is_refused():
     with pytest.raises(ValueError, match="guid"):
         method(unlabelled, SolvedPairs(guidance_scale=2.0)).configure_model()
     of_texts = Denoiser(small_text_unet(), FLOW, "flow_prediction")
-    with pytest.raises(ValueError, match="the teacher needs encoder_hidden_states; write a store"):
+    with pytest.raises(ValueError, match=r"needs encoder_hidden_states; give SolvedPairs\(conditions="):
         DMD2(of_texts, regression_pairs=SolvedPairs(), regression_steps=1, ema=[]).configure_model()
+
+
+def test_conditions_of_a_store_are_taken_in_turn(tmp_path):
+    torch.manual_seed(0)
+    network = small_text_unet(sample_size=8, block_out_channels=[8, 8, 8, 8])
+    teacher = Denoiser(network, FLOW, "flow_prediction", null_cond={TOKENS: torch.zeros(1, 3, 384)}).eval()
+    tokens = torch.randn(3, 3, 384)
+    StoreWriter(tmp_path, {"kind": "cache"}, 3).write(0, {TOKENS: tokens, "encoder_attention_mask": torch.zeros(3, 3)})
+    pairs = SolvedPairs(num=5, steps=2, batch_size=2, conditions=str(tmp_path), cond_keys=[TOKENS])
+    module = DMD2(teacher, regression_pairs=pairs, regression_steps=1, ema=[], guidance=Guidance(2.0))
+    made = all_of(module)
+    assert list(made.cond) == [TOKENS]
+    assert torch.equal(made.cond[TOKENS], tokens[[0, 1, 2, 0, 1]])
+    want = generate(teacher, made.noise, made.cond, few_step_times(FLOW, 2), "ode", guidance_scale=2.0)
+    torch.testing.assert_close(made.x0, want.float(), atol=2e-3, rtol=2e-3)
+    typo = SolvedPairs(conditions=str(tmp_path), cond_keys=[TOKENS, "pooled"])
+    with pytest.raises(ValueError, match="has no 'pooled', but encoder_attention_mask, encoder_hidden_states"):
+        DMD2(teacher, regression_pairs=typo, regression_steps=1, ema=[]).configure_model()
+    wrong = SolvedPairs(conditions=str(tmp_path), cond_keys=["encoder_attention_mask"])
+    with pytest.raises(ValueError, match="knows encoder_attention_mask, and the teacher needs encoder_hidden_states"):
+        DMD2(teacher, regression_pairs=wrong, regression_steps=1, ema=[]).configure_model()
 
 
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")

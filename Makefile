@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help install quickstart smoke test check matrix bench docs
+.PHONY: help install quickstart smoke test quant check matrix bench docs
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   distil the shipped teacher, show images and a table (about four minutes)"
 	@echo "make test         the tests of every change"
+	@echo "make quant        the tests of quantised weights, with torchao"
 	@echo "make check        lint, formatting, types"
 	@echo "make matrix       all tests, the slow ones included (goes on where it stopped)"
 	@echo "make bench        measure, and fill the tables of README.md"
@@ -42,6 +43,11 @@ PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m p
 test: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu"
 
+# weights in 8 and 4 bits; torchao lies apart, since diffusers would load it at every import
+quant: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/quant 'torchao>=0.16'
+	PYTHONPATH=$(VENV)/quant HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/networks/test_quantised.py tests/test_throughput_benchmark.py
+
 # resumable: files of tests that passed are not run again until something they depend on changes
 matrix: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py
@@ -56,7 +62,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/callbacks.py
-	$(BIN)/python benchmarks/compare.py digits --configs method/dmd2_digits.yaml
+	$(BIN)/python benchmarks/compare.py digits --again --configs method/dmd2_digits.yaml
 	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/tangents.py
 	$(BIN)/python benchmarks/store.py

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_distill.networks.quantisation import plain_tensors
+
 
 class Synchronisations(TorchDispatchMode):
     """Counts reads of a tensor's value by the host."""
@@ -44,6 +46,11 @@ class _Held:
         self.owner.remove(self.key, self.size)
 
 
+def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    """Pieces of memory that tensors lie in; quantised ones consist of several."""
+    return [part.untyped_storage() for tensor in tensors for part in plain_tensors(tensor).values()]
+
+
 class SavedBytes:
     """The most bytes that autograd keeps for backward at one time.
 
@@ -55,11 +62,13 @@ class SavedBytes:
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         self.peak = self.now = 0
-        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self._given = {storage.data_ptr() for storage in _storages(given)}
         self._holders: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: getattr(held, "tensor", held))
 
     def _pack(self, tensor: Tensor) -> Any:
+        if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight; activations are ordinary tensors
+            return tensor
         return tensor if tensor.untyped_storage().data_ptr() in self._given else _Held(tensor, self)
 
     def add(self, key: int, size: int) -> None:
@@ -160,11 +169,11 @@ def floor_bytes(weights: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> i
         weights: parameters and buffers; shared ones count once.
         optimizers: after their first step.
     """
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights}
+    held = {storage.data_ptr(): storage.nbytes() for storage in _storages(weights)}
     state = gradients = 0
     for optimizer in optimizers:
         tensors = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
-        state += sum(t.numel() * t.element_size() for t in tensors)
+        state += sum(part.nbytes for t in tensors for part in plain_tensors(t).values())
         own = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = max(gradients, sum(p.numel() * p.element_size() for p in own))
     return sum(held.values()) + state + gradients

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.families import example_cond
+from lightning_distill.networks.quantisation import quantise
 from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving
 
 _SDXL = {
@@ -92,8 +94,17 @@ SIZES = {
 }
 
 
-def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
-    """The denoiser with random weights, created on the device in its dtype without a float32 copy on the way."""
+def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32, quantize: str | None = None) -> Denoiser:
+    """The denoiser with random weights, created on the device in its dtype without a float32 copy on the way.
+
+    Conditions that the family itself has no unconditional value for have zeros, so that every size can be guided.
+
+    Args:
+        size: the network.
+        device: where it is made.
+        dtype: of its weights.
+        quantize: store the blocks' linear layers as ``int8``, ``fp8`` or ``nf4``.
+    """
     with torch.device("meta"):
         network = size.make()
     network = nn.Module.to(network, dtype).to_empty(device=device).eval()
@@ -106,7 +117,13 @@ def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         for name, buffer in buffers.items():
             buffer.copy_(known[name])
     labels = size.config.get("num_class_embeds")
-    return Denoiser(network, size.process, size.prediction_type, null_class=labels and labels - 1)
+    denoiser = Denoiser(network, size.process, size.prediction_type, null_class=labels and labels - 1)
+    if missing := set(denoiser.missing_null(example_cond(network, 1))) - {"class_labels"}:
+        null = dict.fromkeys(missing, 0.0)
+        denoiser = Denoiser(network, size.process, size.prediction_type, null_cond=null)
+    if quantize is not None:
+        quantise(network, quantize, denoiser.family.blocks)
+    return denoiser
 
 
 def parameters(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Tensors without memory, and the sum of the storages that are alive at a time: what plans are made of."""
+"""Tensors without memory, the storages that are alive at a time, and operations counted: what plans are made of."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_distill.randomness import RandomStreams
 
-__all__ = ["EmptyStreams", "EmptyTensors", "LiveMemory", "forget_values", "mixed_precision"]
+__all__ = ["EmptyStreams", "EmptyTensors", "LiveMemory", "Work", "forget_values", "mixed_precision"]
 
 #: functions that CUDA's autocast runs in float32 and that keep what they are given
 _WIDE = ((F, "group_norm"), (F, "layer_norm"), (F, "softmax"), (torch, "softmax"))
@@ -163,3 +164,19 @@ def mixed_precision(autocast: torch.dtype | None, device: str) -> Iterator[None]
     # no cache: Lightning keeps no casts either, a cast weight lives as long as its use
     with torch.autocast("cpu", autocast, cache_enabled=False), _wide_functions() if device == "cuda" else nullcontext():
         yield
+
+
+class Work(TorchDispatchMode):
+    """Sums floating-point operations; torch's FlopCounterMode also follows modules, by which it keeps activations.
+
+    Attributes:
+        flop: the sum so far.
+    """
+
+    flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flop += count(*args, **(kwargs or {}), out_val=out)
+        return out

@@ -12,7 +12,9 @@ Gradients are freed at the end of each phase, so only one phase's are alive at a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import default_cond
-from lightning_distill.live_memory import EmptyStreams, EmptyTensors, LiveMemory, forget_values, mixed_precision
+from lightning_distill.live_memory import EmptyStreams, EmptyTensors, LiveMemory, Work, forget_values, mixed_precision
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
@@ -109,12 +111,14 @@ class PhasePlan:
         kept: alive when the backward pass begins: what was saved for it, and inputs.
         peak: largest sum of activations and gradients alive at any time.
         gradients: alive while the optimizer steps.
+        flop: floating-point operations of matrix products, convolutions and attention, forward and backward.
     """
 
     name: str
     kept: int
     peak: int
     gradients: int
+    flop: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Plan:
         checkpointing: whether trained networks recompute their activations.
         step: largest temporary memory of an optimizer's step, bytes.
         optimizers: class names.
+        forward_flop: of the student without gradients: what a further step of a rollout adds.
     """
 
     roles: tuple[RolePlan, ...]
@@ -138,6 +143,7 @@ class Plan:
     checkpointing: bool
     step: int = 0
     optimizers: tuple[str, ...] = field(default=())
+    forward_flop: int = 0
 
     @property
     def resident(self) -> int:
@@ -173,6 +179,7 @@ def plan(
     text_tokens: int | None = None,
     checkpointing: bool | None = None,
     device: str = "cuda",
+    count: bool = False,
 ) -> Plan:
     """Plan a run of a method.
 
@@ -180,12 +187,15 @@ def plan(
         build: makes the method; its teacher must be a spec, of which no weights are read.
         batch_size: samples of one forward: those per update divided by ``accumulate_grad_batches``.
         precision: of the Trainer, one of ``PRECISIONS``.
-        text_tokens: length of prompts, None for that of the stock pipeline.
+        text_tokens: length of prompts, None for that of the network's own unconditional embedding, or of the stock
+            pipeline where there is none.
         checkpointing: switch activation checkpointing on or off, None for what the method says.
         device: ``cuda`` or ``cpu``, which differ in what they compute in float32 under mixed precision.
+        count: count floating-point operations too, of rollouts that stop at the first step.
 
     Raises:
-        ValueError: unknown precision, or a method that decides something by the values of its tensors.
+        ValueError: unknown precision, prompts of a length that does not fit, or a method that decides something by the
+            values of its tensors.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} cannot be planned; choose one of {', '.join(PRECISIONS)}.")
@@ -207,10 +217,12 @@ def plan(
     with weightless():
         optimizers = [entry["optimizer"] for entry in module.configure_optimizers()]
     roles, step = _with_optimizers(module, roles, optimizers, fakes)
-    phases = tuple(_phases(module, fakes, batch_size, autocast, text_tokens, device))
+    batch = _batch(module, fakes, batch_size, text_tokens)
+    phases = tuple(_phases(module, fakes, batch, autocast, device, count))
     names = tuple(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
     on = module.activation_checkpointing
-    return Plan(tuple(roles), phases, batch_size, precision, on, step, names)
+    forward = _forward_flop(module, batch, autocast, device) if count else 0
+    return Plan(tuple(roles), phases, batch_size, precision, on, step, names, forward)
 
 
 def _networks(module: DistillationModule) -> Iterator[tuple[str, nn.Module]]:
@@ -313,25 +325,37 @@ def _state_bytes(optimizer: Optimizer, fakes: EmptyTensors) -> tuple[int, int]:
 def _phases(
     module: DistillationModule,
     fakes: EmptyTensors,
-    batch_size: int,
+    batch: Batch,
     autocast: torch.dtype | None,
-    text_tokens: int | None,
     device: str,
+    count: bool,
 ) -> Iterator[PhasePlan]:
-    batch = _batch(module, fakes, batch_size, text_tokens)
     module.streams = EmptyStreams(module.streams, fakes)
     module.train()
     for phase in module.phases:
         parameters = [p for role in module.phases[phase] for p in module.role_parameters(role)]
         live = LiveMemory()
         live.ignore([*module.parameters(), *module.buffers()])
+        work = Work() if count else None
         try:
-            with module.probing("plan"), module._only(phase), mixed_precision(autocast, device), live:
+            with (
+                module.probing("plan"),
+                module._only(phase),
+                mixed_precision(autocast, device),
+                live,
+                work or nullcontext(),
+            ):
                 terms = getattr(module, f"{phase}_loss")(batch)
                 loss = module.weighted_sum(phase, terms)
                 kept = live.now
                 loss.backward()
         except Exception as error:
+            if (tokens := _tokens(batch)) and re.search(rf"\b{tokens}\b", str(error)):
+                raise ValueError(
+                    f"the plan took prompts of {tokens} tokens, which does not fit in the {phase} phase "
+                    f"({str(error).splitlines()[0]}); give the length of your embeddings: --text-tokens N of "
+                    "lightning-distill plan, text_tokens=N in Python."
+                ) from error
             if "DataDependent" not in type(error).__name__ and "DynamicOutputShape" not in type(error).__name__:
                 raise
             raise ValueError(
@@ -341,7 +365,16 @@ def _phases(
         finally:
             for parameter in parameters:
                 parameter.grad = None
-        yield PhasePlan(phase, kept, live.peak, sum(p.nbytes for p in parameters))
+        gradients = sum(p.nbytes for p in parameters)
+        yield PhasePlan(phase, kept, live.peak, gradients, work.flop if work else 0)
+
+
+def _forward_flop(module: DistillationModule, batch: Batch, autocast: torch.dtype | None, device: str) -> int:
+    assert batch.x0 is not None
+    t = torch.full((batch.size,), module.process.t_max, dtype=torch.float64)
+    with torch.no_grad(), mixed_precision(autocast, device), Work() as work:
+        module.student(batch.x0, t, batch.cond)
+    return work.flop
 
 
 def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_tokens: int | None) -> Batch:
@@ -350,7 +383,7 @@ def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_toke
     cond = default_cond(network, size)
     if getattr(getattr(network.network, "config", None), "num_class_embeds", None):
         cond.setdefault("class_labels", torch.zeros(size, dtype=torch.long))
-    tokens = text_tokens or _TEXT_TOKENS.get(network.family.model_class, _MANY_TOKENS)
+    tokens = text_tokens or _text_tokens(network, "encoder_attention_mask" in cond)
     made: dict[str, Any] = {}
     for key, value in cond.items():
         shape = list(value.shape)
@@ -360,6 +393,24 @@ def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_toke
     with fakes:
         x0 = torch.empty(size, *module.sample_shape)
     return Batch(cond=made, x0=x0)
+
+
+def _text_tokens(network: Denoiser, masked: bool) -> int:
+    """Tokens of a prompt: the stock pipeline's, unless the network's unconditional embedding has another length.
+
+    Guidance wants both of one length, except where a mask lets it pad a short unconditional embedding.
+    """
+    stock = _TEXT_TOKENS.get(network.family.model_class, _MANY_TOKENS)
+    null = network.family.null.get("encoder_hidden_states")
+    if not isinstance(null, Tensor):
+        return stock
+    return max(null.shape[1], stock) if masked else null.shape[1]
+
+
+def _tokens(batch: Batch) -> int | None:
+    """Tokens of the batch's prompts, None where it has none."""
+    prompts = batch.cond.get("encoder_hidden_states")
+    return None if prompts is None else prompts.shape[1]
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -1,14 +1,19 @@
 """Shared test settings: offline, one thread, fixed seed."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LIGHTNING_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="cache_")  # not the user's
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["LIGHTNING_DISTILL_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

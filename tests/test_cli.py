@@ -190,6 +190,15 @@ def test_a_run_of_epochs_ends_with_a_checkpoint(tmp_path):
     assert {p.name for p in (find_run(cli.trainer.log_dir) / "checkpoints").iterdir()} == {"last.ckpt", "step10.ckpt"}
 
 
+def test_runs_go_where_the_trainer_is_told(tmp_path):
+    file = tmp_path / "toy.yaml"
+    file.write_text(yaml.safe_dump(ring4(), sort_keys=False))
+    words = ["fit", "-c", str(file), "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path / 'here'}"]
+    assert Path(trainer_cli(words).trainer.log_dir) == tmp_path / "here/toy/version_0"
+    cli = trainer_cli([*words, f"--trainer.logger.init_args.save_dir={tmp_path / 'there'}"])
+    assert Path(cli.trainer.log_dir) == tmp_path / "there/toy/version_0"
+
+
 def test_a_second_run_gets_its_own_folder_and_run_names_find_the_newest(tmp_path):
     first = fit(ring4(), tmp_path, "--trainer.max_steps=1")
     before = (Path(first.trainer.log_dir) / "checkpoints" / "last.ckpt").read_bytes()

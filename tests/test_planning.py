@@ -1,8 +1,11 @@
 """Plans of memory against what real updates on the CPU keep and allocate."""
 
 import json
+import sys
 import weakref
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +13,13 @@ import yaml
 from diffusers import DDPMScheduler
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_distill.batch import Batch
 from lightning_distill.cli import main
 from lightning_distill.commands.plan import plan_config, suggestions
 from lightning_distill.generation import default_cond
+from lightning_distill.guidance import Guidance
 from lightning_distill.live_memory import LiveMemory, mixed_precision
 from lightning_distill.methods import DMD2, TeacherTraining
 from lightning_distill.networks.adversary import Adversary
@@ -26,6 +31,9 @@ from lightning_distill.optim import AdamW8bit
 from lightning_distill.planning import RESERVE, plan
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws
+
+sys.path.insert(0, str(Path(__file__).parent / "networks"))
+from tiny_pipelines import MAKERS
 
 FLOW = FlowMatching()
 
@@ -311,6 +319,56 @@ def test_other_methods_and_refusals():
 
     with pytest.raises(ValueError, match="DMD2 decides something by the values of its tensors in the student phase"):
         plan(lambda: DMD2(spec(Deciding)))
+
+
+def guided(tokens, family="sd15"):
+    """A run with a guided text teacher whose embedding of the empty prompt has so many tokens."""
+    tiny = MAKERS[family]()
+    width = tiny.cond_shapes["encoder_hidden_states"][-1]
+    null = {"encoder_hidden_states": torch.randn(1, tokens, width)}
+    if "encoder_attention_mask" in tiny.cond_shapes:
+        null["encoder_attention_mask"] = torch.ones(1, tokens, dtype=torch.int64)
+    teacher = tiny.denoiser(null_cond=null)
+    return DMD2(teacher, student=Lora(rank=2), fake_score=Lora(rank=2), guidance=Guidance(2.0))
+
+
+def planned_prompts(tokens, family="sd15", **settings):
+    return plan(lambda: guided(tokens, family), 2, "32-true", device="cpu", **settings).phases
+
+
+def test_prompts_are_as_long_as_the_unconditional_embedding():
+    short, long = planned_prompts(6), planned_prompts(24)
+    assert all(a.kept < b.kept for a, b in zip(short, long))
+    assert planned_prompts(6, text_tokens=6) == short
+    # a mask hides what pads a short unconditional embedding: prompts may be longer
+    stock, longer = planned_prompts(6, "pixart_sigma", text_tokens=300), planned_prompts(400, "pixart_sigma")
+    assert planned_prompts(6, "pixart_sigma") == stock
+    assert all(a.kept < b.kept for a, b in zip(stock, longer))
+
+
+def test_prompts_of_another_length_name_the_option():
+    with pytest.raises(ValueError, match=r"prompts of 77 tokens, .* in the student phase .*give .*--text-tokens N"):
+        planned_prompts(6, text_tokens=77)
+
+
+def test_work_is_that_of_a_real_update():
+    planned = plan(lambda: make("dit"), 4, "32-true", count=True, device="cpu")
+    module = make("dit")
+    module.configure_model()
+    module.train()
+    batch = Batch(cond=default_cond(module.student, 4), x0=torch.randn(4, *module.sample_shape))
+    for phase in planned.phases:
+        module.draws = Draws(module.streams, 0, 0, f"{phase.name}0")
+        module._rollouts.clear()  # a plan of the critic makes its own samples
+        with module._only(phase.name), FlopCounterMode(display=False) as counted:
+            module.weighted_sum(phase.name, getattr(module, f"{phase.name}_loss")(batch)).backward()
+        assert phase.flop == counted.get_total_flops() > 0
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        module.student(batch.x0, torch.ones(4, dtype=torch.float64), batch.cond)
+    assert planned.forward_flop == counted.get_total_flops() > 0
+    again = plan(lambda: make("dit"), 4, "32-true", device="cpu")
+    assert [replace(phase, flop=0) for phase in planned.phases] == list(again.phases), "counting keeps nothing"
+    assert again.forward_flop == 0
 
 
 # ------------------------------------------------------------------------------------------------ command

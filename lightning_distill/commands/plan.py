@@ -61,7 +61,11 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--batch-size", type=int, help="samples of one forward (default: the data's, over accumulate_grad_batches)"
     )
-    parser.add_argument("--text-tokens", type=int, help="length of prompts (default: the stock pipeline's)")
+    parser.add_argument(
+        "--text-tokens",
+        type=int,
+        help="length of prompts (default: the unconditional embedding's, or the stock pipeline's)",
+    )
     return parser
 
 
@@ -109,14 +113,16 @@ def plan_config(
     batch_size: int | None = None,
     text_tokens: int | None = None,
     checkpointing: bool | None = None,
+    count: bool = False,
 ) -> Plan:
     """Plan what a configuration describes; of a run that begins with a warm-up by regression, what follows it.
 
     Args:
         config: ``model``, ``data`` and ``trainer`` as plain data.
         batch_size: samples of one forward, None for what the configuration says.
-        text_tokens: length of prompts, None for that of the stock pipeline.
+        text_tokens: length of prompts, as for ``planning.plan``.
         checkpointing: activation checkpointing, None for what the configuration says.
+        count: as for ``planning.plan``.
     """
     from jsonargparse import ArgumentParser
 
@@ -137,6 +143,7 @@ def plan_config(
         _PRECISIONS.get(precision, precision),
         text_tokens=text_tokens,
         checkpointing=checkpointing,
+        count=count,
     )
 
 

@@ -37,7 +37,7 @@ EVALUATION_SEED = 20_000
 
 
 def evaluate_student(
-    module: DistillationModule, n: int, bf16: bool = True, many: int = 50
+    module: DistillationModule, n: int, bf16: bool = True, many: int = 50, judge: bool = False
 ) -> tuple[EvaluationRow, list[EvaluationRow]]:
     """Figures of a student of a shipped teacher, and the teacher's own from its card.
 
@@ -46,8 +46,10 @@ def evaluate_student(
         n: samples; 5,000 for a figure that is reported.
         bf16: sample under bfloat16 autocast.
         many: steps of the teacher at its best.
+        judge: measure in the features of the second shipped classifier, too.
     """
-    extractors = [ZooClassifier(module.require_teacher().zoo_name or "")]
+    name = module.require_teacher().zoo_name or ""
+    extractors = [ZooClassifier(name), *([ZooClassifier(f"{name}/judge", "judge")] if judge else [])]
     evaluator = Evaluator(extractors, {e.name: load_reference(e.data) for e in extractors}, half="held_out")
     runner = EvaluationRunner(evaluator, n, EVALUATION_SEED, bf16=bf16)
     nfe = len(module.student_times)

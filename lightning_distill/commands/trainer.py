@@ -31,6 +31,8 @@ from lightning_distill.run_safety import memory_advice, run_lock
 
 __all__ = ["RunConfig", "StudentCheckpoint", "TrainerCLI", "run_trainer"]
 
+#: folder of all runs, below the current one
+RUNS = "runs"
 _KEYWORDS = ("best", "last", "hpc", "registry")
 
 
@@ -116,6 +118,14 @@ class TrainerCLI(LightningCLI):
             return None
         return Path(trainer.log_dir or trainer.default_root_dir).absolute()
 
+    def before_instantiate_classes(self) -> None:
+        """Runs go to ``trainer.default_root_dir`` where that is given, and the logger has no folder of its own."""
+        trainer = self._get(self.config, "trainer")
+        root, logger = trainer.get("default_root_dir"), trainer.get("logger")
+        settings = logger.get("init_args") if hasattr(logger, "get") else None
+        if root and settings is not None and settings.get("save_dir") == RUNS:
+            settings["save_dir"] = str(root)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the default callbacks and the plugin that writes checkpoints."""
         config = self._get(self.config_init, "trainer")
@@ -150,7 +160,7 @@ def run_trainer(words: Sequence[str]) -> TrainerCLI:
     options = {"parser_mode": "omegaconf+", "exit_on_error": False, "prog": "lightning-distill"}
     logger = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": "runs", "name": _run_name(words)},
+        "init_args": {"save_dir": RUNS, "name": _run_name(words)},
     }
     return TrainerCLI(
         DistillationModule,

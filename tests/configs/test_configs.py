@@ -76,8 +76,6 @@ def files(tmp_path, tmp_path_factory, stand_ins, monkeypatch, request):
         FITTING.extend(stand_in(load(name)))
     if name and "class_path: SolvedPairs" in config_path(name).read_text():
         FITTING.append("--model.init_args.regression_pairs.init_args.num=8")
-    if name and "# Trajectories:" in config_path(name).read_text():
-        link_store(config_path(name).read_text(), tmp_path_factory)
     if name and "class_path: RunDenoiser" in config_path(name).read_text():
         path = load(name)["model"]["init_args"]["teacher"]["init_args"]["path"]
         folder = next(f for f in ("teacher", "method") if f"{f}/{Path(path).name}.yaml" in FILES)
@@ -87,6 +85,8 @@ def files(tmp_path, tmp_path_factory, stand_ins, monkeypatch, request):
         teacher = ["-c", str(before), "--data.init_args.batch_size=4"]
         trainer_cli(["fit", *teacher, "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"])
         assert Path(path).is_dir(), "the teacher is the run of the configuration of that name"
+    if name and "# Trajectories:" in config_path(name).read_text():
+        link_store(config_path(name).read_text(), tmp_path_factory)
 
 
 def link_store(text, folders):
@@ -97,7 +97,7 @@ def link_store(text, folders):
         assert main([*command.split(), "--num=16", f"--out={STORES[command]}"]) == 0
     words = command.split()
     folder = Path(words[words.index("--out") + 1])
-    folder.parent.mkdir()
+    folder.parent.mkdir(exist_ok=True)
     folder.symlink_to(STORES[command])
 
 
@@ -110,7 +110,8 @@ def texts_and_latents(folder):
     StoreWriter(folder / "latents", {}, 16).write(0, {**tokens, "x0": torch.randn(16, 4, 8, 8)})
     captions = [{"prompt": picture.caption} for picture in emoji_pictures(folder / "package")]
     wide = {"encoder_hidden_states": torch.randn(len(captions), 4, 384)}
-    StoreWriter(folder / "caches/emoji", {}, len(captions)).write(0, wide, captions)
+    for name in ("caches/emoji", "caches/emoji_train"):
+        StoreWriter(folder / name, {}, len(captions)).write(0, wide, captions)
     save_file({"encoder_hidden_states": torch.randn(1, 4, 384)}, folder / "caches/emoji/null_cond.safetensors")
 
 

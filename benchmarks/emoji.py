@@ -18,20 +18,20 @@ import os
 import statistics
 import tempfile
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from clock import CpuSeconds
 from results import RESULTS, write_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_distill.cli import trainer_cli
 from lightning_distill.commands.run_folder import find_checkpoint, load_run
+from lightning_distill.commands.trajectories import main as make_trajectories
 from lightning_distill.data.emoji import Emoji, caption_store, emoji_pictures
 from lightning_distill.data.store import Store
 from lightning_distill.generation import generate, index_noise
@@ -52,8 +52,10 @@ STAGES = {
     "student_4": "method/dmd2_emoji_4step.yaml",
     "student_1": "method/dmd2_emoji.yaml",
 }
-#: share of the updates at full learning rate
-PLATEAU = 0.65
+#: share of the updates at full learning rate; that of the one-step student ends with its warm-up on pairs
+PLATEAU = {"teacher": 0.65, "student_4": 0.65, "student_1": 0.7}
+#: pairs that the teacher makes of each training caption, and steps of its solver
+PAIRS, PAIR_STEPS, GUIDANCE = 2, 12, 2.0
 #: noise of the reported samples
 SEED = 20_000
 #: principal components of the features in which the Frechet distance is measured: 10 samples or more for each
@@ -61,40 +63,6 @@ COMPONENTS = 32
 
 
 # ------------------------------------------------------------------------------------------------ training
-class CpuSeconds(Callback):
-    """CPU seconds of training, kept in checkpoints: an interrupted run counts what its checkpoint holds.
-
-    Attributes:
-        seconds: until the last update, over all parts of the run.
-        per_update: of each update since the start of this process.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.per_update: list[float] = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
-        self._last = time.process_time()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count one update; Lightning runs the callbacks that save after all others."""
-        now = time.process_time()
-        self.per_update.append(now - self._last)
-        self.seconds += now - self._last
-        self._last = now
-
-    def state_dict(self) -> dict[str, Any]:
-        """The seconds so far."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.seconds = state_dict["seconds"]
-
-
 def fit(words: Sequence[str]) -> tuple[Any, CpuSeconds]:
     """One training run through the command line, and its clock."""
     torch.set_num_threads(1)
@@ -116,7 +84,27 @@ def common_words(stage: str, args: argparse.Namespace, store: Store) -> list[str
         words.append(f"{network}.network.init_args.cross_attention_dim={store.shapes[TOKENS][-1]}")
     else:
         words.append(f"--model.init_args.teacher.init_args.path={args.out / 'teacher' / 'version_0'}")
+    if stage == "student_1":
+        seen = training_captions(args)
+        words.append(f"--model.init_args.regression_conditions={seen.folder}")
+        words.append(f"--model.init_args.regression_pairs={make_pairs(args, seen)}")
     return words
+
+
+def training_captions(args: argparse.Namespace) -> Store:
+    """Embeddings of the captions that students may see."""
+    captions = Emoji(root=str(args.package), size=32).captions
+    return caption_store(captions, str(args.text_encoder), cache=args.cache)
+
+
+def make_pairs(args: argparse.Namespace, seen: Store) -> Path:
+    """Pictures that the guided teacher makes of the training captions; what is there already is kept."""
+    folder = args.out / "pairs"
+    number = args.batch_size if args.smoke else PAIRS * len(seen)
+    words = ["--teacher", str(args.out / "teacher" / "version_0"), "--cond", str(seen.folder), "--cond-keys", TOKENS]
+    words += ["--num", str(number), "--steps", str(PAIR_STEPS), "--guidance", str(GUIDANCE), "--bf16"]
+    make_trajectories([*words, "--batch-size", "48", "--out", str(folder)])
+    return folder
 
 
 def train(stage: str, budget: float, args: argparse.Namespace, store: Store) -> dict[str, Any]:
@@ -132,6 +120,8 @@ def train(stage: str, budget: float, args: argparse.Namespace, store: Store) -> 
         what was done: ``updates``, ``cpu_seconds``.
     """
     note, run = args.out / f"{stage}.json", args.out / stage / "version_0"
+    if note.is_file() and "cpu_seconds" in (known := json.loads(note.read_text())):
+        return known
     words = common_words(stage, args, store)
     if not note.is_file():
         probe = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", f"--trainer.max_steps={args.probe}"]
@@ -141,23 +131,32 @@ def train(stage: str, budget: float, args: argparse.Namespace, store: Store) -> 
             updates = max(10, int(budget / statistics.median(fit([*words, *probe])[1].per_update)))
         note.write_text(json.dumps({"updates": updates}))
     plan: dict[str, Any] = json.loads(note.read_text())
-    if "cpu_seconds" in plan:
-        return plan
     updates = plan["updates"]
     print(f"{stage}: {updates} updates", flush=True)
     words += [f"--trainer.max_steps={updates}", f"--trainer.logger.init_args.save_dir={args.out}"]
     words += [f"--trainer.logger.init_args.name={stage}", "--trainer.logger.init_args.version=version_0"]
     words += ["--trainer.callbacks+=lightning_distill.commands.trainer.StudentCheckpoint"]
     words += [f"--trainer.callbacks.init_args.every_n_train_steps={max(1, min(200, updates // 4))}"]
-    for role in ("student",) if stage == "teacher" else ("student", "fake_score"):
-        schedule = f"--model.init_args.{role}_scheduler.init_args"
-        words += [f"{schedule}.total_steps={updates}", f"{schedule}.decay_start={int(PLATEAU * updates)}"]
+    plateau = int(PLATEAU[stage] * updates)
+    words += schedule_words("student", updates, plateau)
+    if stage == "student_1":  # the critic waits for the end of the warm-up
+        words.append(f"--model.init_args.regression_steps={plateau}")
+        words += schedule_words("fake_score", max(12, updates - plateau), None)
+    elif stage == "student_4":
+        words += schedule_words("fake_score", updates, plateau)
     if any((run / "checkpoints").glob("last*.ckpt")):
         words.append(f"--ckpt_path={find_checkpoint(run)}")
     _, clock = fit(words)
     plan["cpu_seconds"] = clock.seconds
     note.write_text(json.dumps(plan))
     return plan
+
+
+def schedule_words(role: str, updates: int, plateau: int | None) -> list[str]:
+    """Updates of a learning-rate schedule, and those before its decay; None is that of the configuration."""
+    schedule = f"--model.init_args.{role}_scheduler.init_args"
+    words = [f"{schedule}.total_steps={updates}"]
+    return words if plateau is None else [*words, f"{schedule}.decay_start={plateau}"]
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

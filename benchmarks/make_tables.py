@@ -6,10 +6,13 @@ python benchmarks/make_tables.py --check    # exit 1 when one of them is out of 
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import digits_table
+import recipes_table
+import support_table
 
 ROOT = Path(__file__).resolve().parent.parent
 LATEST = ROOT / "benchmarks" / "results" / "latest"
@@ -62,7 +65,8 @@ def _compared(*problems: str) -> dict[str, list[dict[str, Any]]]:
 
 def comparison() -> list[str]:
     """Mean and range over seeds of every configuration that was compared with three seeds."""
-    groups = {name: rows for name, rows in _compared("fashion", "digits").items() if len(rows) > 2}
+    compared = _compared("fashion", "digits")
+    groups = {name: rows for name, rows in compared.items() if len(rows) > 2 and "seconds" not in rows[0]}
     if not groups:
         return []
     lines = ["", "Mean over three seeds (smallest to largest); 5,000 samples, one thread:", ""]
@@ -209,93 +213,6 @@ def cost() -> str:
     return f"In the quick start all of them together take {result['share']:.0%} of the CPU seconds ({parts})."
 
 
-def support() -> str:
-    """docs/support_matrix.md: what was trained and exported, family by family."""
-    from lightning_distill.export.entries import ENTRIES
-
-    entries = {entry.name: entry for entry in ENTRIES}
-    lines = [
-        "# Support matrix",
-        "",
-        "Which method trains which family, and which exports of the student make the same samples in stock diffusers.",
-        "Written by `python benchmarks/make_tables.py` from `benchmarks/support.py`, which runs every cell with a tiny",
-        "random pipeline of the family: one update, export, load with stock diffusers, latents against `sample()`.",
-    ]
-    result = _load("support")
-    if result is None:
-        return "\n".join([*lines, "", "(run `python benchmarks/support.py` to fill this table)", ""])
-    rows, tolerance = result["rows"], result["tolerance"]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    families = [name for name in result["families"] if any(row["family"] == name for row in rows)]
-    marks = {"pipeline": "P", "lora_diffusers": "L", "lora_kohya": "K"}
-    lines += [
-        "",
-        f"P: the pipeline folder makes the same latents (differences below {tolerance:g} of the largest latent);",
-        "L: so does the LoRA file with diffusers' names, K: with kohya's names. Before the slash a student of full",
-        "weights, behind it a LoRA student. A number is a note below.",
-        "",
-        f"| method | {' | '.join(families)} |",
-        f"|---|{'---|' * len(families)}",
-    ]
-    notes: dict[str, int] = {}
-
-    def note(sentence: str) -> str:
-        """Its number; what differs between families and sizes is left out."""
-        for pattern, common in (
-            (r"\b(UNet2DCondition|\w+Transformer[23]D)Model\b(?! embeds)(?!\.)", "network"),
-            (r"\b(FlowMatching|VariancePreserving|TrigFlow)\([^)]*\)", r"\1"),
-            (r"\[[\d., ]+\]", "[...]"),
-            (r"samples( of shape| have the shape) \([\d, ]+\)( have \d+)?", "samples have another shape"),
-            (
-                r"RuntimeError: (\w+ skipped its update)\.",
-                r"\1: its loss or gradient was not finite.",
-            ),
-        ):
-            sentence = re.sub(pattern, common, sentence)
-        return str(notes.setdefault(sentence, len(notes) + 1))
-
-    def mark(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        if row["training"] != "trained":
-            return note(row["training"])
-        text = ""
-        for export, letter in marks.items():
-            value = row.get(export)
-            if isinstance(value, float) and value <= tolerance:
-                text += letter
-            elif isinstance(value, float):
-                text += f" {letter.lower()}={value:.0e}"
-            elif value is not None:
-                text += f" {note(value)}"
-        return text.strip()
-
-    cells = {(row["method"], row["family"], row["roles"]): row for row in rows}
-    for method in methods:
-        line = [" / ".join(mark(cells.get((method, f, roles))) for roles in ("full", "lora")) for f in families]
-        lines.append(f"| {method} | {' | '.join(line)} |")
-    lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
-    lines += [
-        "",
-        "## How the pipelines are called",
-        "",
-        "The card of an export states every argument. `renoise` needs `LCMScheduler` (variance-preserving models),",
-        "`FlowMatchLCMScheduler` (flow matching) or `SCMScheduler` (Sana-Sprint), `ode` `DDIMScheduler` or",
-        "`FlowMatchEulerDiscreteScheduler`; each is saved with the settings that give the student's times.",
-        "",
-        "| pipeline | network | guidance off, or the embedded scale | times of the user's own | seed |",
-        "|---|---|---|---|---|",
-    ]
-    for entry in entries.values():
-        off = ", ".join(f"{k}={v}" for k, v in entry.guidance_off.items()) or "guidance_scale of the training"
-        grid = f"`{entry.grid_argument}=`" if entry.grid_argument else "shifted trailing grids only"
-        if entry.name == "SanaSprintPipeline":
-            grid = "two steps only"
-        seed = "`generator=`" if entry.step_generator else "`torch.manual_seed`"
-        lines.append(f"| {entry.name} | {entry.model_class} | {off} | {grid} | {seed} |")
-    return "\n".join([*lines, ""])
-
-
 def emoji() -> str:
     """Picture and table of docs/text_to_emoji.md."""
     result = _load("emoji")
@@ -407,13 +324,16 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     pages = {
-        ROOT / "README.md": {"quickstart": quickstart, "methods": methods, "strategies": strategies, "cost": cost},
+        ROOT / "README.md": {"quickstart": quickstart, "methods": methods, "strategies": strategies, "cost": cost}
+        | {"families": lambda: support_table.summary(_load("support"))},
         ROOT / "docs" / "text_to_emoji.md": {"emoji": emoji},
         ROOT / "docs" / "super_resolution.md": {"super_resolution": super_resolution},
         ROOT / "docs" / "trajectories.md": {"stored": stored},
+        ROOT / "docs" / "digits.md": {"digits": lambda: digits_table.table(_load("compare_digits"))},
         ROOT / "docs" / "fastgen.md": {"fastgen": fastgen},
+        ROOT / "docs" / "recipes.md": {"recipes": lambda: recipes_table.table(_load("recipes"))},
     }
-    written = {ROOT / "docs" / "support_matrix.md": support()}
+    written = {ROOT / "docs" / "support_matrix.md": support_table.page(_load("support"))}
     for page, parts in pages.items():
         written[page] = page.read_text()
         for name, make in parts.items():
@@ -423,6 +343,7 @@ def main() -> None:
         sys.exit(f"{' and '.join(stale)} out of date; run python benchmarks/make_tables.py" if stale else 0)
     for page, text in written.items():
         page.write_text(text)
+    digits_table.plot(_load("compare_digits"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""One training run of ``compare.py`` and its figures, in a process of its own.
+
+python benchmarks/compare_run.py '{"stages": [[...]], "problem": "digits", ...}' figures.json
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from derive import fitted
+
+from lightning_distill.cli import trainer_cli
+from lightning_distill.commands.quickstart import evaluate_student, figures_of
+from lightning_distill.evaluation.passing import verdict
+from lightning_distill.networks.specs import ZooDenoiser
+
+
+def train(job: dict[str, Any]) -> tuple[Any, float]:
+    """All stages, one after the other; the last one's command line and the CPU seconds of all."""
+    seconds, teacher, cli = 0.0, [], None
+    for words in job["stages"]:
+        config, *more = words
+        if job["seconds"] is not None:
+            config = str(fitted(Path(config), job["seconds"], Path(job["folder"]), more))
+        start = time.process_time()
+        cli = trainer_cli(["fit", "-c", config, *more, *teacher])
+        seconds += time.process_time() - start
+        teacher = [f"--model.init_args.teacher.init_args.path={cli.trainer.log_dir}"]
+    return cli, seconds
+
+
+def main() -> None:
+    """Train, evaluate, write."""
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    cli, seconds = train(job)
+    if not cli.model.require_teacher().zoo_name:  # a stage before was no copy of the shipped teacher
+        cli.model.teacher = ZooDenoiser(job["problem"]).build().eval()
+    row, teachers = evaluate_student(
+        cli.model.eval(), job["samples"], bf16=job["problem"] == "fashion", many=job["many"], judge=True
+    )
+    figures = figures_of(row)
+    figures |= {f"fd_teacher_{t.nfe}": t.metrics["fd_cnn"] for t in teachers}
+    figures["progress_judge"] = row.metrics.get("progress_judge")
+    figures["objections"] = verdict(row, teachers, {"cnn": "fd_cnn", "judge": "fd_judge"})
+    figures["parameters"] = sum(p.numel() for p in cli.model.student.parameters())
+    figures |= {"cpu_seconds": seconds, "student_updates": cli.trainer.global_step, "method": type(cli.model).__name__}
+    Path(sys.argv[2]).write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Table and scatter plots of every method on the digits, from the record of compare.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["plot", "table"]
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE = "docs/images/digits.png"
+#: figures by their decimals
+COLUMNS = {"progress": 3, "progress_judge": 3, "fd": 2, "recall": 2, "class_accuracy": 3, "student_updates": 0}
+TRACKS = {"Prior": "learn from the teacher alone", "Toy2D": "see the digits"}
+
+
+def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Mapping[str, Any]]]]:
+    """Rows of all seeds by configuration, best mean progress first within equal steps, by track."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "seconds" in row:
+            groups.setdefault(row["config"], []).append(row)
+    tracks: dict[str, list[list[Mapping[str, Any]]]] = {}
+    for config, found in groups.items():
+        source = yaml.safe_load((ROOT / "lightning_distill" / config).read_text())["data"]["class_path"]
+        tracks.setdefault(TRACKS[source.rpartition(".")[2]], []).append(found)
+    for found in tracks.values():
+        found.sort(key=lambda rows: (rows[0]["nfe"], -_mean(rows, "progress")))
+    return tracks
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    values = [row[key] for row in rows]
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{_mean(rows, key):.{digits}f}{spread}"
+
+
+def table(result: Mapping[str, Any] | None) -> str:
+    """The page's generated part.
+
+    Args:
+        result: record ``compare_digits``, None where there is none.
+    """
+    tracks = {} if result is None else grouped(result["rows"])
+    if not tracks:
+        return "(run `python benchmarks/compare.py digits --seconds 60 --configs 'method/*_ring*.yaml'`)"
+    card = json.loads((ROOT / "lightning_distill/zoo/digits/card.json").read_text())["figures"]["by_steps"]
+    own = ", ".join(f"{card[k]['fd_cnn']:.2f} in {k}" for k in ("1", "2", "4", "8", "50"))
+    lines = ["![progress against recall, by number of steps](images/digits.png)", ""]
+    for track, groups in tracks.items():
+        lines += [
+            f"Methods that {track}:",
+            "",
+            "| configuration | method | steps | progress | in the second features | fd_cnn | recall | class accuracy | "
+            "updates | passes |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for rows in groups:
+            config, method = rows[0]["config"], rows[0]["method"]
+            name = Path(config).stem
+            cells = [f"[`{name}`](../{config})", method, str(rows[0]["nfe"])]
+            cells += [_cell(rows, key, digits) for key, digits in COLUMNS.items()]
+            passed = sum(not row["objections"] for row in rows)
+            cells.append(f"{passed} of {len(rows)}" if len(rows) > 1 else "yes" if passed else "")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    seconds = {row["seconds"] for groups in tracks.values() for rows in groups for row in rows}
+    lines.append(
+        f"{max(seconds):.0f} CPU seconds of training each (one thread, {result['meta']['machine']['cpu']}); 5,000 "
+        f"samples against the held-out half of the digits. The teacher's fd_cnn is {own} steps."
+    )
+    return "\n".join(lines)
+
+
+def plot(result: Mapping[str, Any] | None) -> None:
+    """Scatter of progress against recall and against updates, one colour per number of steps."""
+    from matplotlib.figure import Figure
+
+    groups = [rows for found in grouped(result["rows"] if result else ()).values() for rows in found]
+    if not groups:
+        return
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = {1: "tab:blue", 2: "tab:orange", 4: "tab:green"}
+    figures = {"recall": "recall", "student_updates": "updates within the budget"}
+    for axis, (key, title) in zip(axes, figures.items(), strict=True):
+        for steps, colour in colours.items():
+            chosen = [rows for rows in groups if rows[0]["nfe"] == steps]
+            x, y = [_mean(rows, key) for rows in chosen], [max(0.0, _mean(rows, "progress")) for rows in chosen]
+            axis.scatter(x, y, s=22, color=colour, label=f"{steps} step{'s' if steps > 1 else ''}")
+        axis.set(xlabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="progress (fd_cnn; negative ones at 0)")
+    axes[0].axvline(_teacher_recall(), color="gray", linestyle=":", label="teacher, 50 steps")
+    axes[1].set_xscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(ROOT / PICTURE, dpi=110)
+
+
+def _teacher_recall() -> float:
+    card = json.loads((ROOT / "lightning_distill/zoo/digits/card.json").read_text())
+    return float(card["figures"]["by_steps"]["50"]["recall_cnn"])

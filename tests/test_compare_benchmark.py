@@ -1,0 +1,123 @@
+"""benchmarks/compare.py: configurations of the plane on digits, and what is run again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import compare
+import digits_table
+from derive import BATCH, RATE, derive
+
+from lightning_distill.configs import config_path
+
+ROOT = Path(__file__).parents[1]
+PLANE = sorted(
+    f"{file.parent.name}/{file.name}" for file in config_path("quickstart.yaml").parent.glob("method/*_ring*.yaml")
+)
+OTHERWISE = ("method/flash_wam_ring_action.yaml", "method/lcm_ring.yaml", "method/video_scene_ring.yaml")
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load(config_path(name).read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in PLANE if name not in OTHERWISE])
+def test_every_method_of_the_plane_has_a_configuration_for_digits(name):
+    plane, digits = load(name), derive(load(name), 90)
+    before, after = plane["model"]["init_args"], digits["model"]["init_args"]
+    assert digits["trainer"]["max_steps"] == 90
+    assert after["teacher"] == {"class_path": "ZooDenoiser", "init_args": {"name": "digits"}}
+    assert "Explicit" not in str(after)
+    assert digits["data"]["init_args"]["batch_size"] == BATCH
+    rate = before["student_optimizer"]["init_args"]["lr"]
+    assert after["student_optimizer"]["init_args"]["lr"] == pytest.approx(RATE * rate)
+    for key in before.keys() & after.keys():
+        if key.endswith("_scheduler"):
+            schedule = after[key]["init_args"]
+            if before[key]["init_args"]["total_steps"] == plane["trainer"]["max_steps"]:
+                assert schedule["total_steps"] == 90
+            start = schedule.get("decay_start", schedule["total_steps"])
+            assert schedule.get("warmup_steps", 0) < start <= schedule["total_steps"]
+    assert before.keys() - after.keys() <= {"shape", "student", "fake_score"}  # everything else is the method's own
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_methods_of_other_teachers_are_refused(name):
+    with pytest.raises(ValueError, match=r"digits have a flow-matching teacher and pictures|starts from renderings"):
+        derive(load(name), 90)
+
+
+def test_moments_follow_the_number_of_updates():
+    plane = load("method/tscd_ring.yaml")
+    length, stages = plane["trainer"]["max_steps"], plane["model"]["init_args"]["segment_updates"]
+    halved = derive(plane, length // 2)["model"]["init_args"]["segment_updates"]
+    assert halved == [pytest.approx(n / 2, abs=1) for n in stages]
+    assert plane["trainer"]["max_steps"] == length  # the argument stays as it was
+
+
+def test_words_and_patterns(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert compare.matching("method/kd.yaml:num_steps=2") == ["method/kd.yaml:num_steps=2"]
+    assert compare.matching("method/*_ring4.yaml") == [name for name in PLANE if name.endswith("_ring4.yaml")]
+    row = compare.parse("method/a.yaml+method/b.yaml:num_steps=2:sampler=ode")
+    assert row == {
+        "config": "configs/method/b.yaml",
+        "settings": {"num_steps": "2", "sampler": "ode"},
+        "after": ["configs/method/a.yaml"],
+    }
+
+
+def test_configurations_that_do_not_fit_are_left_out_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    digits, plane = Namespace(problem="digits", seconds=60.0), Namespace(problem="digits", seconds=None)
+    assert [compare.fits(name, digits) for name in ("method/ctm_ring.yaml", "method/lcm_ring.yaml")] == [True, False]
+    assert "left out: method/lcm_ring.yaml: LCM has the teacher" in capsys.readouterr().err
+    assert not compare.fits("method/ctm_ring.yaml", plane)
+    assert not compare.fits("method/ctm_ring.yaml", Namespace(problem="fashion", seconds=60.0))
+    assert "rewritten for digits, with --seconds" in capsys.readouterr().err
+    assert compare.fits("method/dmd2_digits.yaml", plane)
+    assert not any(compare.of_the_plane(f"configs/method/{name}_fashion.yaml") for name in ("dmd2", "straightening"))
+    assert all(compare.of_the_plane(f"configs/{name}") for name in PLANE)
+
+
+def test_rows_are_sorted_by_track_steps_and_progress():
+    names = ["dmd2_ring4", "dmd2_4step_ring4", "ladd_ring4", "sid_ring4"]
+    steps, good = [1, 4, 1, 1], [0.5, 0.7, 0.6, 0.9]
+    figures = {"progress_judge": 0.5, "fd": 1.0, "recall": 0.5, "class_accuracy": 0.9, "student_updates": 10}
+    rows = [
+        {"config": f"configs/method/{n}.yaml", "method": n, "nfe": k, "progress": p, "seconds": 60.0, **figures}
+        | {"objections": [] if p == 0.9 else ["no"]}
+        for n, k, p in zip(names, steps, good, strict=True)
+    ]
+    rows.append({"config": "configs/method/dmd2_digits.yaml", "progress": 1.0})  # of another budget
+    tracks = {k: [r[0]["method"] for r in found] for k, found in digits_table.grouped(rows).items()}
+    assert tracks == {
+        "learn from the teacher alone": ["sid_ring4", "dmd2_ring4", "dmd2_4step_ring4"],
+        "see the digits": ["ladd_ring4"],
+    }
+    text = digits_table.table({"rows": rows, "meta": {"machine": {"cpu": "some CPU"}}})
+    assert "| [`sid_ring4`](../configs/method/sid_ring4.yaml) | sid_ring4 | 1 | 0.900 | 0.500 | 1.00 |" in text
+    assert text.count("| yes |") == 1
+
+
+@pytest.mark.slow
+def test_a_run_from_the_plane_to_the_figures(tmp_path):
+    words = ["configs/method/knowledge_distillation_ring.yaml", "--trainer.enable_progress_bar=false"]
+    words += [f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    job = {"stages": [words], "problem": "digits", "samples": 256, "many": 50, "seconds": 2.0, "folder": str(tmp_path)}
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "benchmarks/compare_run.py", json.dumps(job), str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    figures = json.loads(out.read_text())
+    assert figures["method"] == "KnowledgeDistillation"
+    assert figures["student_updates"] >= 48
+    assert "256 samples are too few" in figures["objections"][0]
+    assert -5 < figures["progress"] <= 1.2

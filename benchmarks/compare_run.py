@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from derive import fitted
 
+from lightning_distill.bfloat16 import bfloat16_pays
 from lightning_distill.cli import trainer_cli
 from lightning_distill.commands.quickstart import evaluate_student, figures_of
 from lightning_distill.evaluation.passing import verdict
@@ -23,6 +24,8 @@ def train(job: dict[str, Any]) -> tuple[Any, float]:
     seconds, teacher, cli = 0.0, [], None
     for words in job["stages"]:
         config, *more = words
+        if not bfloat16_pays():
+            more = [*more, "--trainer.precision=32-true"]
         if job["seconds"] is not None:
             config = str(fitted(Path(config), job["seconds"], Path(job["folder"]), more))
         start = time.process_time()
@@ -40,7 +43,11 @@ def main() -> None:
     if not cli.model.require_teacher().zoo_name:  # a stage before was no copy of the shipped teacher
         cli.model.teacher = ZooDenoiser(job["problem"]).build().eval()
     row, teachers = evaluate_student(
-        cli.model.eval(), job["samples"], bf16=job["problem"] == "fashion", many=job["many"], judge=True
+        cli.model.eval(),
+        job["samples"],
+        bf16=None if job["problem"] == "fashion" else False,
+        many=job["many"],
+        judge=True,
     )
     figures = figures_of(row)
     figures |= {f"fd_teacher_{t.nfe}": t.metrics["fd_cnn"] for t in teachers}

@@ -248,7 +248,7 @@ def test_default_steps_fit_networks_that_embed_a_thousand_times_t(name):
     else:
         tiny = MAKERS[name]()
         denoiser, cond, shape = tiny.denoiser(), tiny.cond(2), tiny.shape
-    x, t, dx = point(shape)
+    x, t, dx = point(shape, n=64 if name == "mlp" else 2)  # rounding of four numbers alone is chance
     f = output(denoiser, cond)
     with torch.no_grad():
         exact = tangent(f, (x, t), (dx, 1.0))[1]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_distill.bfloat16 import bfloat16_pays
 from lightning_distill.cli import trainer_cli
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.commands.export import export_module
@@ -37,21 +38,21 @@ EVALUATION_SEED = 20_000
 
 
 def evaluate_student(
-    module: DistillationModule, n: int, bf16: bool = True, many: int = 50, judge: bool = False
+    module: DistillationModule, n: int, bf16: bool | None = None, many: int = 50, judge: bool = False
 ) -> tuple[EvaluationRow, list[EvaluationRow]]:
     """Figures of a student of a shipped teacher, and the teacher's own from its card.
 
     Args:
         module: trained module, in evaluation mode.
         n: samples; 5,000 for a figure that is reported.
-        bf16: sample under bfloat16 autocast.
+        bf16: sample under bfloat16 autocast; None where that is faster.
         many: steps of the teacher at its best.
         judge: measure in the features of the second shipped classifier, too.
     """
     name = module.require_teacher().zoo_name or ""
     extractors = [ZooClassifier(name), *([ZooClassifier(f"{name}/judge", "judge")] if judge else [])]
     evaluator = Evaluator(extractors, {e.name: load_reference(e.data) for e in extractors}, half="held_out")
-    runner = EvaluationRunner(evaluator, n, EVALUATION_SEED, bf16=bf16)
+    runner = EvaluationRunner(evaluator, n, EVALUATION_SEED, bf16=bfloat16_pays() if bf16 is None else bf16)
     nfe = len(module.student_times)
     teacher = runner.teacher_rows(module, [nfe, many], TeacherCache())
     row = runner.student_row(module, nfe, "ema" if module.student_ema else "student", teacher, stage="test")
@@ -77,6 +78,8 @@ def main(words: Sequence[str]) -> None:
     config = config_path("quickstart.yaml")
     words = ["fit", "-c", str(config), f"--model.init_args.seed={args.seed}", f"--seed_everything={args.seed}"]
     words += [f"--trainer.logger.init_args.save_dir={args.out}"]
+    if not bfloat16_pays():
+        words += ["--trainer.precision=32-true"]
     if args.smoke:
         words += ["--trainer.max_steps=3", "--trainer.log_every_n_steps=1"]
     started = time.perf_counter()
@@ -122,7 +125,7 @@ def _draw(module: DistillationModule, path: Path) -> Path:
     steps = len(module.student_times)
 
     def images(network: Denoiser, times: list[float], sampler: str) -> torch.Tensor:
-        return sample_many(network, 60, times, sampler, EVALUATION_SEED, bf16=True)[0]
+        return sample_many(network, 60, times, sampler, EVALUATION_SEED, bf16=bfloat16_pays())[0]
 
     def plural(n: int) -> str:
         return f"{n} step" + ("s" if n > 1 else "")

@@ -19,9 +19,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_distill import checkpoints
+from lightning_distill.bfloat16 import bfloat16_advice
 from lightning_distill.checkpoint_files import AtomicCheckpointIO, damage, last_good, remove_parts
 from lightning_distill.environment import environment
 from lightning_distill.methods.base import DistillationModule
@@ -99,6 +100,10 @@ class TrainerCLI(LightningCLI):
             FileExistsError: another run writes into the folder.
             ValueError: none of its checkpoints is whole.
         """
+        if str(self.trainer.precision).startswith("bf16") and (
+            advice := bfloat16_advice(self.trainer.strategy.root_device.type, "train with --trainer.precision=32-true")
+        ):
+            rank_zero_info(advice)
         folder = self._run_folder()
         with ExitStack() as stack:
             stack.enter_context(memory_advice())

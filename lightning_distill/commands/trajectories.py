@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lightning_distill.bfloat16 import bfloat16_advice
 from lightning_distill.commands.errors import CommandParser, is_user_error, one_line
 from lightning_distill.commands.run_folder import find_run
 from lightning_distill.data.checksums import damages, verify_stores
@@ -108,6 +109,8 @@ def main(words: Sequence[str]) -> None:
     if len(args.guidance) > 2:
         raise ValueError(f"--guidance {args.guidance}: give one scale, or the smallest and the largest.")
     device = _device(args.device)
+    if args.bf16 and (advice := bfloat16_advice(torch.device(device).type, "leave --bf16 out")):
+        print(advice, file=sys.stderr)
     denoiser = _build(args.teacher)
     shape = tuple(args.shape or denoiser.sample_shape or ())
     if not shape:

@@ -2,7 +2,8 @@
 
 A method in two dimensions is told from a method on digits by its teacher, data, networks and number of updates, while
 its own settings stay. Students and critics start from the teacher, since there is a network to start from; schedules
-and settings that count updates are scaled to the number that fits into a time.
+and settings that count updates are scaled to the number that fits into a time. Discriminators read blocks of the
+network, which know the class, in place of bare samples.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ __all__ = ["derive", "fitted"]
 RATE = 0.3
 BATCH = 128
 CLASSES = 10
+#: blocks of the digits' network that discriminators read: there is no network behind the exact teachers of the plane
+TAPS = ["blocks.1", "blocks.3"]
 #: updates of a short run by which a whole one is planned, and how many of its first are not counted
 PROBE, WARM = 48, 8
 #: settings that say when something begins or ends, beside those that end in "_updates"
@@ -54,6 +57,8 @@ def derive(config: dict[str, Any], updates: int) -> dict[str, Any]:
     trainer["max_steps"] = updates
     model["teacher"] = {"class_path": "ZooDenoiser", "init_args": {"name": "digits"}}
     del model["shape"]
+    if "gan" in model:
+        model["gan"]["init_args"]["taps"] = TAPS
     for key in [key for key, value in model.items() if _is_new(value)]:
         del model[key]  # its default is a copy of the teacher
     _started_from_the_teacher(model)

@@ -26,7 +26,7 @@ import torch
 from bare import bare_trainer
 from counting import Counter, floor_bytes
 from fastgen_peer import BLOCKS, Peer, PeerHeads, load, network
-from fastgen_quality import RATES, RATIOS, quality
+from fastgen_quality import POINTS, quality
 from lightning.pytorch import Callback, Trainer
 from results import write_result
 from torch import Tensor
@@ -299,6 +299,12 @@ def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.
     return rows
 
 
+def point(word: str) -> tuple[float, int]:
+    """Learning rate and critic updates per student update of ``1e-4:4``."""
+    rate, _, ratio = word.partition(":")
+    return float(rate), int(ratio)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Check, measure, print a table and write ``throughput_fastgen``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -313,8 +319,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     group.add_argument("--budget", type=float, default=900.0, help="CPU seconds of a run")
     group.add_argument("--every", type=float, default=30.0, help="CPU seconds between two looks at the student")
     group.add_argument("--samples", type=int, default=2560, help="samples of a look")
-    group.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates")
-    group.add_argument("--ratios", type=int, nargs="+", default=list(RATIOS), help="critic updates per student update")
+    group.add_argument(
+        "--points", type=point, nargs="+", default=list(POINTS), metavar="RATE:RATIO", help="of the grid"
+    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

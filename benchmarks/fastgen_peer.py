@@ -165,6 +165,7 @@ class Peer:
         precision: of weights and samples.
         network: makes a network, None for the SongUNet.
         rate: learning rate of all optimizers.
+        power: gamma of the average's power profile, None for FastGen's constant decay.
         **settings: of FastGen's configuration of DMD2.
     """
 
@@ -178,6 +179,7 @@ class Peer:
         precision: str = "float32",
         network: Callable[[], nn.Module] | None = None,
         rate: float = 1e-4,
+        power: float | None = None,
         **settings: Any,
     ) -> None:
         config = library.config.create_config().model
@@ -201,7 +203,9 @@ class Peer:
         self.model.on_train_begin()
         self.model.init_optimizers()
         self.clipping = library.clipping.GradClipCallback(grad_norm=10.0, model_key="net")
-        self.averaging = library.averaging.EMACallback(beta=0.9999)
+        # its default of .9999 forgets the teacher after ten thousand iterations; its power profile at any time
+        profile = {"beta": 0.9999} if power is None else {"type": "power", "gamma": power}
+        self.averaging = library.averaging.EMACallback(**profile)
         self.averaging.on_model_init_end(self.model)
         self.data, self.iteration = data, 0
 

@@ -1,15 +1,14 @@
 """Seconds until a student is good, here and in FastGen, from the same teacher weights on the same network.
 
 The network is the shipped Fashion-MNIST teacher behind FastGen's network interface; data-free DMD2 to one step, batch
-48, float32. Each side has its own defaults and the same grid of learning rates and critic updates per student update.
-A third side is all that this library has for the task without data: the teacher solves pairs, the student regresses on
-them in the teacher's features, then DMD2, in batches of 24 and, where that is faster, in bfloat16. CPU seconds count
-training alone, pairs included; the distance is taken at every ``every`` seconds of it. Runs are kept in a folder and go
-on where they stopped.
+48, float32. Each side has its own defaults, an average of the same power profile, and the same grid of learning rates
+and critic updates per student update. A third side is all that this library has for the task without data: the teacher
+solves pairs, the student regresses on them in the teacher's features, then DMD2, in batches of 24 and, where that is
+faster, in bfloat16. CPU seconds count training alone, pairs included; the distance is taken at every ``every`` seconds
+of it. Runs are kept in a folder and go on where they stopped.
 """
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from lightning_distill.batch import Batch
 from lightning_distill.bfloat16 import bfloat16_pays
 from lightning_distill.data import InMemory, ResumableLoader
+from lightning_distill.ema import PowerEMA
 from lightning_distill.generation import index_noise
 from lightning_distill.methods import DMD2
 from lightning_distill.methods.perceiving import TeacherFeatures
@@ -43,9 +43,8 @@ from lightning_distill.zoo import zoo_file
 
 SHAPE = (1, 32, 32)
 BATCH = 48
-RATES = (1e-4, 3e-4, 1e-3)
-#: critic updates per student update; 4 is FastGen's default
-RATIOS = (1, 4)
+#: learning rate and critic updates per student update, FastGen's default first
+POINTS = ((1e-4, 4), (3e-4, 4), (1e-3, 4), (3e-4, 1), (1e-4, 1), (1e-3, 1))
 GOALS = (0.8, 0.9)
 #: that the teacher solves for the third side
 PAIRS = 3000
@@ -152,9 +151,9 @@ def train_peer(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float
     make = fashion(library)
     state = make().state_dict()
     data = {"real": torch.zeros(BATCH, *SHAPE)}
-    settings = {"student_update_freq": ratio + 1, "input_shape": list(SHAPE), "use_ema": False}
+    settings = {"student_update_freq": ratio + 1, "input_shape": list(SHAPE)}
     weights = dict.fromkeys(("teacher", "net", "fake_score"), state)
-    peer = Peer(library, weights, False, None, data, network=make, rate=rate, **settings)
+    peer = Peer(library, weights, False, None, data, network=make, rate=rate, power=PowerEMA().gamma, **settings)
     torch.manual_seed(0)
     if curve.points:
         kept = torch.load(curve.weights, weights_only=False)  # FastGen's schedules hold numbers of numpy
@@ -173,7 +172,7 @@ def train_peer(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float
         for _ in range(ratio + 1):
             with_labels()
             peer.step()
-        curve.spent(time.process_time() - start, lambda: judge(peer.model.net), save)
+        curve.spent(time.process_time() - start, lambda: judge(peer.model.ema), save)
 
 
 class _Watch(Callback):
@@ -238,7 +237,7 @@ def quality(library: SimpleNamespace, args: argparse.Namespace, results: Path = 
     judge = Judge(args.samples)
     rows = []
     # point by point, so that the two sides meet the same moods of the machine
-    for rate, ratio in itertools.product(args.rates, args.ratios):
+    for rate, ratio in args.points:
         for name, train in SIDES.items():
             curve = Curve(args.out, f"{name}_{rate:g}_{ratio}".replace(", ", "_"), args.budget, args.every)
             if not curve.finished:

@@ -311,6 +311,30 @@ def fastgen() -> str:
     return "\n".join(lines)
 
 
+def fastgen_quality() -> str:
+    """Seconds until a student is good here and in FastGen, for docs/fastgen.md."""
+    result = _load("quality_fastgen")
+    if result is None:
+        return "(run `python benchmarks/fastgen.py --fastgen FOLDER --quality` to fill this table)"
+    lines = [
+        "| implementation | learning rate | critic updates | CPU s to .8 | CPU s to .9 | best progress | at CPU s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        reached = [row[f"seconds_to_{goal}"] for goal in (0.8, 0.9)]
+        at, best = max(row["points"], key=lambda point: point[1])
+        cells = [row["implementation"], f"{row['rate']:g}", str(row["fake_score_steps"])]
+        cells += ["" if seconds is None else f"{seconds:.0f}" for seconds in reached]
+        lines.append(f"| {' | '.join([*cells, f'{best:.2f}', f'{at:.0f}'])} |")
+    machine = result["meta"]["machine"]
+    lines += [
+        "",
+        f"At most {result['budget']:.0f} CPU seconds of one thread of {machine['cpu']}, fewer where .9 came before; one",
+        f"seed, {result['samples']:,} samples.",
+    ]
+    return "\n".join(lines)
+
+
 def marked(text: str, name: str, part: str) -> str:
     """The text with the part between the markers of a name replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -330,7 +354,7 @@ def main() -> None:
         ROOT / "docs" / "super_resolution.md": {"super_resolution": super_resolution},
         ROOT / "docs" / "trajectories.md": {"stored": stored},
         ROOT / "docs" / "digits.md": {"digits": lambda: digits_table.table(_load("compare_digits"))},
-        ROOT / "docs" / "fastgen.md": {"fastgen": fastgen},
+        ROOT / "docs" / "fastgen.md": {"fastgen": fastgen, "quality": fastgen_quality},
         ROOT / "docs" / "recipes.md": {"recipes": lambda: recipes_table.table(_load("recipes"))},
     }
     written = {ROOT / "docs" / "support_matrix.md": support_table.page(_load("support"))}

@@ -32,7 +32,8 @@ from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.roles import Copy, Lora
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.networks.weightless import weightless
-from lightning_distill.planning import GIB, RESERVE, Plan, plan
+from lightning_distill.plan_parts import GIB, RESERVE, Plan
+from lightning_distill.planning import plan
 from lightning_distill.strategies.sharding import block_names
 
 #: unet/config.json of stabilityai/stable-diffusion-xl-base-1.0: 2.57e9 parameters

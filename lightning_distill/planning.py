@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,12 +32,9 @@ from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.weightless import Shapes, weightless
 from lightning_distill.optim import AdamW8bit
+from lightning_distill.plan_parts import PhasePlan, Plan, RolePlan
 
-__all__ = ["GIB", "PRECISIONS", "RESERVE", "PhasePlan", "Plan", "RolePlan", "plan"]
-
-GIB = 2**30
-#: context of the device, workspaces of its libraries, fragmentation
-RESERVE = GIB + GIB // 2
+__all__ = ["PRECISIONS", "plan"]
 
 #: Trainer precision -> dtype of autocast, dtype of all weights
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
@@ -58,116 +55,6 @@ _TEXT_TOKENS = {
 }
 #: of all other classes
 _MANY_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class RolePlan:
-    """What one network adds; bytes.
-
-    Attributes:
-        name: role.
-        parameters: number of parameters that no earlier role holds.
-        trained: how many of them are trained.
-        weights: bytes of parameters and buffers by dtype; ``int8``, ``fp8`` and ``nf4`` with their scales.
-        gradients: of the trained parameters.
-        optimizer: state of its optimizer after the first step; of a discriminator, with the network it trains with.
-        optimizer_8bit: what ``AdamW8bit`` would need.
-        shared: whether it runs on the weights of an earlier role.
-        quantisable: bytes of the frozen weights that ``quantize`` could store in fewer bits, and what int8 would take.
-    """
-
-    name: str
-    parameters: int
-    trained: int
-    weights: dict[str, int]
-    gradients: int = 0
-    optimizer: int = 0
-    optimizer_8bit: int = 0
-    shared: bool = False
-    quantisable: tuple[int, int] = (0, 0)
-
-    @property
-    def total(self) -> int:
-        """Bytes that stay for the whole run."""
-        return sum(self.weights.values()) + self.optimizer
-
-    def in_8_bits(self) -> RolePlan:
-        """The same with ``quantize: int8``."""
-        full, small = self.quantisable
-        if not full:
-            return self
-        kind = max(self.weights, key=self.weights.__getitem__)
-        weights = {**self.weights, kind: self.weights[kind] - full}
-        weights["int8"] = weights.get("int8", 0) + small
-        return replace(self, weights=weights, quantisable=(0, 0))
-
-
-@dataclass(frozen=True)
-class PhasePlan:
-    """What one phase adds; bytes.
-
-    Attributes:
-        name: phase.
-        kept: alive when the backward pass begins: what was saved for it, and inputs.
-        peak: largest sum of activations and gradients alive at any time.
-        gradients: alive while the optimizer steps.
-        flop: floating-point operations of matrix products, convolutions and attention, forward and backward.
-    """
-
-    name: str
-    kept: int
-    peak: int
-    gradients: int
-    flop: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Memory of one run on one device.
-
-    Attributes:
-        roles: networks, in the order in which they are built.
-        phases: updates of a cycle.
-        batch_size: samples in one forward (a micro-batch).
-        precision: of the Trainer.
-        checkpointing: whether trained networks recompute their activations.
-        step: largest temporary memory of an optimizer's step, bytes.
-        optimizers: class names.
-        forward_flop: of the student without gradients: what a further step of a rollout adds.
-    """
-
-    roles: tuple[RolePlan, ...]
-    phases: tuple[PhasePlan, ...]
-    batch_size: int
-    precision: str
-    checkpointing: bool
-    step: int = 0
-    optimizers: tuple[str, ...] = field(default=())
-    forward_flop: int = 0
-
-    @property
-    def resident(self) -> int:
-        """Bytes of weights, averages and optimizer states."""
-        return sum(role.total for role in self.roles)
-
-    @property
-    def largest_phase(self) -> PhasePlan:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda phase: phase.peak)
-
-    @property
-    def need(self) -> int:
-        """Bytes that the device must have, reserve included."""
-        return self.resident + max(max(phase.peak, phase.gradients + self.step) for phase in self.phases) + RESERVE
-
-    def with_8bit_optimizers(self) -> Plan:
-        """The same run with ``AdamW8bit``."""
-        roles = (replace(role, optimizer=min(role.optimizer, role.optimizer_8bit)) for role in self.roles)
-        return replace(self, roles=tuple(roles), optimizers=("AdamW8bit",))
-
-    def with_8bit_weights(self) -> Plan:
-        """The same run with ``quantize: int8`` of the teacher."""
-        return replace(self, roles=tuple(role.in_8_bits() for role in self.roles))
 
 
 # ------------------------------------------------------------------------------------------------ the plan

@@ -91,7 +91,7 @@ FILES = {
                 self.optimizer_dict = {name: torch.optim.AdamW(getattr(self, name).parameters(), lr=rate)
                                        for name, rate in rates.items()}
                 self.scheduler_dict = {}
-                self.model_dict = torch.nn.ModuleDict({name: getattr(self, name) for name in names})
+                self.model_dict = torch.nn.ModuleDict({name: getattr(self, name) for name in (*names, "ema")})
                 self.grad_scaler = torch.amp.GradScaler("cpu", enabled=False)
             def autocast(self):
                 return nullcontext()
@@ -165,13 +165,14 @@ FILES = {
     "callbacks/ema.py": """
         import wandb
         class EMACallback:
-            def __init__(self, beta):
-                self.beta = beta
+            def __init__(self, type="constant", beta=0.9999, gamma=16.97):
+                self.type, self.beta, self.gamma = type, beta, gamma
             def on_model_init_end(self, model):
                 assert not any(p.requires_grad for p in model.ema.parameters())
             def on_training_step_end(self, model, data, outputs, losses, iteration):
+                beta = self.beta if self.type == "constant" else (1 - 1 / iteration) ** (self.gamma + 1)
                 for average, p in zip(model.ema.parameters(), model.net.parameters()):
-                    average.data.lerp_(p.data, 1 - self.beta)
+                    average.data.lerp_(p.data, 1 - beta)
     """,
 }
 

@@ -188,7 +188,7 @@ def test_everything_is_measured_and_written(library, tmp_path, monkeypatch, caps
 
 # ------------------------------------------------------------------------------------------------ quality
 def quality_arguments(folder, **changes):
-    words = {"budget": 1.0, "every": 0.5, "samples": 80, "rates": [1e-3], "ratios": [1], "out": folder / "runs"}
+    words = {"budget": 1.0, "every": 0.5, "samples": 80, "points": [(1e-3, 1)], "out": folder / "runs"}
     return Namespace(**{**words, **changes})
 
 

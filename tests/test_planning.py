@@ -28,7 +28,8 @@ from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
 from lightning_distill.networks.specs import NewDenoiser, PretrainedDenoiser, ZooDenoiser
 from lightning_distill.optim import AdamW8bit
-from lightning_distill.planning import RESERVE, plan
+from lightning_distill.plan_parts import RESERVE
+from lightning_distill.planning import plan
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws
 

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.methods.base import DistillationModule
-from lightning_distill.planning import GIB, RESERVE, Plan, plan
+from lightning_distill.plan_parts import GIB, RESERVE, Plan
+from lightning_distill.planning import plan
 
 __all__ = ["main", "plan_config", "suggestions"]
 

@@ -18,8 +18,8 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import FAMILIES, register
 from lightning_distill.networks.families.base import SAME
 from lightning_distill.networks.roles import with_network
-from lightning_distill.networks.second_time import EMBEDDINGS
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.networks.time_embeddings import EMBEDDINGS
 
 __all__ = [
     "Concatenated",

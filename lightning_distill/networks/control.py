@@ -19,8 +19,8 @@ from lightning_distill.networks.families import FAMILIES
 from lightning_distill.networks.families.base import SAME, Family, register
 from lightning_distill.networks.folders import load_diffusers_network
 from lightning_distill.networks.roles import with_network
-from lightning_distill.networks.second_time import EMBEDDINGS
 from lightning_distill.networks.specs import DenoiserSpec, PretrainedDenoiser
+from lightning_distill.networks.time_embeddings import EMBEDDINGS
 
 __all__ = ["Controlled", "ControlledDenoiser", "ControlledSana", "ControlledUNet", "controlled"]
 

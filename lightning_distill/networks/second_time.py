@@ -20,23 +20,17 @@ names none, so that on a backbone shared with a teacher the teacher's output is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_distill.networks.seeding import seeded
-from lightning_distill.networks.small import _TimeFeatures
+from lightning_distill.networks.time_embeddings import SinusoidBranch, TimeEmbedding, embedders_of, known_embedding
 
 __all__ = [
-    "EMBEDDINGS",
     "SECOND_TIME",
     "SecondTime",
     "SecondTimeKind",
-    "TimeEmbedding",
     "Times",
     "add_guidance",
     "add_second_time",
@@ -54,46 +48,6 @@ _TARGET, _GUIDANCE = "second_time_target", "second_time_guidance"
 _GUIDANCE_UNIT = 10.0
 
 
-@dataclass(frozen=True)
-class TimeEmbedding:
-    """Where a network embeds its time.
-
-    Attributes:
-        embedder: path of the module whose output (B, D) is the embedding; ``*`` stands for every element of a list.
-        projection: path of the module that makes the embedder's input from the time, None for the time itself.
-        scale: factor of the network on the time that it is called with, before that.
-    """
-
-    embedder: str
-    projection: str | None = None
-    scale: float = 1.0
-
-
-def _combined(path: str, scale: float = 1.0) -> TimeEmbedding:
-    return TimeEmbedding(f"{path}.timestep_embedder", f"{path}.time_proj", scale)
-
-
-#: by class name
-EMBEDDINGS: dict[str, TimeEmbedding] = {
-    "ResidualMLP": TimeEmbedding("time_embedding", "time_proj"),
-    "UNet2DModel": TimeEmbedding("time_embedding", "time_proj"),
-    "UNet2DConditionModel": TimeEmbedding("time_embedding", "time_proj"),
-    "DiTTransformer2DModel": TimeEmbedding("transformer_blocks.*.norm1.emb.timestep_embedder"),
-    "PixArtTransformer2DModel": _combined("adaln_single.emb"),
-    "SD3Transformer2DModel": _combined("time_text_embed"),
-    "SanaTransformer2DModel": _combined("time_embed.emb"),
-    "Lumina2Transformer2DModel": _combined("time_caption_embed"),
-    "ZImageTransformer2DModel": TimeEmbedding("t_embedder", None, 1000.0),
-    "FluxTransformer2DModel": _combined("time_text_embed", 1000.0),
-    "Flux2Transformer2DModel": _combined("time_guidance_embed", 1000.0),
-    "QwenImageTransformer2DModel": _combined("time_text_embed"),
-    "WanTransformer3DModel": TimeEmbedding("condition_embedder.time_embedder", "condition_embedder.timesteps_proj"),
-    "CogVideoXTransformer3DModel": TimeEmbedding("time_embedding", "time_proj"),
-    "LTXVideoTransformer3DModel": _combined("time_embed.emb"),
-    "HunyuanVideoTransformer3DModel": _combined("time_text_embed"),
-}
-
-
 class Times(NamedTuple):
     """The two times of a call.
 
@@ -106,24 +60,6 @@ class Times(NamedTuple):
     t: Tensor
     r: Tensor
     network_r: Tensor | None
-
-
-class _Branch(nn.Module):
-    """outer(silu(inner(sinusoids of a number)))."""
-
-    def __init__(self, features: int, width: int, zero: bool) -> None:
-        super().__init__()
-        self.waves = _TimeFeatures(features)
-        self.inner = nn.Linear(features, width)
-        self.outer = nn.Linear(width, width)
-        if zero:
-            nn.init.zeros_(self.outer.weight)
-            nn.init.zeros_(self.outer.bias)
-
-    def forward(self, value: Tensor) -> Tensor:
-        dtype = next(self.outer.parameters()).dtype
-        wide = dtype if dtype == torch.float64 else torch.float32
-        return self.outer(F.silu(self.inner(self.waves(value.to(wide)).to(dtype))))
 
 
 class _Call(NamedTuple):
@@ -238,7 +174,7 @@ def add_second_time(
     """Give a network a target time r; its output stays what it is (see the table of this module).
 
     Args:
-        network: of a class in ``EMBEDDINGS``, or any other with ``embedding``; without adapters.
+        network: of a class in ``time_embeddings.EMBEDDINGS``, or any other with ``embedding``; without adapters.
         kind: how r enters.
         input: what ``zero_init`` sees: ``r``, or the ``difference`` t - r (a step size, for shortcut models).
         gate: g of ``gated_copy``, in (0, 1].
@@ -263,7 +199,7 @@ def add_second_time(
     present = second_time_of(network)
     if present is not None and present.kind is not None:
         raise ValueError(f"this {type(network).__name__} has a target time already ({present.kind}); install one only.")
-    embedders = _embedders(network, embedding)
+    embedders = embedders_of(network, embedding)
     if kind == "gated_copy" and len(embedders) > 1:
         raise ValueError(
             f"{type(network).__name__} embeds its time {len(embedders)} times, and gated_copy copies one embedding; "
@@ -276,7 +212,7 @@ def add_second_time(
         branch._forward_hooks_with_kwargs.clear()
     else:
         with seeded(seed):
-            branch = _Branch(features, installed.width, zero=kind == "zero_init")
+            branch = SinusoidBranch(features, installed.width, zero=kind == "zero_init")
         _placed(branch, embedders[0])
     installed.time, installed.kind, installed.input, installed.gate = branch, kind, input, float(gate)
     installed.train(network.training)
@@ -295,7 +231,7 @@ def add_guidance(
     diffusers saves and loads; networks that embed a scale already are left alone; all others get a branch.
 
     Args:
-        network: of a class in ``EMBEDDINGS``, or any other with ``embedding``; without adapters.
+        network: of a class in ``time_embeddings.EMBEDDINGS``, or any other with ``embedding``; without adapters.
         features: number of sinusoids of the branch, even.
         embedding: where the network embeds its time, None to look the class up.
         seed: of the branch's random layer.
@@ -322,10 +258,10 @@ def add_guidance(
         return None
     if present is not None and present.guidance is not None:
         raise ValueError(f"this {type(network).__name__} has a guidance branch already; install one only.")
-    embedders = _embedders(network, embedding)
+    embedders = embedders_of(network, embedding)
     installed = _installed(network, embedders, embedding)
     with seeded(seed):
-        branch = _Branch(features, installed.width, zero=True)
+        branch = SinusoidBranch(features, installed.width, zero=True)
     installed.guidance = _placed(branch, embedders[0])
     installed.train(network.training)
     installed.settings["add_guidance"] = {"features": features, "seed": seed}
@@ -337,7 +273,7 @@ def remove_second_time(network: nn.Module) -> None:
     branch = second_time_of(network)
     if branch is None:
         return
-    for module in (network, *_embedders(network, branch.embedding)):
+    for module in (network, *embedders_of(network, branch.embedding)):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is branch]:
                 del hooks[key]
@@ -358,9 +294,9 @@ def time_embedders(network: nn.Module) -> list[tuple[nn.Module, nn.Module | None
     """
     present = second_time_of(network)
     where = None if present is None else present.embedding
-    path = (where or _known(network)).projection
+    path = (where or known_embedding(network)).projection
     found = []
-    for embedder in _embedders(network, where):
+    for embedder in embedders_of(network, where):
         projection = None if path is None else network.get_submodule(path)
         if path is None:
             parents = [m for m in network.modules() if getattr(m, "timestep_embedder", None) is embedder]
@@ -370,36 +306,6 @@ def time_embedders(network: nn.Module) -> list[tuple[nn.Module, nn.Module | None
 
 
 # ------------------------------------------------------------------------------------------------ installing
-def _embedders(network: nn.Module, embedding: TimeEmbedding | None) -> list[nn.Module]:
-    where = embedding or _known(network)
-    head, star, tail = where.embedder.partition(".*.")
-    try:
-        if not star:
-            found: Sequence[nn.Module] = [network.get_submodule(where.embedder)]
-        else:
-            found = [element.get_submodule(tail) for element in network.get_submodule(head)]  # type: ignore[attr-defined]
-    except AttributeError:
-        raise ValueError(
-            f"{type(network).__name__} has no time embedding at {where.embedder!r}; give "
-            "embedding=TimeEmbedding(embedder='path.of.the.module')."
-        ) from None
-    return list(found)
-
-
-def _known(network: nn.Module) -> TimeEmbedding:
-    name = type(network).__name__
-    config: Any = getattr(network, "config", {})
-    if name == "SanaTransformer2DModel" and config.get("guidance_embeds"):
-        return _combined("time_embed")
-    for cls in type(network).__mro__:
-        if cls.__name__ in EMBEDDINGS:
-            return EMBEDDINGS[cls.__name__]
-    raise ValueError(
-        f"where {name} embeds its time is not known; give embedding=TimeEmbedding(embedder='path.of.the.module') with "
-        f"a module whose output is (B, width). Known classes: {', '.join(EMBEDDINGS)}."
-    )
-
-
 def _installed(network: nn.Module, embedders: list[nn.Module], embedding: TimeEmbedding | None) -> SecondTime:
     present = second_time_of(network)
     if present is not None:
@@ -412,7 +318,7 @@ def _installed(network: nn.Module, embedders: list[nn.Module], embedding: TimeEm
             f"the time embedding {type(embedders[0]).__name__} of {type(network).__name__} has no linear layer, so its "
             "width is not known; name a module that ends in one."
         )
-    installed = SecondTime(embedding or _known(network), widths[-1])
+    installed = SecondTime(embedding or known_embedding(network), widths[-1])
     network.add_module(SECOND_TIME, installed)
     network.register_forward_pre_hook(installed._receive, with_kwargs=True)
     network.register_forward_hook(installed._release, always_call=True)

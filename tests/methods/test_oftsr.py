@@ -133,7 +133,8 @@ class Conditional(nn.Module):
 def test_the_source_may_be_a_condition():
     class Embedded(TwoTime):
         def install(self, denoiser):
-            from lightning_distill.networks.second_time import TimeEmbedding, add_second_time, second_time_of
+            from lightning_distill.networks.second_time import add_second_time, second_time_of
+            from lightning_distill.networks.time_embeddings import TimeEmbedding
 
             if second_time_of(denoiser.network) is None:
                 add_second_time(denoiser.network, embedding=TimeEmbedding("time_embedding"))

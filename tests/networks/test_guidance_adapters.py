@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.guidance_adapters import GuidanceAdapters, GuidedDenoiser, Told
+from lightning_distill.networks.guidance_adapter import Told
+from lightning_distill.networks.guidance_adapters import GuidanceAdapters, GuidedDenoiser
 from lightning_distill.networks.lora import add_adapter, enable_activation_checkpointing
 from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.networks.roles import Copy, Lora, averaged_copy, load_role_state, role_state

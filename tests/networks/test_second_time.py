@@ -20,12 +20,12 @@ from lightning_distill.networks.merging import base_state_dict, merged_network
 from lightning_distill.networks.roles import Copy, Lora, averaged_copy
 from lightning_distill.networks.second_time import (
     SecondTime,
-    TimeEmbedding,
     add_guidance,
     add_second_time,
     second_time_of,
 )
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
+from lightning_distill.networks.time_embeddings import TimeEmbedding
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
 from lightning_distill.tangents import tangent

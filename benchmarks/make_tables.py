@@ -329,8 +329,8 @@ def fastgen_quality() -> str:
     machine = result["meta"]["machine"]
     lines += [
         "",
-        f"At most {result['budget']:.0f} CPU seconds of one thread of {machine['cpu']}, fewer where .9 came before; one",
-        f"seed, {result['samples']:,} samples.",
+        f"At most {result['budget']:.0f} CPU seconds of one thread of {machine['cpu']}, fewer where .9 came before;",
+        f"one seed, {result['samples']:,} samples.",
     ]
     return "\n".join(lines)
 

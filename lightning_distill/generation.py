@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.guidance import guided
+from lightning_distill.losses.oftsr import perturbed_source
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
 from lightning_distill.parameterisations import TrajectoryMap, takes_target
@@ -113,6 +114,30 @@ def bound(
     return denoise
 
 
+def beginning(denoiser: Denoiser, noise: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    """Where samples begin: at noise, or at the pictures that a flow between pictures and their sources restores.
+
+    Args:
+        denoiser: whose family knows (``start``).
+        noise: unit Gaussian, (B, ...).
+        cond: conditions of the samples, on the same device.
+
+    Raises:
+        ValueError: the condition at which samples begin is missing, or has another shape than they.
+    """
+    if denoiser.family.start is None:
+        return noise
+    name, share = denoiser.family.start
+    found = cond.get(name)
+    if not isinstance(found, Tensor) or found.shape != noise.shape:
+        seen = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "missing"
+        raise ValueError(
+            f"samples of this {type(denoiser.network).__name__} begin at the condition {name!r}, which is {seen}; give "
+            f"it in the shape of the samples, {tuple(noise.shape)}."
+        )
+    return perturbed_source(found, noise, share)
+
+
 @torch.no_grad()
 def generate(
     denoiser: Denoiser,
@@ -135,7 +160,8 @@ def generate(
 
     Args:
         denoiser: student or teacher.
-        noise: unit Gaussian starting noise, (N, ...); its device does not matter.
+        noise: unit Gaussian starting noise, (N, ...); its device does not matter. Flows that begin at a condition have
+            it in their share of noise.
         cond: conditions, tensors of N rows.
         times: descending native times without the final 0.
         sampler: name in ``samplers.SAMPLERS``.
@@ -143,7 +169,8 @@ def generate(
         generator: source of the fresh noise.
         noise_scale: factor on the fresh noise of the renoise sampler.
         batch_size: samples per network call; None means all at once. Stochastic samplers draw per chunk.
-        noisy: ``noise`` is the noisy sample at ``times[0]`` itself, for example what ``until`` left.
+        noisy: ``noise`` is the noisy sample at ``times[0]`` itself, for example what ``until`` left; not for
+            the sampler ``start_noise``, which adds the noise of the start to every prediction.
         until: native time below the last of ``times`` at which to stop, with samplers ``ode`` and ``renoise``.
 
     Returns:
@@ -156,6 +183,8 @@ def generate(
         raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(sorted(SAMPLERS))}.")
     if until is not None and sampler not in ("ode", "renoise"):
         raise ValueError(f"sampler={sampler!r} cannot stop at t={until:g}; use ode or renoise.")
+    if noisy and sampler == "start_noise":
+        raise ValueError("sampler='start_noise' needs the starting noise itself; use ode for what another began.")
     device, process = denoiser.device, denoiser.process
     size = batch_size or len(noise)
     chunks = []
@@ -171,7 +200,7 @@ def generate(
         kwargs: dict[str, Any] = {"noise": fresh}
         if sampler == "renoise":
             kwargs["noise_scale"] = noise_scale
-        x = part if noisy else process.prior(part, times[0])
+        x = part if noisy else process.prior(beginning(denoiser, part, part_cond), times[0])
         if until is not None:
             kind: Literal["ode", "renoise"] = "ode" if sampler == "ode" else "renoise"
             chunks.append(simulate(denoise, x, [*times, until], process, len(times), kind, **kwargs))

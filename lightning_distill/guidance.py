@@ -2,6 +2,8 @@
 
 Papers that write  cond + s (cond - uncond)  use s = w - 1; convert at the edge. Guidance is linear in the network's
 output, and the two passes share x_t and t, so it is the same in every parameterisation; it is done on x0 in float32.
+
+Networks that embed a scale (FLUX.1-dev, SANA-Sprint, students of guidance distillation) are told w in one pass.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import expand
 
-__all__ = ["Guidance", "IntervalGuidance", "RandomGuidance", "branches", "check_guidance", "guided"]
+__all__ = ["Guidance", "IntervalGuidance", "RandomGuidance", "branches", "check_guidance", "guided", "is_told"]
+
+
+def is_told(denoiser: Denoiser) -> bool:
+    """Whether a denoiser is guided by telling it the scale, in one pass."""
+    return denoiser.family.guidance_scale is not None and denoiser.embeds_guidance
 
 
 def _concatenate(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +46,8 @@ def guided(
 ) -> Prediction:
     """The guided prediction  y_u + w (y_c - y_u), both branches in one batched pass.
 
-    Scales 1 and 0 are one pass (conditional, unconditional); negative scales are allowed (Anti-CFG).
+    Scales 1 and 0 are one pass (conditional, unconditional); negative scales are allowed (Anti-CFG). A network that
+    embeds a scale is told w instead, and its own default where w is the number 1.
 
     Args:
         denoiser: network with an unconditional branch.
@@ -53,6 +61,8 @@ def guided(
     """
     if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser(x_t, t, cond)
+    if is_told(denoiser):
+        return denoiser(x_t, t, cond, guidance=torch.as_tensor(scale, device=x_t.device).expand(len(x_t)))
     if not cond:
         raise ValueError(
             f"guidance_scale={scale} needs conditions (class labels, text), but the batch has none; "
@@ -89,6 +99,14 @@ class Guidance:
         """
         return self.scale
 
+    def label(self, u: Tensor) -> float | Tensor:
+        """The scale by which a trajectory is named to students that are told one: w, whatever the time.
+
+        Args:
+            u: as for ``scales``.
+        """
+        return self.scale
+
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], u: Tensor) -> Prediction:
         """Guided prediction; see ``guided``."""
         return guided(denoiser, x_t, t, cond, self.scales(t, u))
@@ -109,9 +127,12 @@ class IntervalGuidance(Guidance):
             raise ValueError(f"IntervalGuidance needs low < high, got {low} and {high}.")
         self.low, self.high = float(low), float(high)
 
+    def inside(self, t: Tensor) -> Tensor:
+        """Which of the times lie in the interval, its ends included."""
+        return (t >= self.low) & (t <= self.high)
+
     def scales(self, t: Tensor, u: Tensor) -> float | Tensor:  # noqa: D102
-        inside = (t >= self.low) & (t <= self.high)
-        return torch.where(inside, self.scale, 1.0)
+        return torch.where(self.inside(t), self.scale, 1.0)
 
 
 class RandomGuidance(Guidance):
@@ -120,24 +141,30 @@ class RandomGuidance(Guidance):
     Args:
         low: smallest w.
         high: largest w.
+        interval: native times, lower and upper, outside of which w = 1; None for all.
     """
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, low: float, high: float, interval: tuple[float, float] | None = None) -> None:
         super().__init__(0.5 * (low + high))
         if not low < high:
             raise ValueError(f"RandomGuidance needs low < high, got {low} and {high}.")
         self.low, self.high = float(low), float(high)
+        self.interval = None if interval is None else IntervalGuidance(1.0, *interval)
 
     @property
     def needs_null(self) -> bool:  # noqa: D102
         return True
 
     def scales(self, t: Tensor, u: Tensor) -> float | Tensor:  # noqa: D102
+        w = self.label(u)
+        return w if self.interval is None else torch.where(self.interval.inside(t), w, 1.0)
+
+    def label(self, u: Tensor) -> float | Tensor:  # noqa: D102
         return self.low + (self.high - self.low) * u
 
 
 def check_guidance(teacher: Denoiser, *policies: Guidance) -> None:
-    """Refuse guidance of networks that have no unconditional branch.
+    """Refuse guidance of networks that have no unconditional branch and are told no scale.
 
     Args:
         teacher: the network, or the one that the guided networks were made from.
@@ -146,6 +173,8 @@ def check_guidance(teacher: Denoiser, *policies: Guidance) -> None:
     Raises:
         ValueError: a policy needs the unconditional branch.
     """
+    if is_told(teacher):
+        return
     others = set(teacher.family.null) - {"class_labels"}
     missing = [key for key in teacher.missing_null() if key != "class_labels"]
     for guidance in policies:

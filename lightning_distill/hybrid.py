@@ -55,6 +55,7 @@ def hybrid(
     sampler: str = "renoise",
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
+    noise_scale: float = 1.0,
 ) -> Tensor:
     """Samples whose first student steps the teacher takes, deterministically and with its own guidance.
 
@@ -70,12 +71,14 @@ def hybrid(
         sampler: how the student's steps are chained.
         generator: source of the student's fresh noise.
         batch_size: samples per network call; None means all at once.
+        noise_scale: factor on the student's fresh noise.
 
     Returns:
         x0, (N, ...), float32, on the student's device.
 
     Raises:
-        ValueError: ``first`` is outside the student's steps, or the two models have different processes.
+        ValueError: ``first`` is outside the student's steps, the two models have different processes, or the student's
+            sampler cannot go on where another stopped.
     """
     if not 0 <= first <= len(student_times):
         raise ValueError(f"first={first}: the student has {len(student_times)} steps; give 0 to {len(student_times)}.")
@@ -85,11 +88,17 @@ def hybrid(
             "where the other stops; give the teacher method_process=... of the student."
         )
     common: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
+    own = {**common, "noise_scale": noise_scale}
     if first == 0:
-        return generate(student, noise, cond, student_times, sampler, **common)
+        return generate(student, noise, cond, student_times, sampler, **own)
+    if sampler == "start_noise" and first < len(student_times):
+        raise ValueError(
+            "sampler='start_noise' adds the noise of the student's own start to every prediction, so it cannot go on "
+            "where the teacher stopped; use a student with sampler='ode' or 'renoise'."
+        )
     if first == len(student_times):
         times = few_step_times(teacher.process, teacher_steps)
         return generate(teacher, noise, cond, times, "ode", guidance_scale=guidance_scale, **common)
     *grid, handover = hybrid_times(teacher, student_times, first, teacher_steps)
     x = generate(teacher, noise, cond, grid, "ode", guidance_scale=guidance_scale, until=handover, **common)
-    return generate(student, x, cond, list(student_times[first:]), sampler, noisy=True, **common)
+    return generate(student, x, cond, list(student_times[first:]), sampler, noisy=True, **own)

@@ -37,7 +37,6 @@ __all__ = [
     "TrajectoryMap",
     "average_velocity",
     "edm_boundary",
-    "embeds_guidance",
     "lcm_boundary",
     "segment_end",
     "segment_start",
@@ -171,17 +170,6 @@ def takes_target(denoiser: Denoiser) -> bool:
         return True
     name = denoiser.family.target_time
     return name is not None and name in inspect.signature(denoiser.network.forward).parameters
-
-
-def embeds_guidance(denoiser: Denoiser) -> bool:
-    """Whether a network is told a guidance scale, by itself or by an installed branch."""
-    installed = second_time_of(denoiser.network)
-    if installed is not None and installed.guidance is not None:
-        return True
-    make = denoiser.family.guidance
-    arguments = None if make is None else make(denoiser.network, torch.ones(1))
-    known = inspect.signature(denoiser.network.forward).parameters
-    return bool(arguments) and set(arguments or ()) <= set(known)
 
 
 class FewStep:

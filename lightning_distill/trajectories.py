@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_distill.checkpoints import fingerprint
 from lightning_distill.generation import default_cond
-from lightning_distill.guidance import guided
+from lightning_distill.guidance import guided, is_told
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.prediction import Prediction
@@ -75,6 +75,7 @@ class Recipe:
     dtype: str = "float16"
     seed: int = 0
     bf16: bool = False
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.records not in RECORDS:
@@ -122,6 +123,7 @@ def run_solver(
     solver: str,
     *,
     guidance_scale: float | Tensor = 1.0,
+    interval: tuple[float, float] | None = None,
     keep: Sequence[int] = (),
 ) -> Trajectory:
     """Integrate from noise to data, and keep some of the states on the way.
@@ -133,6 +135,7 @@ def run_solver(
         times: descending native times without the final 0.
         solver: name in ``SOLVERS``.
         guidance_scale: w, a number or (B,).
+        interval: native times, lower and upper, outside of which w = 1.
         keep: indices of the times whose states are kept.
     """
     process, grid = denoiser.process, [float(t) for t in times]
@@ -140,7 +143,9 @@ def run_solver(
     seen: dict[float, tuple[Tensor, Tensor]] = {}
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
-        prediction = guided(denoiser, x, t.to(x.device).expand(len(x)), cond, guidance_scale)
+        outside = interval is not None and not interval[0] <= float(t) <= interval[1]
+        w = 1.0 if outside else guidance_scale
+        prediction = guided(denoiser, x, t.to(x.device).expand(len(x)), cond, w)
         if wanted and (now := float(t)) in wanted:
             seen[now] = x, prediction.flow_prediction  # Heun's trial points come before the state of that time
         return prediction
@@ -204,6 +209,11 @@ def trajectory_records(
         are kept, from which the unconditional one follows. Velocities (eps - x0) are stored because both x0 and eps
         come from them without loss of digits at any noise level.
     """
+    if denoiser.family.start is not None:
+        raise ValueError(
+            f"trajectories of this teacher begin at the condition {denoiser.family.start[0]!r}, and stores hold those "
+            "that begin at noise; OFTSR needs no store."
+        )
     dtype, device = _DTYPES[recipe.dtype], denoiser.device
     own = default_cond(denoiser, n, first) if cond is None and denoiser.num_classes is not None else {}
     placed = {k: v.to(device) for k, v in (cond or own).items()}
@@ -216,7 +226,14 @@ def trajectory_records(
     keep = point_indices(len(recipe.times), recipe.points) if recipe.points else []
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
         run = run_solver(
-            denoiser, noise.to(device), placed, recipe.times, recipe.solver, guidance_scale=scale, keep=keep
+            denoiser,
+            noise.to(device),
+            placed,
+            recipe.times,
+            recipe.solver,
+            guidance_scale=scale,
+            interval=recipe.interval,
+            keep=keep,
         )
         found = {"noise": noise, "x0": run.x0}
         if keep:
@@ -242,7 +259,8 @@ def _unguided(denoiser: Denoiser, states: Tensor, times: Sequence[float], cond: 
     predictions = []
     for state, time in zip(states.unbind(1), times):
         t = torch.full((len(state),), time, dtype=torch.float64, device=state.device)
-        predictions.append(guided(denoiser, state, t, cond, 1.0).flow_prediction)
+        one = torch.ones(len(state), device=state.device) if is_told(denoiser) else None
+        predictions.append(denoiser(state, t, cond, guidance=one).flow_prediction)
     return torch.stack(predictions, dim=1)
 
 
@@ -269,7 +287,9 @@ def trajectory_key(
         cond: where conditions come from: ``classes``, ``none``, or what identifies a store of them.
     """
     validate_times(recipe.times, denoiser.process)
-    facts = {key: value for key, value in asdict(recipe).items() if key not in ("times", "points")}
+    facts = {key: value for key, value in asdict(recipe).items() if key not in ("times", "points", "interval")}
+    if recipe.interval is not None:
+        facts["interval"] = list(recipe.interval)
     return {
         "kind": "trajectories",
         "teacher": teacher_fingerprint(denoiser),

@@ -157,6 +157,21 @@ def test_half_precision_pairs_start_from_the_noise_that_is_stored(digits):
     assert torch.equal(made["x0"], want.half())
 
 
+def test_guidance_of_an_interval_is_none_outside(digits):
+    cond = default_cond(digits, 4)
+    times = few_step_times(digits.process, 4)  # 1, .75, .5, .25
+    noise = torch.randn(4, 1, 8, 8)
+    run = run_solver(digits, noise, cond, times, "euler", guidance_scale=4.0, interval=(0.4, 0.8), keep=range(4))
+    for k, t in enumerate(times):
+        w = 4.0 if 0.4 <= t <= 0.8 else 1.0
+        at = torch.full((4,), t, dtype=torch.float64)
+        want = guided(digits, run.states[:, k], at, cond, w).flow_prediction
+        torch.testing.assert_close(run.guided[:, k], want, rtol=1e-5, atol=1e-5)
+    plain = recipe(digits)
+    assert "interval" not in trajectory_key(digits, plain, (1, 8, 8), "classes")  # keys of older stores stay
+    assert trajectory_key(digits, replace(plain, interval=(0.4, 0.8)), (1, 8, 8), "classes")["interval"] == [0.4, 0.8]
+
+
 def test_guided_records_hold_both_branches_of_the_guidance(digits):
     """From guided g and conditional c with scale w the unconditional prediction follows: (g - w c) / (1 - w)."""
     how = recipe(digits, "guided", guidance=(1.5, 6.0))

@@ -82,6 +82,13 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[1.0], metavar="W", help="scale, or smallest and largest of it"
     )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="native times outside of which the scale is 1 (default: guidance at all times)",
+    )
     parser.add_argument("--points", type=int, help="states per record (default: all steps; pairs have none)")
     parser.add_argument(
         "--cond",
@@ -108,6 +115,8 @@ def main(words: Sequence[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more.")
     if len(args.guidance) > 2:
         raise ValueError(f"--guidance {args.guidance}: give one scale, or the smallest and the largest.")
+    if args.guidance_interval is not None and not args.guidance_interval[0] < args.guidance_interval[1]:
+        raise ValueError(f"--guidance-interval {args.guidance_interval}: give the lower time, then the higher one.")
     device = _device(args.device)
     if args.bf16 and (advice := bfloat16_advice(torch.device(device).type, "leave --bf16 out")):
         print(advice, file=sys.stderr)
@@ -125,6 +134,7 @@ def main(words: Sequence[str]) -> None:
         args.dtype,
         args.seed,
         args.bf16,
+        None if args.guidance_interval is None else tuple(args.guidance_interval),
     )
     conditions = _conditions(args.cond, args.cond_keys, denoiser)
     if conditions is not None and not args.no_verify:

@@ -77,7 +77,7 @@ class StoredConditions:
 
 
 def check_teacher(key: Mapping[str, Any], module: Any, where: str, argument: str = "allow_other_teacher") -> None:
-    """Refuse trajectories of another teacher than a method's.
+    """Refuse trajectories of another teacher than a method's, or of other guidance.
 
     Args:
         key: of the store.
@@ -86,7 +86,7 @@ def check_teacher(key: Mapping[str, Any], module: Any, where: str, argument: str
         argument: that lets them pass, for the message.
 
     Raises:
-        ValueError: other weights, or states of another noise process.
+        ValueError: other weights, states of another noise process, or guidance that the method does not have.
     """
     teacher = getattr(module, "teacher", None)
     if teacher is None or not hasattr(module, "teacher_fingerprint"):
@@ -102,6 +102,36 @@ def check_teacher(key: Mapping[str, Any], module: Any, where: str, argument: str
         raise ValueError(
             f"the states in {where} belong to the noise process {_shown(key['process'])}, but the teacher works in "
             f"{_shown(process)}; make them in this process, or set {argument}=true."
+        )
+    _check_guidance(key, module, where, argument)
+
+
+def _check_guidance(key: Mapping[str, Any], module: Any, where: str, argument: str) -> None:
+    """The scale of the trajectories is the method's, or one that each record tells its student."""
+    policy = getattr(module, "guidance", None)
+    if policy is None:
+        return
+    low, high = (float(w) for w in key["guidance"])
+    interval = key.get("interval")
+    made = f"guidance {low:g}" if low == high else f"guidance between {low:g} and {high:g}"
+    made += "" if interval is None else f" at times from {interval[0]:g} to {interval[1]:g}"
+    told = getattr(module, "_tells_scale", False)
+    if told and low < high:
+        return  # every record has its own
+    if low < high:
+        raise ValueError(
+            f"the trajectories in {where} were made with {made}, which this student is not told; give a student that "
+            f"embeds the scale (TwoTime(kind=None, guidance=True) or GuidanceAdapters()), trajectories of one scale, "
+            f"or set {argument}=true."
+        )
+    own = getattr(policy, "interval", policy)
+    bounds = None if getattr(own, "low", None) is None else [own.low, own.high]
+    fixed = type(policy).__name__ in ("Guidance", "IntervalGuidance")
+    if not fixed or policy.scale != low or (low != 1.0 and bounds != interval):
+        raise ValueError(
+            f"the trajectories in {where} were made with {made}, and the method has another; give it "
+            f"{'guidance=Guidance' if interval is None else 'guidance=IntervalGuidance'}({low:g}"
+            f"{'' if interval is None else f', {interval[0]:g}, {interval[1]:g}'}), or set {argument}=true."
         )
 
 

@@ -79,6 +79,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     #: ways of chaining student steps
     samplers: ClassVar[tuple[str, ...]] = ("renoise", "ode")
     default_lr: ClassVar[float] = 1e-4
+    #: whether it trains on flows that begin at a condition instead of noise
+    from_sources: ClassVar[bool] = False
     #: what was given as teacher
     teacher_source: DenoiserSpec | Denoiser | None
 
@@ -178,6 +180,11 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     def check_configuration(self) -> None:
         """Raise for settings that contradict each other; called when the networks exist, before any step."""
         validate_times(self.student_times, self.process)
+        if self.teacher is not None and self.teacher.family.start is not None and not self.from_sources:
+            raise ValueError(
+                f"the teacher's samples begin at the condition {self.teacher.family.start[0]!r}, and "
+                f"{type(self).__name__} trains from noise; use OFTSR(source={self.teacher.family.start[0]!r})."
+            )
         phases = [f"{phase}/" for phase in self.phases]
         for key in self.loss_weights:
             if not key.startswith(tuple(phases)):

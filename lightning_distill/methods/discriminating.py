@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
-from lightning_distill.guidance import Guidance
+from lightning_distill.guidance import Guidance, is_told
 from lightning_distill.losses.adversarial import generator_loss
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
@@ -82,13 +82,14 @@ def score_with_features(
     """
     if not taps:
         return policy(network, x_t, t, cond, u).x0, {}
+    w = torch.as_tensor(policy.scales(t, u), device=x_t.device)
+    told = w if policy.needs_null and is_told(network) else None
     with nullcontext() if differentiable else graph_until(network.network, taps):
-        prediction = network(x_t, t, cond, taps=taps)
+        prediction = network(x_t, t, cond, taps=taps, guidance=told)
     x0 = prediction.x0 if differentiable else prediction.x0.detach()
-    if policy.needs_null:
+    if policy.needs_null and told is None:
         without = network(x_t, t, network.null_cond(cond)).x0
-        w = policy.scales(t, u)
-        x0 = without + (expand(w, x_t) if isinstance(w, Tensor) else w) * (x0 - without)
+        x0 = without + (expand(w, x_t) if w.ndim else w) * (x0 - without)
     return x0, prediction.features
 
 

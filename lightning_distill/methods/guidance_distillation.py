@@ -1,6 +1,5 @@
 """Guidance distillation: one pass of the student for the two of a guided teacher (arXiv:2210.03142)."""
 
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +11,6 @@ from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.guidance_adapters import GuidedDenoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import Capability
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
@@ -72,13 +70,6 @@ class GuidanceDistillation(TeacherPaths):
             raise ValueError(f"space={space!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}.")
         self._given_distribution = times
         self.metric, self.huber, self.space = metric, huber, space
-
-    def build_roles(self) -> None:
-        """The student; guidance adapters are told a scale as a network that embeds one is."""
-        super().build_roles()
-        if isinstance(self.student, GuidedDenoiser):
-            self._tells_scale = True
-            self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)
 
     def check_configuration(self) -> None:
         """There must be guidance, and one that the student can know."""

@@ -1,6 +1,7 @@
 """The teacher itself with the best few steps: what every distillation has to beat."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.ema import EMAProfile
+from lightning_distill.guidance import Guidance, is_told
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.boss import BOSS
@@ -56,7 +58,12 @@ class StepSizes(nn.Module):
         """The times without the final 0 in the process' own time; those of a scheduler are its timesteps."""
         times = change_process(self()[:-1].cpu(), FlowMatching(), self.process)[0]
         if isinstance(self.process, VariancePreserving):
-            times = (times * self.process.num_train_timesteps).round() / self.process.num_train_timesteps
+            n = self.process.num_train_timesteps
+            steps = (times * n).round()
+            # falling, and none of them 0: each at least one above all that follow
+            least = torch.arange(len(steps), 0, -1, dtype=steps.dtype)
+            steps = (steps - least).clamp_min(0).flip(0).cummax(0).values.flip(0) + least
+            times = torch.minimum(steps, n - torch.arange(len(steps), dtype=steps.dtype)) / n
         found: list[float] = times.clamp_max(self.process.t_max).tolist()
         return found
 
@@ -166,7 +173,9 @@ class LearnedSolver(BOSS):
         self.schedule = schedule
         if self.coefficients != "none":
             self.student.coefficients = schedule.coefficients_at
-        if self.guidance.needs_null:
+        if self.guidance.needs_null and is_told(source) and type(self.guidance) is Guidance:
+            self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)
+        elif self.guidance.needs_null:
             self.student.sampling_guidance = self.guidance
             self.student.stands_alone = False
 
@@ -188,6 +197,8 @@ class LearnedSolver(BOSS):
     def student_loss(self, batch: Batch) -> Terms:
         """Distance of where the few steps end from where the accurate solver does."""
         assert self.schedule is not None
+        if batch.states is not None:
+            self.trajectory(batch)  # the first one decides where learning starts
         noise, x0 = self.pairs(batch)
         times, u = self.schedule(), self.draws.uniform("guidance", batch.size)
         x, previous = times[0].detach().to(noise) * noise, None

@@ -1,12 +1,13 @@
 """OFTSR: one-step restoration with a knob between fidelity and realism (arXiv:2412.09465)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_distill.batch import Batch
+from lightning_distill.batch import Batch, as_batch
 from lightning_distill.losses.flow_maps import flow_jump
 from lightning_distill.losses.oftsr import alignment_loss, perturbed_source, runge_kutta_velocity, trajectory_target
 from lightning_distill.methods.base import Terms
@@ -46,6 +47,7 @@ class OFTSR(TwoTimeMethod):
     paper = "2412.09465"
     learns_from = "teacher, sources"
     samplers = ("flow_map",)
+    from_sources = True
     capability = "one_step_only"
     default_loss_weights = {"student/boundary": 0.1, "student/alignment": 0.01}
 
@@ -83,6 +85,18 @@ class OFTSR(TwoTimeMethod):
                 f"{self.process!r}; use a teacher trained with FlowMatching, or BOOT for one that starts from noise."
             )
 
+    def build_roles(self) -> None:
+        """The student, which begins where the teacher's trajectories do."""
+        super().build_roles()
+        begins = self.require_teacher().family.start
+        named = None if self.source in (None, "gaussian") else (str(self.source), self.perturbation)
+        if begins is not None and self.source is not None and begins != named:
+            raise ValueError(
+                f"the teacher's samples begin at {begins[0]!r} with a share of noise of {begins[1]:g}; give "
+                f"OFTSR(source={begins[0]!r}, perturbation={begins[1]:g})."
+            )
+        self.student.family = replace(self.student.family, start=named)
+
     # ------------------------------------------------------------------------------------------------ the source
     def sources(self, batch: Batch) -> Tensor:
         """x_src of a batch, (B, ...)."""
@@ -101,6 +115,28 @@ class OFTSR(TwoTimeMethod):
                 "enlarge it first."
             )
         return perturbed_source(found, self.draws.normal("perturbation", found.shape), self.perturbation)
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, cond: Mapping[str, Any] | None = None, *, noise: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Restored samples from the sources of ``cond``, or ``noise`` as the sources; see ``StudentSampling.sample``.
+
+        Args:
+            n: number of samples.
+            cond: conditions, tensors of n rows, the source among them where it is one.
+            noise: with ``source=None`` the sources themselves; else the noise of the perturbation or the start.
+            **options: as there.
+
+        Raises:
+            ValueError: neither is given.
+        """
+        if self.source is None and noise is None:
+            raise ValueError(
+                "this OFTSR was trained from the noise field of batches, the pictures to be restored; give "
+                "sample(noise=...) these pictures."
+            )
+        return super().sample(n, cond, noise=noise, **options)
 
     @torch.no_grad()
     def restore(
@@ -128,6 +164,12 @@ class OFTSR(TwoTimeMethod):
         u = network(source, start, cond, r=(1.0 - realism) * start)
         assert not isinstance(u, dict)
         return source - u.flow_prediction
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Restored samples of a batch's sources."""
+        batch = as_batch(batch)
+        noise = batch.noise if self.source is None else None
+        return self.sample(batch.size, batch.cond, noise=noise)
 
     # ------------------------------------------------------------------------------------------------ loss
     def student_loss(self, batch: Batch) -> Terms:

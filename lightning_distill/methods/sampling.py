@@ -155,6 +155,7 @@ class StudentSampling:
             sampler=self.sampler,
             generator=generator,
             batch_size=batch_size,
+            noise_scale=self.noise_scale,
         )
 
     @property

@@ -11,7 +11,6 @@ from lightning_distill.losses.segments import sub_path
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric, Pair
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.parameterisations import embeds_guidance
 
 __all__ = ["SPLAM"]
 
@@ -57,7 +56,7 @@ class SPLAM(ConsistencyDistillation):
     def build_roles(self) -> None:
         """The student; what it embeds as a scale is gamma."""
         super().build_roles()
-        self._tells_share, self._tells_scale = embeds_guidance(self.student), False
+        self._tells_share, self._tells_scale = self.student.embeds_guidance, False
         if self._tells_share:
             self.student.family = replace(self.student.family, guidance_scale=1.0)
 

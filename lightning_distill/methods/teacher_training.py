@@ -1,14 +1,16 @@
 """Teachers: ordinary diffusion or flow-matching training of a fresh network."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning_distill.batch import Batch
+from lightning_distill.generation import beginning
 from lightning_distill.losses.score_matching import denoising_loss
 from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.methods.dropping import drop_conditions
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
-from lightning_distill.processes import EDM
+from lightning_distill.processes import EDM, FlowMatching
 from lightning_distill.times import LogNormal, TimeDistribution, Uniform
 
 __all__ = ["TeacherTraining"]
@@ -31,6 +33,9 @@ class TeacherTraining(DistillationModule):
         training_times: distribution of t; None is uniform, for EDM ``LogNormal(-1.2, 1.2)``.
         loss_space: space of the squared error (see ``denoising_loss``); None is the network's own prediction type, or
             ``edm`` for a network with a process of its own.
+        source: condition that takes the place of the noise: a flow between data and, for example, their enlarged
+            low-resolution pictures (arXiv:2412.09465), which ``sample()`` begins at. Flow matching only.
+        perturbation: share p of noise in the source, sqrt(1 - p^2) source + p eps; without, one source has one sample.
         num_steps: solver steps of ``sample()``.
         sampler: solver of ``sample()``.
         **kwargs: see ``DistillationModule``.
@@ -47,6 +52,8 @@ class TeacherTraining(DistillationModule):
         label_dropout: float = 0.1,
         training_times: TimeDistribution | None = None,
         loss_space: str | None = None,
+        source: str | None = None,
+        perturbation: float = 0.0,
         num_steps: int = 50,
         sampler: Literal["renoise", "ode"] = "ode",
         **kwargs: Any,
@@ -56,6 +63,9 @@ class TeacherTraining(DistillationModule):
             raise ValueError(f"label_dropout={label_dropout}: give a share between 0 and 1.")
         if isinstance(network, DenoiserSpec):
             network.check()
+        if not 0.0 <= perturbation <= 1.0:
+            raise ValueError(f"perturbation={perturbation}: give the share of noise in the source, from 0 to 1.")
+        self.source, self.perturbation = source, perturbation
         self._network_source = network
         self.label_dropout = label_dropout
         self._given_training_times = training_times
@@ -65,6 +75,13 @@ class TeacherTraining(DistillationModule):
     def build_roles(self) -> None:
         """The network itself is the student role."""
         self.student = as_denoiser(self._network_source).requires_grad_(True).train()
+        if self.source is not None:
+            if not isinstance(self.process, FlowMatching):
+                raise ValueError(
+                    f"source={self.source!r}: a flow between data and their sources is straight, and this network "
+                    f"works with {self.process!r}; use process: FlowMatching."
+                )
+            self.student.family = replace(self.student.family, start=(self.source, self.perturbation))
         default = LogNormal() if isinstance(self.process, EDM) else Uniform(0.0, 1.0)
         self.training_times = self._given_training_times or default
 
@@ -75,7 +92,9 @@ class TeacherTraining(DistillationModule):
                 "TeacherTraining needs data, but the loader yields batches without x0; use a data module with images "
                 "(for example FashionMNIST) instead of a prior-only one."
             )
-        x_t, t, eps = self.renoise(batch.x0, self.training_times)
+        t = self.times("renoise/time", self.training_times, batch.size)
+        eps = beginning(self.student, self.draws.normal("renoise/noise", batch.x0.shape), batch.cond)
+        x_t = self.process.add_noise(batch.x0, eps, t)
         prediction = self.student(x_t, t, self._drop_labels(batch))
         space = self.loss_space or ("edm" if self.student.network_process is not None else None)
         return Terms({"denoising": denoising_loss(prediction, batch.x0, eps, space, self.student.data_scale)})

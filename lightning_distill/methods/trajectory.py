@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.guidance import Guidance, check_guidance
+from lightning_distill.guidance import Guidance, check_guidance, is_told
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.networks.two_time import TwoTime
-from lightning_distill.parameterisations import Capability, embeds_guidance, takes_target
+from lightning_distill.parameterisations import Capability, takes_target
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import EDM, FlowMatching, change_process, expand
 from lightning_distill.samplers import check_capability
@@ -29,9 +29,9 @@ class TrajectoryMethod(DistillationModule):
 
     Args:
         teacher: the pretrained model.
-        guidance: guidance of the teacher, whose trajectories are then the guided ones. Where the student embeds a scale
-            (``student=TwoTime(kind=None, guidance=True)``), it is told that of each sample, and ``guidance.scale`` when
-            it is sampled.
+        guidance: guidance of the teacher, whose trajectories are then the guided ones; a teacher that embeds a scale is
+            told it. Where the student embeds one (``student=TwoTime(kind=None, guidance=True)``), it is told that of
+            each sample, in and outside of intervals, and ``guidance.scale`` when it is sampled.
         **kwargs: see ``DistillationModule``.
     """
 
@@ -57,7 +57,9 @@ class TrajectoryMethod(DistillationModule):
         super().build_roles()
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
         self._flow_max = float(change_process(end, self.process, FlowMatching())[0].max())
-        self._tells_scale = embeds_guidance(self.student)
+        # a teacher that embeds a scale tells its default where nothing else is asked for, and so does its student
+        told = is_told(self.require_teacher()) and not self.guidance.needs_null
+        self._tells_scale = self.student.embeds_guidance and not told
         if self._tells_scale:
             self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)
 
@@ -91,7 +93,7 @@ class TrajectoryMethod(DistillationModule):
         """
         if not self._tells_scale:
             return None
-        scale = self.guidance.scales(t, self.draws.uniform("guidance", len(t)))
+        scale = self.guidance.label(self.draws.uniform("guidance", len(t)))
         return torch.as_tensor(scale, dtype=torch.float64, device=t.device).expand(len(t))
 
     def guided_teacher(self, batch: Batch) -> Callable[[Tensor, Tensor], Prediction]:

@@ -145,6 +145,7 @@ _register("UNet2DConditionModel", ControlledUNet, _picture_shape)
 _register("SanaTransformer2DModel", ControlledSana, _latent_shape)
 # a target time and a guidance scale are told to the steered network, not to its ControlNet
 EMBEDDINGS["ControlledUNet"] = EMBEDDINGS["UNet2DConditionModel"]
+EMBEDDINGS["ControlledSana"] = EMBEDDINGS["SanaTransformer2DModel"]
 
 
 def controlled(network: nn.Module, controlnet: nn.Module, strength: float = 1.0) -> Controlled:

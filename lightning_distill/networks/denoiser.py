@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -350,6 +351,17 @@ class Denoiser(nn.Module):
         scale = 1.0 if self.network_process is None else self.data_scale
         alpha, sigma = scale * self.process.alpha(t), self.process.sigma(t)
         return sigma / (alpha + sigma)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network can be told a guidance scale, by itself or by an installed branch."""
+        installed = second_time_of(self.network)
+        if installed is not None and installed.guidance is not None:
+            return True
+        make = self.family.guidance
+        arguments = None if make is None else make(self.network, torch.ones(1))
+        known = inspect.signature(self.network.forward).parameters
+        return bool(arguments) and set(arguments or ()) <= set(known)
 
     def _guidance(self, guidance: Tensor | None, x: Tensor) -> dict[str, Any]:
         make, default = self.family.guidance, self.family.guidance_scale

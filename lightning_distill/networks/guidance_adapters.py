@@ -20,7 +20,6 @@ from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
 from lightning_distill.networks.roles import Role
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.weightless import where
-from lightning_distill.parameterisations import embeds_guidance
 from lightning_distill.prediction import Prediction
 
 __all__ = ["GuidanceAdapters", "GuidedDenoiser"]
@@ -156,6 +155,11 @@ class GuidedDenoiser(Denoiser):
         with _Running(self, told):
             return super().forward(x_t, t, cond, r=r, taps=taps, features_only=features_only)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Its adapters do."""
+        return True
+
     def _guidance(self, guidance: Tensor | None, x: Tensor) -> dict[str, Any]:
         return {}  # the frozen network takes none
 
@@ -226,7 +230,7 @@ class GuidanceAdapters(Role):
                 "guidance adapters start from a frozen network, but the source is itself an adapter on one; give the "
                 "denoiser that owns the network."
             )
-        if embeds_guidance(source):
+        if source.embeds_guidance:
             raise ValueError(
                 f"this {cls} is told a guidance scale already, so it needs no adapters for one; give the "
                 f"{name or 'student'} Copy() or Lora()."

@@ -1,6 +1,9 @@
 """The network of an earlier run as a teacher."""
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.lora import AdapterDenoiser
+from lightning_distill.networks.merging import merged_network
+from lightning_distill.networks.roles import with_network
 from lightning_distill.networks.specs import DenoiserSpec
 
 __all__ = ["RunDenoiser"]
@@ -9,7 +12,8 @@ __all__ = ["RunDenoiser"]
 class RunDenoiser(DenoiserSpec):
     """The network that an earlier run samples from.
 
-    A teacher trained with ``TeacherTraining``, or a student to be distilled further.
+    A teacher trained with ``TeacherTraining``, or a student to be distilled further. Adapters of ``Lora`` are merged
+    into their weights, quantised ones restored, so that any role can start from it.
 
     Args:
         path: run folder, or the folder of its versions (the newest is taken).
@@ -30,4 +34,5 @@ class RunDenoiser(DenoiserSpec):
     def build(self) -> Denoiser:  # noqa: D102
         from lightning_distill.commands.run_folder import load_run
 
-        return load_run(self.path, self.checkpoint).sampling_network(self.weights)
+        found = load_run(self.path, self.checkpoint).sampling_network(self.weights)
+        return with_network(found, merged_network(found)) if isinstance(found, AdapterDenoiser) else found

@@ -88,7 +88,7 @@ def known_embedding(network: nn.Module) -> TimeEmbedding:
     """
     name = type(network).__name__
     config: Any = getattr(network, "config", {})
-    if name == "SanaTransformer2DModel" and config.get("guidance_embeds"):
+    if name in ("SanaTransformer2DModel", "ControlledSana") and config.get("guidance_embeds"):
         return _combined("time_embed")
     for cls in type(network).__mro__:
         if cls.__name__ in EMBEDDINGS:

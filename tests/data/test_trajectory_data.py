@@ -15,13 +15,17 @@ from lightning_distill.data import Pairs, Prior, Trajectories
 from lightning_distill.data.store import Store, StoreWriter
 from lightning_distill.data.trajectories import StoredTrajectories
 from lightning_distill.generation import default_cond, generate
-from lightning_distill.methods import DMD, DMD2, PairRegression
+from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance
+from lightning_distill.methods import DMD, DMD2, KnowledgeDistillation, PairRegression
 from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser, ZooDenoiser
+from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import VariancePreserving
 from lightning_distill.times import few_step_times
 from lightning_distill.trajectories import record_noise
+
+TOLD = TwoTime(kind=None, guidance=True)
 
 
 def write(folder, *more, num=96, teacher="digits"):
@@ -124,7 +128,7 @@ def test_slices_and_maps_of_batches_keep_all_fields(stores):
 
 def test_a_method_sees_its_slice_of_everything(stores):
     module = Kept(ZooDenoiser("digits"), ema=[], fake_score_steps=1)
-    data = Trajectories(stores["guided"], batch_size=6)
+    data = Trajectories(stores["guided"], batch_size=6, allow_other_teacher=True)  # DMD2 is told no scale
     fit(module, data)
     assert module.kept.size == 6
     assert module.kept.states.shape == (6, 2, 1, 8, 8)
@@ -151,6 +155,32 @@ def test_trajectories_of_another_teacher_are_refused(stores):
     assert module.skipped_steps.sum() == 0
     assert fit(method(other_teacher()), Trajectories(stores["pairs"], batch_size=4, allow_other_teacher=True))
     assert fit(method(), Trajectories(stores["pairs"], batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "message"),
+    [
+        (("3",), {}, r"made with guidance 3, and the method has another; give it guidance=Guidance\(3\)"),
+        (("3",), {"guidance": Guidance(3.0)}, None),
+        (("3",), {"guidance": Guidance(2.0)}, "made with guidance 3, and the method has another"),
+        (("1",), {"guidance": Guidance(2.0)}, "made with guidance 1, and the method has another"),
+        (("1", "4"), {}, "made with guidance between 1 and 4, which this student is not told"),
+        (("1", "4"), {"guidance": RandomGuidance(1.0, 4.0), "student": TOLD}, None),
+        (("3",), {"guidance": RandomGuidance(1.0, 4.0), "student": TOLD}, "made with guidance 3"),
+        (("3", "--guidance-interval", ".2", ".6"), {"guidance": Guidance(3.0)}, r"IntervalGuidance\(3, 0.2, 0.6\)"),
+        (("3", "--guidance-interval", ".2", ".6"), {"guidance": IntervalGuidance(3.0, 0.2, 0.6)}, None),
+    ],
+)
+def test_trajectories_of_other_guidance_are_refused(tmp_path, made, settings, message):
+    path = write(tmp_path / "made", "--guidance", *made, num=8)
+    module = KnowledgeDistillation(ZooDenoiser("digits"), ema=[], **settings)
+    if message is None:
+        assert fit(module, Trajectories(path, batch_size=4))
+        return
+    with pytest.raises(ValueError, match=message):
+        fit(module, Trajectories(path, batch_size=4))
+    other = KnowledgeDistillation(ZooDenoiser("digits"), ema=[], **settings)
+    assert fit(other, Trajectories(path, batch_size=4, allow_other_teacher=True))
 
 
 def test_states_of_another_process_are_refused_and_pairs_are_not(stores):

@@ -17,7 +17,7 @@ from lightning_distill.networks.roles import Copy
 from lightning_distill.networks.second_time import add_second_time
 from lightning_distill.networks.small import small_unet
 from lightning_distill.networks.two_time import TwoTime
-from lightning_distill.parameterisations import TrajectoryMap, embeds_guidance, takes_target
+from lightning_distill.parameterisations import TrajectoryMap, takes_target
 from lightning_distill.samplers import flow_map
 
 
@@ -31,11 +31,11 @@ def test_a_target_time_is_found_wherever_it_comes_from():
     assert not takes_target(plain)
     add_second_time(two.network)
     assert takes_target(two)
-    assert not embeds_guidance(two)
+    assert not two.embeds_guidance
     told = TwoTime(Copy(), kind=None, guidance=True).build(plain)
     assert not takes_target(told)
-    assert embeds_guidance(told)
-    assert not embeds_guidance(exact_student())
+    assert told.embeds_guidance
+    assert not exact_student().embeds_guidance
 
 
 @pytest.mark.parametrize("sampler", ["flow_map", "renoise"])

@@ -13,12 +13,15 @@ from lightning_distill.batch import Batch
 from lightning_distill.generation import generate
 from lightning_distill.losses.flow_maps import flow_jump
 from lightning_distill.losses.oftsr import alignment_loss, perturbed_source, runge_kutta_velocity, trajectory_target
-from lightning_distill.methods import OFTSR
+from lightning_distill.methods import DMD2, OFTSR, TeacherTraining
 from lightning_distill.networks.analytic import analytic_denoiser
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Copy
+from lightning_distill.networks.second_time import add_second_time, second_time_of
+from lightning_distill.networks.time_embeddings import TimeEmbedding
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import FlowMatching, VariancePreserving
+from lightning_distill.trajectories import Recipe, trajectory_records
 
 
 class Exact:
@@ -131,17 +134,9 @@ class Conditional(nn.Module):
 
 
 def test_the_source_may_be_a_condition():
-    class Embedded(TwoTime):
-        def install(self, denoiser):
-            from lightning_distill.networks.second_time import add_second_time, second_time_of
-            from lightning_distill.networks.time_embeddings import TimeEmbedding
-
-            if second_time_of(denoiser.network) is None:
-                add_second_time(denoiser.network, embedding=TimeEmbedding("time_embedding"))
-
     teacher = Denoiser(Conditional(), FLOW, "flow_prediction")
     low = torch.randn(6, 2)
-    module = ready(OFTSR(teacher, student=Embedded(Copy()), source="low", perturbation=0.3, ema=[]))
+    module = ready(OFTSR(teacher, student=embedded(), source="low", perturbation=0.3, ema=[]))
     noise = module.draws.normal("perturbation", (6, 2))
     torch.testing.assert_close(module.sources(Batch(cond={"low": low})), 0.91**0.5 * low + 0.3 * noise)
     shift(module.student)
@@ -169,6 +164,70 @@ def test_bad_settings_are_named(settings, message):
         OFTSR(mlp(), **settings)
 
 
+def embedded():
+    class Embedded(TwoTime):
+        def install(self, denoiser):
+            if second_time_of(denoiser.network) is None:
+                add_second_time(denoiser.network, embedding=TimeEmbedding("time_embedding"))
+
+    return Embedded(Copy())
+
+
+def halving():
+    """A flow from twice a sample to the sample: v = x_src - x0 = x_src / 2, which the network is told."""
+    network = Conditional()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        network.inner.weight[0, 2] = network.inner.weight[1, 3] = 0.5
+    return Denoiser(network, FLOW, "flow_prediction")
+
+
+def test_a_teacher_is_trained_between_data_and_their_sources():
+    x0 = torch.randn(8, 2)
+    batch = Batch(x0=x0, cond={"low": 2.0 * x0})
+    module = ready(TeacherTraining(halving(), source="low", label_dropout=0.0, num_steps=4, shape=[2], ema=[]))
+    assert module.student_loss(batch).losses["denoising"] < 1e-12
+    noisy = ready(TeacherTraining(halving(), source="low", perturbation=0.5, label_dropout=0.0, shape=[2], ema=[]))
+    assert noisy.student_loss(batch).losses["denoising"] > 0.01
+    # samples begin where the training did, not at noise
+    torch.testing.assert_close(module.sample(8, batch.cond), x0)
+    with pytest.raises(ValueError, match=r"begin at the condition 'low', which is shape \(8, 3\)"):
+        module.sample(8, {"low": torch.randn(8, 3)})
+    with pytest.raises(ValueError, match="begin at the condition 'low', which is missing"):
+        module.sample(8, {})
+    with pytest.raises(ValueError, match="is straight, and this network works with VariancePreserving"):
+        ready(TeacherTraining(mlp_of(VariancePreserving()), source="low"))
+    with pytest.raises(ValueError, match="share of noise in the source"):
+        TeacherTraining(halving(), source="low", perturbation=2.0)
+
+
+def mlp_of(process):
+    denoiser = mlp()
+    return Denoiser(denoiser.network, process, "epsilon")
+
+
+def test_students_of_such_a_teacher_begin_there():
+    x0 = torch.randn(8, 2)
+    low = {"low": 2.0 * x0}
+    trained = ready(TeacherTraining(halving(), source="low", label_dropout=0.0, shape=[2], ema=[]))
+    teacher = trained.student.requires_grad_(False).eval()
+    module = ready(OFTSR(teacher, student=embedded(), source="low", shape=[2]))
+    terms = module.student_loss(Batch(x0=x0, cond=low))
+    assert max(float(value.detach()) for value in terms.losses.values()) < 1e-12
+    for made in (module.sample(8, low), module.predict_step(Batch(cond=low), 0), module.restore(low["low"], low)):
+        torch.testing.assert_close(made, x0)
+    torch.testing.assert_close(module.sample(8, low, weights="student"), x0)
+    for settings in ({"source": "low", "perturbation": 0.5}, {"source": "gaussian"}):
+        with pytest.raises(ValueError, match=r"give OFTSR\(source='low', perturbation=0\)"):
+            ready(OFTSR(teacher, student=embedded(), shape=[2], **settings))
+    with pytest.raises(ValueError, match=r"DMD2 trains from noise; use OFTSR\(source='low'\)"):
+        ready(DMD2(teacher, shape=[2]))
+    facts = Recipe("pairs", (1.0, 0.5))
+    with pytest.raises(ValueError, match="begin at the condition 'low', and stores"):
+        trajectory_records(teacher, facts, 0, 2, (2,), {"low": torch.randn(2, 2)})
+
+
 def test_noise_may_be_the_source():
     module = ready(OFTSR(mlp(), source="gaussian"))
     found = module.sources(Batch(size=20_000))
@@ -183,7 +242,9 @@ def test_bad_batches_and_teachers_are_named():
     with pytest.raises(ValueError, match="use a teacher trained with FlowMatching, or BOOT"):
         exact_module(OFTSR, two_times=True, process=process)
     with pytest.raises(ValueError, match="one step from t_max"):
-        exact_module(OFTSR, two_times=True).sample(3, num_steps=2)
+        exact_module(OFTSR, two_times=True).sample(3, num_steps=2, noise=torch.randn(3, 2))
+    with pytest.raises(ValueError, match=r"give sample\(noise=...\) these pictures"):
+        exact_module(OFTSR, two_times=True).sample(3)
 
 
 @pytest.mark.learn

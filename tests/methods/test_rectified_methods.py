@@ -39,11 +39,11 @@ from lightning_distill.networks.roles import Copy, Explicit, Lora
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser
 from lightning_distill.networks.two_time import TwoTime
-from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving, change_process
 from lightning_distill.samplers import adams_coefficients, ode
 from lightning_distill.schedules import WarmupDecay
 from lightning_distill.strategies import RoleFSDP2
-from lightning_distill.times import Uniform
+from lightning_distill.times import Uniform, validate_times
 from lightning_distill.trajectories import run_solver
 
 N = 6
@@ -661,3 +661,30 @@ def test_reflow_on_shuffled_pairs_is_no_straighter(ring_problem, ring_pairs):
     print(f"one step: shuffled {found:.3f}, coupled {right:.3f}, the teacher {one:.3f}")
     assert found > 0.8 * one
     assert right < 0.5 * one
+
+
+@pytest.mark.parametrize("logits", [[0.0, 0.0, -9.0], [-8.0, 0.0, 0.0], [9.0, 0.0, 0.0], [-9.0, 9.0, -9.0]])
+def test_rounded_times_stay_apart_and_above_0(logits):
+    process = VariancePreserving()
+    sizes = StepSizes(3, 1.0, process)
+    with torch.no_grad():
+        sizes.logits.copy_(torch.tensor(logits))
+    times = sizes.native_times()
+    validate_times(times, process)
+    steps = [t * process.num_train_timesteps for t in times]
+    assert steps == pytest.approx([round(step) for step in steps])
+    assert all(a - b > 0.99 for a, b in zip([*steps], [*steps[1:], 0.0]))
+    free = change_process(sizes()[:-1].detach(), FlowMatching(), process)[0]
+    assert (torch.tensor(times, dtype=torch.float64) - free).abs().max() < 3.0 / process.num_train_timesteps
+
+
+def test_stored_states_say_where_learning_starts():
+    module = solver(solver_steps=12)
+    states, times = module.trajectory(Batch(size=64))
+    want = list(module._given_times)
+    stored = solver(solver_steps=12)
+    even = list(stored.student_times)
+    kept = Batch(x0=states[-1], noise=states[0], states=states[:-1].transpose(0, 1), times=times[:-1])
+    stored.student_loss(kept)
+    assert stored.student_times == pytest.approx(want)
+    assert stored.student_times != pytest.approx(even)

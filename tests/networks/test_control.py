@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import guided
-from lightning_distill.methods import LCM, ConsistencyDistillation
+from lightning_distill.methods import LCM, ConsistencyDistillation, SANASprint
+from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.control import Controlled, ControlledDenoiser, controlled
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
@@ -137,6 +138,23 @@ def test_consistency_with_a_told_scale_and_a_control():
     x, _, cond = inputs(tiny, both)
     module = LCM(both, student=TwoTime(Copy(), kind=None, guidance=True), intervals=4, ema=[])
     assert updated(module, Batch(x0=x, cond=cond))
+
+
+@pytest.mark.parametrize("name", ["sana", "sana_sprint"])
+def test_continuous_methods_train_with_a_control(name):
+    """SANA-Sprint's own setting: the tangent goes through the ControlNet, and the student is told a scale."""
+    tiny, _, both = steered(name)
+    x, t, cond = inputs(tiny, both)
+    told = TwoTime(Copy(), kind=None, guidance=True) if name == "sana" else Copy()
+    gan = Adversary(taps=both.block_names()[:1], features="teacher")
+    module = SANASprint(both, student=told, gan=gan, warmup_updates=1, ema=[])
+    module.configure_model()
+    assert torch.equal(module.student(x, t, cond).x0, both(x, t, cond).x0)
+    module.draws = Draws(module.streams, 5, 0, "student0", 0)
+    sum(module.student_loss(Batch(x0=x, cond=cond)).losses.values()).backward()
+    reached = {name for name, p in module.student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("controlnet" in parameter for parameter in reached)
+    assert any(".network." in parameter for parameter in reached)
 
 
 def test_it_is_read_from_two_folders(tmp_path):

@@ -227,3 +227,27 @@ def test_transfers_that_do_not_fit_change_nothing(tmp_path):
     with pytest.raises(ValueError, match="lora_B"):
         transfer_adapter({"a.lora_A.weight": torch.ones(1, 2)}, student)
     assert torch.equal(outputs(student), before)
+
+
+def test_the_students_own_noise_scale_is_kept(models):
+    teacher, student = models
+    draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+    alone = generate(student, noise(), {}, TIMES, "renoise", generator=draws[0], noise_scale=0.5)
+    both = hybrid(teacher, student, noise(), {}, TIMES, first=0, generator=draws[1], noise_scale=0.5)
+    assert torch.equal(both, alone)
+    draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+    calm, wild = (
+        hybrid(teacher, student, noise(), {}, TIMES, first=1, generator=g, noise_scale=w)
+        for g, w in zip(draws, (0.5, 1.0))
+    )
+    assert (calm - wild).abs().mean() > 1e-3
+
+
+def test_a_sampler_that_needs_the_start_is_refused(models):
+    teacher, student = models
+    with pytest.raises(ValueError, match="cannot go on where the teacher stopped; use a student with sampler='ode'"):
+        hybrid(teacher, student, noise(), {}, TIMES, first=1, sampler="start_noise")
+    with pytest.raises(ValueError, match="needs the starting noise itself"):
+        generate(student, noise(), {}, TIMES, "start_noise", noisy=True)
+    alone = generate(student, noise(), {}, TIMES, "start_noise")
+    assert torch.equal(hybrid(teacher, student, noise(), {}, TIMES, first=0, sampler="start_noise"), alone)

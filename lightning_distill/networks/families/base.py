@@ -63,6 +63,7 @@ class Family:
         guidance: makes the arguments that embed the guidance scale (B,) from network and scale; None from it, or no
             function at all, for networks without such an embedding.
         guidance_scale: scale embedded when the caller gives none.
+        start: name of the condition at which samples begin, and the share of noise in it; None begins at noise.
         sign: factor on the output (-1 for models that return the negative velocity).
         channel_split: the output carries a learned variance; keep its first half along the channel dimension.
         output: how to get the tensor out of the model's return value.
@@ -99,6 +100,7 @@ class Family:
     needs_target: bool = False
     guidance: Callable[[nn.Module, Tensor], dict[str, Tensor] | None] | None = None
     guidance_scale: float | None = None
+    start: tuple[str, float] | None = None
     sign: float = 1.0
     channel_split: bool = False
     output: Callable[[Any], Any] = _first

@@ -1,0 +1,164 @@
+"""Teachers that are told a guidance scale: who is told what, in training and when sampled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_problems import mlp, ready, shift
+from tiny_pipelines import flux, sana_sprint
+
+from lightning_distill.batch import Batch
+from lightning_distill.generation import generate
+from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance, check_guidance, guided, is_told
+from lightning_distill.methods import (
+    DMD2,
+    ConsistencyDistillation,
+    GuidanceDistillation,
+    KnowledgeDistillation,
+    LearnedSolver,
+    Reflow,
+)
+from lightning_distill.methods.discriminating import score_with_features
+from lightning_distill.networks.guidance_adapters import GuidanceAdapters
+from lightning_distill.networks.lora import AdapterDenoiser
+from lightning_distill.networks.roles import Copy, Lora
+from lightning_distill.networks.second_time import add_guidance
+from lightning_distill.networks.two_time import TwoTime
+
+N = 6
+
+
+@pytest.fixture
+def told():
+    """A network with classes that embeds a scale, 3 by default."""
+    denoiser = mlp(classes=3)
+    add_guidance(denoiser.network)
+    shift(denoiser.network)
+    denoiser.family = replace(denoiser.family, guidance_scale=3.0)
+    return denoiser.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def batch():
+    return Batch(x0=torch.randn(N, 2), cond={"class_labels": torch.arange(N) % 3})
+
+
+def point(n=N):
+    return torch.randn(n, 2), torch.linspace(0.2, 0.8, n, dtype=torch.float64), {"class_labels": torch.arange(n) % 3}
+
+
+def test_a_told_network_is_guided_by_telling(told):
+    x, t, cond = point()
+    default, other = told(x, t, cond).x0, told(x, t, cond, guidance=torch.tensor(5.0)).x0
+    assert (default - other).abs().max() > 1e-3
+    assert is_told(told)
+    assert torch.equal(guided(told, x, t, cond, 1.0).x0, default)
+    assert torch.equal(guided(told, x, t, cond, 5.0).x0, other)
+    rows = torch.tensor([3.0, 5.0]).repeat(N // 2)
+    mixed = guided(told, x, t, cond, rows).x0
+    torch.testing.assert_close(mixed, torch.where((rows == 3.0)[:, None], default, other))
+    told.null_class = None
+    check_guidance(told, Guidance(5.0), RandomGuidance(1.0, 6.0))  # no unconditional branch is needed
+    with pytest.raises(ValueError, match="has no null class"):
+        check_guidance(replace_class(mlp(classes=3)), Guidance(5.0))
+    with_taps, features = score_with_features(Guidance(5.0), told, x, t, cond, torch.rand(N), ["blocks.0"])
+    torch.testing.assert_close(with_taps, other)
+    assert features["blocks.0"].shape[0] == N
+
+
+def replace_class(denoiser):
+    denoiser.network.num_classes = 0
+    denoiser.null_class = None
+    return denoiser
+
+
+@pytest.mark.parametrize("maker", [flux, sana_sprint])
+@pytest.mark.parametrize("method", [ConsistencyDistillation, Reflow, KnowledgeDistillation, DMD2])
+def test_students_of_told_teachers_are_sampled_as_they(maker, method):
+    """What the student is told by default is its teacher's default: at the start they are one function."""
+    tiny = maker()
+    teacher = tiny.denoiser()
+    teacher.family = replace(teacher.family, guidance_scale=3.5)
+    module = ready(method(teacher))
+    x, t, cond = torch.randn(2, *tiny.shape), torch.tensor([0.5, 0.9], dtype=torch.float64), tiny.cond(2)
+    want = teacher(x, t, cond).x0
+    assert torch.equal(module.student(x, t, cond).x0, want)
+    assert (teacher(x, t, cond, guidance=torch.tensor(1.0)).x0 - want).abs().max() > 1e-5
+    noise = torch.randn(2, *tiny.shape)
+    times = module.student_times
+    samples = module.sample(2, cond, noise=noise)
+    torch.testing.assert_close(samples, generate(teacher, noise, cond, times, module.sampler), rtol=0, atol=0)
+
+
+def test_a_scale_that_is_asked_for_is_told_to_both(told, batch):
+    module = ready(GuidanceDistillation(told, student=Copy(), guidance=RandomGuidance(1.0, 6.0)))
+    x, t, velocity, cond, scale = module.examples(batch)
+    assert scale.min() > 1.0
+    assert scale.unique().numel() == N
+    torch.testing.assert_close(velocity, told(x, t, cond, guidance=scale).flow_prediction)
+    assert module.student_loss(batch).losses["guidance"].item() == 0.0  # the student is the teacher
+    assert module.student.family.guidance_scale == 3.5
+    plain = ready(ConsistencyDistillation(told))
+    assert plain.told_scale(t) is None
+    assert plain.student.family.guidance_scale == 3.0
+
+
+def test_a_teacher_on_a_shared_backbone_is_guided_by_two_passes(batch):
+    """The branch of the student lies in the teacher's network, and says nothing there."""
+    teacher = mlp(classes=3)
+    teacher.null_class = 3
+    role = TwoTime(Lora(rank=2, target_modules=["inner", "outer"]), kind=None, guidance=True)
+    module = ready(GuidanceDistillation(teacher, student=role, guidance=RandomGuidance(1.0, 6.0)))
+    assert isinstance(module.student, AdapterDenoiser)
+    assert module.student.embeds_guidance
+    assert not is_told(module.teacher)
+    x, t, velocity, cond, scale = module.examples(batch)
+    null = module.teacher.null_cond(cond)
+    with_cond, without = (module.teacher(x, t, c).flow_prediction for c in (cond, null))
+    want = without + scale.float()[:, None] * (with_cond - without)
+    torch.testing.assert_close(velocity, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("student", [TwoTime(kind=None, guidance=True), GuidanceAdapters(width=8, heads=2)])
+@pytest.mark.parametrize("policy", [IntervalGuidance(4.0, 0.2, 0.6), RandomGuidance(2.0, 6.0, (0.2, 0.6))])
+def test_students_are_told_a_trajectorys_scale_inside_and_outside_of_intervals(batch, student, policy):
+    """Sampling tells one scale at all times, so training does."""
+    teacher = mlp(classes=3)
+    teacher.null_class = 3
+    module = ready(GuidanceDistillation(teacher, student=student, guidance=policy))
+    x, t, velocity, cond, scale = module.examples(batch)
+    outside = (t < 0.2) | (t > 0.6)
+    assert outside.any()
+    assert not outside.all()
+    assert scale.min() >= 2.0
+    torch.testing.assert_close(velocity[outside], teacher(x, t, cond).flow_prediction[outside])
+    assert (velocity - teacher(x, t, cond).flow_prediction)[~outside].abs().amax(1).min() > 1e-4
+    assert module.student.family.guidance_scale == 4.0
+
+
+def test_a_learned_solver_of_a_told_teacher_needs_no_second_call(told):
+    module = ready(LearnedSolver(told, num_steps=3, solver_steps=6, shape=[2], guidance=Guidance(5.0)))
+    assert module.student.stands_alone
+    assert module.student.sampling_guidance is None
+    assert module.student.family.guidance_scale == 5.0
+    batch = Batch(cond={"class_labels": torch.arange(N) % 3}, size=N)
+    loss = module.student_loss(batch).losses["end"].item()
+    noise, x0 = module.pairs(batch)
+    made = module.sample(N, batch.cond, noise=noise)
+    assert (made - x0).square().mean().item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_distilled_guidance_is_a_teacher_for_fewer_steps(batch):
+    """Both kinds of told students, as the teachers of a second stage at another scale."""
+    base = mlp(classes=3)
+    base.null_class = 3
+    first = ready(GuidanceDistillation(base, student=TwoTime(kind=None, guidance=True), guidance=RandomGuidance(1, 6)))
+    shift(first.student.network)
+    stage = first.student.requires_grad_(False).eval()
+    second = ready(ConsistencyDistillation(stage, guidance=Guidance(5.0), num_steps=2))
+    x, t, cond = point()
+    torch.testing.assert_close(second.guided_teacher(batch)(x, t).x0, stage(x, t, cond, guidance=torch.tensor(5.0)).x0)
+    assert second.student.family.guidance_scale == 5.0
+    assert torch.equal(second.student(x, t, cond).x0, stage(x, t, cond, guidance=torch.tensor(5.0)).x0)

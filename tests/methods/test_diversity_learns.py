@@ -10,8 +10,10 @@ from PIL import Image
 
 from lightning_distill.generation import generate
 from lightning_distill.hybrid import hybrid
+from lightning_distill.networks.adapter_transfer import transfer_adapter
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.lora import add_adapter
 from lightning_distill.networks.small import ResidualMLP, small_unet
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.plots import aligned_strips, save_strips, target_strip
@@ -152,3 +154,45 @@ def test_one_step_of_the_teacher_restores_the_modes_and_keeps_the_quality(ring4_
     assert (targets[:, 0] - problem.means[0]).norm(dim=1).mean() < 0.4
     assert aims[:, 0].norm(dim=1).mean() < 0.6
     assert modes(aims[:, -1], problem) == 4
+
+
+@pytest.mark.learn
+@pytest.mark.slow
+def test_an_adapter_of_the_teacher_moves_a_collapsed_student_and_hybrid_sampling_its_modes(
+    ring4_problem, trained_teacher
+):
+    """The control of arXiv:2503.10637: a LoRA that was trained on the teacher works on the student as it is."""
+    teacher, problem = trained_teacher.denoiser, ring4_problem
+    student = collapsed(teacher, problem)
+    base = copy.deepcopy(teacher).requires_grad_(False)
+    adapter = add_adapter(base, "style", rank=16, alpha=16.0, target_modules=["inner", "outer", "input", "output"])
+    moved = torch.tensor([1.2, 0.6])
+    optimizer = torch.optim.Adam([p for _, p in adapter.adapter_parameters()], lr=5e-3)
+    generator = torch.Generator().manual_seed(3)
+    for update in range(500):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - update / 500)
+        clean = problem.data.x0[torch.randint(len(problem.data.x0), (256,), generator=generator)] + moved
+        t = problem.times.quantile(torch.rand(256, generator=generator, dtype=torch.float64), problem.process)
+        sigma = t[:, None].float()
+        noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
+        optimizer.zero_grad()
+        (((adapter(noisy, t).x0 - clean) / sigma.clamp(0.1, 1.0)).square().mean()).backward()
+        optimizer.step()
+    adapter.eval()
+    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
+
+    def draw(first, model):
+        return hybrid(adapter, model, noise, {}, TIMES, first=first, teacher_steps=20, sampler="ode")
+
+    plain = draw(0, student)
+    assert transfer_adapter(adapter, student)
+    styled, both, whole = draw(0, student), draw(1, student), draw(2, student)
+    assert modes(whole - moved, problem) == 4  # the teacher has learned it
+    shifted = (styled.mean(0) - plain.mean(0) - moved).norm()
+    print(f"styled: off by {shifted:.2f} of {moved.norm():.2f}; near modes {close(both - moved, problem):.2f}")
+    assert shifted < 0.5 * moved.norm()
+    assert modes(styled - moved, problem) < 3  # it moves and stays collapsed
+    assert modes(both - moved, problem) == 4
+    assert problem.distance(both - moved) < 0.4 * problem.distance(styled - moved)
+    transfer_adapter(adapter, student, -1.0)
+    torch.testing.assert_close(draw(0, student), plain, rtol=1e-3, atol=1e-3)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lightning_distill.commands.export import export_module
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import Experts
+from lightning_distill.networks.prompt_groups import prompt_features, read_centres
 from lightning_distill.networks.small import small_unet
 from lightning_distill.processes import FlowMatching, VariancePreserving
 
@@ -51,6 +53,22 @@ def test_experts_for_classes_become_one_pipeline_each(tmp_path):
         assert config["card"]["classes"] == classes
     with pytest.raises(FileExistsError, match="expert_0"):
         export_module(module, tmp_path / "out", fresh=False)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart_sigma"])
+def test_experts_for_prompts_become_one_pipeline_each(tmp_path, name):
+    tiny = MAKERS[name]()
+    teacher = tiny.denoiser()
+    width = prompt_features(tiny.cond(2)).shape[1]
+    centres = torch.nn.functional.normalize(torch.randn(2, width), dim=1)
+    save_file({"centres": centres}, tmp_path / "centres.safetensors")
+    role = Experts(prompts=str(tmp_path / "centres.safetensors"))
+    module = DMD2(teacher, student=role, num_steps=2, shape=tiny.shape, ema=[])
+    folder, difference = export_module(differ(module), tmp_path / "out", fresh=False)
+    assert difference <= 1e-5
+    assert (folder / "expert_0").is_dir()
+    assert (folder / "expert_1").is_dir()
+    assert torch.equal(read_centres(str(folder / "centres.safetensors")), centres)
 
 
 def test_experts_that_no_stock_pipeline_switches_are_refused(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_distill.commands.errors import CommandParser
@@ -18,11 +19,12 @@ from lightning_distill.export import export_denoiser, export_lora, export_pipeli
 from lightning_distill.export.adapters import LORA_STYLES
 from lightning_distill.export.folders import CONFIG, source_of
 from lightning_distill.export.pipeline import stock_student
-from lightning_distill.generation import default_cond
+from lightning_distill.generation import default_cond, draw_noise, generate
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.experts import ConditionExperts, ExpertNetwork, single_experts
+from lightning_distill.networks.experts import ConditionExperts, ExpertNetwork, PromptExperts, single_experts
 from lightning_distill.networks.merging import without_adapters
+from lightning_distill.networks.prompt_groups import CENTRES
 
 __all__ = ["export_module", "main"]
 
@@ -41,7 +43,8 @@ def export_module(
 ) -> tuple[Path, float]:
     """Export a student and compare the stock pipeline's samples, in a fresh process, with ``module.sample``.
 
-    Experts for groups of classes become one pipeline each, ``expert_0`` and so on in ``out_dir``.
+    Experts for groups of classes or prompts become one pipeline each, ``expert_0`` and so on in ``out_dir``; beside
+    those for prompts lie the centres of the groups, by which ``prompt_groups.group_of`` finds the one for a prompt.
 
     Args:
         module: a trained module.
@@ -76,12 +79,16 @@ def export_module(
         raise FileExistsError(f"{', '.join(taken)}: these exist; give another folder, or overwrite=True.")
     for part, labels, folder in pipelines:
         differences.append(_export(module, part, labels, folder, weights, overwrite, n, lora, source, license, fresh))
+    if isinstance(network.network, PromptExperts):
+        save_file({CENTRES: network.network.centres.cpu()}, Path(out_dir) / "centres.safetensors")
     return Path(out_dir), max(differences)
 
 
 def _pipelines(network: Denoiser, out_dir: Path) -> list[tuple[Denoiser, Tensor | None, Path]]:
     """What becomes a pipeline each, the classes it knows (None for all) and its folder."""
     experts = network.network
+    if isinstance(experts, PromptExperts):
+        return [(single, None, out_dir / f"expert_{k}") for k, single in enumerate(single_experts(network))]
     if not isinstance(experts, ConditionExperts):
         return [(network, None, out_dir)]
     owner = experts.groups[:-1].cpu()
@@ -119,7 +126,12 @@ def _export(
     if size:
         n = min(n, 2)
         cond = probe_cond(one, n, size)
-    x0 = module.sample(n, cond, generator=torch.Generator().manual_seed(0), weights=weights)
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(module.sampling_network(weights).network, PromptExperts):  # which would send prompts to others
+        noise = draw_noise((n, *module.sample_shape), generator)
+        x0 = generate(network, noise, cond, module.student_times, module.sampler, generator=generator)
+    else:
+        x0 = module.sample(n, cond, generator=generator, weights=weights)
     with tempfile.TemporaryDirectory() as temporary:
         base = None if lora is None else source or _base_pipeline(module, network, Path(temporary) / "base")
         embedded: dict[str, Any] = {"cond": cond} if size else {"class_labels": cond.get("class_labels")}

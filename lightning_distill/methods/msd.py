@@ -13,14 +13,17 @@ __all__ = ["MSD"]
 
 
 class MSD(DMD2):
-    """Multi-student distillation: DMD2 with a student and a fake score for each group of classes.
+    """Multi-student distillation: DMD2 with a student and a fake score for each group of classes or prompts.
 
     At generation one student runs, at the cost of one; together they have the capacity of all. Students may be smaller
     than the teacher (``student=Explicit(...)``).
 
     Args:
-        teacher: the pretrained, class-conditional model.
+        teacher: the pretrained, conditional model.
         classes: the classes of each student, a partition; None is one student for all, DMD2.
+        prompts: for text models, the store of embeddings that are divided into ``count`` groups, or a file of their
+            centres, see ``Experts``.
+        count: number of groups of prompts.
         student: how each student is made, None for a copy.
         fake_score: how each fake score is made, None for a copy.
         **kwargs: see ``DMD2``; ``gan`` reads the teacher's features.
@@ -40,14 +43,20 @@ class MSD(DMD2):
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
         classes: Sequence[Sequence[int]] | None = None,
+        prompts: str | None = None,
+        count: int = 2,
         student: Role | None = None,
         fake_score: Role | None = None,
         **kwargs: Any,
     ) -> None:
+        if classes is not None and prompts is not None:
+            raise ValueError("MSD divides by classes or by prompts; give one of them.")
         if classes is not None and len(classes) > 1:
             student, fake_score = (Experts(classes=classes, role=role) for role in (student, fake_score))
+        elif prompts is not None:
+            student, fake_score = (Experts(prompts=prompts, count=count, role=role) for role in (student, fake_score))
         super().__init__(teacher, student=student, fake_score=fake_score, **kwargs)
-        if self.gan is not None and classes is not None and self.gan.features == "fake_score":
+        if self.gan is not None and (classes or prompts) and self.gan.features == "fake_score":
             raise ValueError(
                 "MSD has several fake scores, whose features cannot be read in one call; give "
                 "gan=Adversary(features='teacher')."

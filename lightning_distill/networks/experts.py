@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
+from lightning_distill.networks.prompt_groups import centres, group_of, prompt_features, read_centres
 from lightning_distill.networks.roles import Copy, Role, with_network
 
-__all__ = ["ConditionExperts", "ExpertNetwork", "Experts", "TimeExperts", "single_experts"]
+__all__ = ["ConditionExperts", "ExpertNetwork", "Experts", "PromptExperts", "TimeExperts", "single_experts"]
 
 
 class ExpertNetwork(nn.Module):
@@ -39,7 +41,8 @@ class ExpertNetwork(nn.Module):
 
         Args:
             x: packed samples.
-            time: second positional argument of the networks.
+            time: second positional argument of the networks: the time, or the embeddings of prompts where the time is
+                the keyword ``timestep``.
             kwargs: everything else.
         """
         raise NotImplementedError
@@ -49,7 +52,7 @@ class ExpertNetwork(nn.Module):
 
         Args:
             x: packed samples, (B, ...).
-            time: times, (B, ...), as the networks take them.
+            time: the networks' second argument, see ``route``.
             **kwargs: conditions; tensors of B rows are divided like the samples.
         """
         index = self.route(x, time, kwargs)
@@ -59,13 +62,19 @@ class ExpertNetwork(nn.Module):
         out: Tensor | None = None
         for k in present:
             rows = (index == k).nonzero().squeeze(1)
-            own = {key: v[rows] if isinstance(v, Tensor) and len(v) == len(x) else v for key, v in kwargs.items()}
+            own = _rows(kwargs, rows, len(x))
             part = self.experts[k](x[rows], time[rows], **own)
             part = part[0] if isinstance(part, tuple) else getattr(part, "sample", part)
             if out is None:
                 out = part.new_zeros(len(x), *part.shape[1:])
             out = out.index_copy(0, rows, part)
         return out
+
+
+def _rows(kwargs: dict[str, Any], rows: Tensor, total: int) -> dict[str, Any]:
+    """Conditions of some of the samples; nested ones too."""
+    made: dict[str, Any] = tree_map(lambda v: v[rows] if isinstance(v, Tensor) and len(v) == total else v, kwargs)
+    return made
 
 
 class TimeExperts(ExpertNetwork):
@@ -86,6 +95,7 @@ class TimeExperts(ExpertNetwork):
 
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """A boundary belongs to the noisier side."""
+        time = kwargs.get("timestep", time)
         t = time.double().reshape(len(time), -1)[:, :1]
         passed = t < self.boundaries - 1e-6 if self.rising else t > self.boundaries + 1e-6
         return passed.sum(1)
@@ -110,6 +120,26 @@ class ConditionExperts(ExpertNetwork):
         return self.groups[kwargs["class_labels"]]
 
 
+class PromptExperts(ExpertNetwork):
+    """Experts for groups of prompts; the unconditional embedding goes where it lies, too.
+
+    Args:
+        experts: networks.
+        centres: of the groups, (K, D), see ``prompt_groups``.
+    """
+
+    centres: Tensor
+
+    def __init__(self, experts: Sequence[nn.Module], centres: Tensor) -> None:
+        super().__init__(experts)
+        self.register_buffer("centres", centres.float())
+
+    def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """By the nearest centre."""
+        embeddings = {"encoder_hidden_states": time} if "timestep" in kwargs else {}
+        return group_of(prompt_features({**embeddings, **kwargs}), self.centres)
+
+
 def single_experts(denoiser: Denoiser) -> list[Denoiser]:
     """The experts as denoisers of their own, which share the weights.
 
@@ -124,12 +154,15 @@ def single_experts(denoiser: Denoiser) -> list[Denoiser]:
 class Experts(Role):
     """A student, or fake score, of several networks that all begin as the source.
 
-    Either ``boundaries`` (Phased DMD, arXiv:2510.27684) or ``classes`` (multi-student distillation,
-    arXiv:2410.23274) says who is responsible.
+    ``boundaries`` (Phased DMD, arXiv:2510.27684), ``classes`` or ``prompts`` (multi-student distillation,
+    arXiv:2410.23274) say who is responsible.
 
     Args:
         boundaries: times between the experts as shares of t_max, falling; K - 1 for K experts.
         classes: the classes of each expert; together all of them.
+        prompts: store of ``lightning-distill cache`` whose embeddings are divided into ``count`` groups by k-means, or
+            a safetensors file with their ``centres``.
+        count: number of groups of prompts; with a file it is the file's.
         role: how each expert is made; None for a copy.
 
     Notes:
@@ -141,16 +174,22 @@ class Experts(Role):
         self,
         boundaries: Sequence[float] | None = None,
         classes: Sequence[Sequence[int]] | None = None,
+        prompts: str | None = None,
+        count: int = 2,
         role: Role | None = None,
     ) -> None:
+        self.prompts, self.count = prompts, count
         self.boundaries = None if boundaries is None else [float(b) for b in boundaries]
         self.classes = None if classes is None else [list(group) for group in classes]
         self.role = role or Copy()
 
     def check(self) -> None:  # noqa: D102
         self.role.check()
-        if (self.boundaries is None) == (self.classes is None):
-            raise ValueError("Experts needs either boundaries (times between experts) or classes (of each expert).")
+        if sum(given is not None for given in (self.boundaries, self.classes, self.prompts)) != 1:
+            raise ValueError(
+                "Experts needs one of boundaries (times between experts), classes (of each expert) and prompts (store "
+                "of their embeddings)."
+            )
         if self.boundaries is not None:
             b = self.boundaries
             if any(y >= x for x, y in zip([1.0, *b], [*b, 0.0])):
@@ -165,7 +204,9 @@ class Experts(Role):
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()
-        count = len(self.boundaries or self.classes or []) + (self.boundaries is not None)
+        middle = None if self.prompts is None else self._centres(self.prompts)
+        count = len(self.boundaries or self.classes or ()) + (self.boundaries is not None)
+        count = count if middle is None else len(middle)
         made = [self.role.build(source, f"{name}_{k}") for k in range(count)]
         if any(isinstance(part, AdapterDenoiser) for part in made):
             raise ValueError("experts are networks of their own; give Experts(role=Copy()) or another one than Lora.")
@@ -177,10 +218,15 @@ class Experts(Role):
             # where Denoiser would send them
             times = first._time(shares * first.process.t_max).double()
             router = TimeExperts(networks, times[1:], bool(times[0] > times[1]))
+        elif middle is not None:
+            router = PromptExperts(networks, middle)
         else:
             router = ConditionExperts(networks, self._groups(first))
         first.network = router.to(first.device)
         return first
+
+    def _centres(self, path: str) -> Tensor:
+        return read_centres(path) if path.endswith(".safetensors") else centres(path, self.count)
 
     def _groups(self, denoiser: Denoiser) -> Tensor:
         assert self.classes is not None

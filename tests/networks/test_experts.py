@@ -138,8 +138,8 @@ def test_bad_input():
         with pytest.raises(ValueError, match=message):
             Experts(**settings).build(teacher or mlp(), "student")
 
-    refused("either boundaries")
-    refused("either boundaries", boundaries=[0.5], classes=[[0]])
+    refused("needs one of boundaries")
+    refused("needs one of boundaries", boundaries=[0.5], classes=[[0]])
     refused("fall strictly between 1 and 0", boundaries=[0.2, 0.5])
     refused("fall strictly between 1 and 0", boundaries=[1.0])
     refused("belongs to exactly one expert", classes=[[0, 1], [1]])

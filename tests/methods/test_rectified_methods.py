@@ -11,7 +11,11 @@ from conftest import fit
 from small_problems import Exact, Given, mlp, ready
 
 from lightning_distill.batch import Batch
+from lightning_distill.checkpoints import fingerprint
+from lightning_distill.cli import trainer_cli
 from lightning_distill.commands.export import export_module
+from lightning_distill.commands.quickstart import evaluate_student
+from lightning_distill.configs import config_path
 from lightning_distill.ema import PowerEMA
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance, guided
@@ -37,7 +41,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.networks.roles import Copy, Explicit, Lora
 from lightning_distill.networks.small import ResidualMLP
-from lightning_distill.networks.specs import NewDenoiser
+from lightning_distill.networks.specs import NewDenoiser, ZooDenoiser
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import EDM, FlowMatching, VariancePreserving, change_process
 from lightning_distill.samplers import adams_coefficients, ode
@@ -688,3 +692,18 @@ def test_stored_states_say_where_learning_starts():
     stored.student_loss(kept)
     assert stored.student_times == pytest.approx(want)
     assert stored.student_times != pytest.approx(even)
+
+
+@pytest.mark.learn
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_learn_one_step_of_the_digits(tmp_path):
+    words = ["fit", "-c", str(config_path("method/hipa_digits.yaml")), "--trainer.enable_progress_bar=false"]
+    module = trainer_cli([*words, f"--trainer.logger.init_args.save_dir={tmp_path}"]).model.eval()
+    row, _ = evaluate_student(module, 2500)
+    print(f"hipa: progress {row.metrics['progress_cnn']:.3f}")
+    assert row.metrics["progress_cnn"] > 0.85
+    teacher = ZooDenoiser("digits").build()
+    assert fingerprint(base_state_dict(module.teacher.network).values()) == fingerprint(
+        base_state_dict(teacher.network).values()
+    )

@@ -28,6 +28,8 @@ from typing import Any
 import yaml
 from derive import derive
 
+from lightning_distill.environment import machine
+
 
 def identity(row: dict[str, Any]) -> tuple[str, str, str]:
     """What makes a row of results a configuration of its own."""
@@ -99,7 +101,8 @@ def run(entry: str, seed: int, args: argparse.Namespace, environment: dict[str, 
         figures = json.loads(Path(out).read_text())
     if not math.isfinite(figures["fd_cnn"]):
         raise RuntimeError(f"{entry} seed {seed}: the samples are not finite.")
-    row |= {"fd": figures.pop("fd_cnn"), **figures} | ({"seconds": seconds} if seconds else {})
+    row |= {"fd": figures.pop("fd_cnn"), **figures, "cpu": machine()["cpu"]}
+    row |= {"seconds": seconds} if seconds else {}
     print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return row
 

@@ -72,7 +72,8 @@ def derive(config: dict[str, Any], updates: int) -> dict[str, Any]:
         model["classes"] = [list(range(CLASSES // 2)), list(range(CLASSES // 2, CLASSES))]
     pictures = {"Prior": {"num_classes": CLASSES}, "Toy2D": {"split": "all"}}[source]
     new = {"Prior": "Prior", "Toy2D": "Digits"}[source]
-    config["data"] = {"class_path": new, "init_args": {**pictures, "batch_size": BATCH}}
+    batch = min(BATCH, data.get("init_args", {}).get("batch_size", BATCH))  # smaller ones have many points a sample
+    config["data"] = {"class_path": new, "init_args": {**pictures, "batch_size": batch}}
     return config
 
 

@@ -14,7 +14,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compare
 import digits_table
-from derive import BATCH, RATE, derive
+from derive import BATCH, RATE, TAPS, derive
 
 from lightning_distill.configs import config_path
 
@@ -36,7 +36,10 @@ def test_every_method_of_the_plane_has_a_configuration_for_digits(name):
     assert digits["trainer"]["max_steps"] == 90
     assert after["teacher"] == {"class_path": "ZooDenoiser", "init_args": {"name": "digits"}}
     assert "Explicit" not in str(after)
-    assert digits["data"]["init_args"]["batch_size"] == BATCH
+    given = plane["data"].get("init_args", {}).get("batch_size", BATCH)
+    assert digits["data"]["init_args"]["batch_size"] == min(BATCH, given)
+    if "gan" in before:
+        assert after["gan"]["init_args"] == {**before["gan"]["init_args"], "taps": TAPS}
     rate = before["student_optimizer"]["init_args"]["lr"]
     assert after["student_optimizer"]["init_args"]["lr"] == pytest.approx(RATE * rate)
     for key in before.keys() & after.keys():

@@ -113,14 +113,18 @@ def pair_weight(
         one               1
         inverse_gap       1 / (t - r)                                       (iCT, ECT)
         inverse_sqrt_gap  1 / sqrt(t - r)
-        inverse_variance  alpha^2 / sigma^2
-        inverse_c_out     sqrt(sigma^2 + sd^2) / (sd sigma), sigma the noise level of EDM; inverse_c_out2 its square
+        inverse_variance  alpha^2 / sigma^2: none at pure noise
+        inverse_c_out     sqrt(sigma^2 + alpha^2 sd^2) / (sd sigma); inverse_c_out2 its square
+
+    A gap is like a noise level on Karras' grids alone. Grids of flow matching are even, so that ``inverse_gap`` is no
+    weight there and small times, whose gradients are small, drift; ``inverse_c_out`` (``inverse_c_out2`` with squared
+    errors) gives all times their share.
 
     Args:
         kind: one of the above.
         t: later (noisier) times, (B,).
         r: earlier times, (B,), below ``t``.
-        process: noise process of the times, for the last three.
+        process: noise process of the times, for the last four.
         sigma_data: sd.
 
     Returns:
@@ -140,10 +144,10 @@ def pair_weight(
         )
     if process is None:
         raise ValueError(f"the weight {kind!r} needs the noise process of the times.")
-    level = process.sigma(t) / process.alpha(t)
+    alpha, sigma = process.alpha(t), process.sigma(t)
     if kind == "inverse_variance":
-        return level.square().reciprocal()
-    inverse = (level.square() + sigma_data**2).sqrt() / (sigma_data * level)
+        return (alpha / sigma).square()
+    inverse = (sigma.square() + (alpha * sigma_data).square()).sqrt() / (sigma_data * sigma)
     return inverse if kind == "inverse_c_out" else inverse.square()
 
 

@@ -134,7 +134,8 @@ class ICT(ConsistencyTraining):
         first_intervals: s0.
         last_intervals: s1.
         interval_distribution: see ``ConsistencyTraining``.
-        weight: w(t, r).
+        weight: w(t, r); None is the paper's 1 / (t - r) in EDM, whose gaps grow with the noise, and ``inverse_c_out``
+            in processes whose grids are even.
         **kwargs: see ``ConsistencyTraining``; the metric is ``pseudo_huber`` with c = .00054 sqrt(D).
     """
 
@@ -148,7 +149,7 @@ class ICT(ConsistencyTraining):
         first_intervals: int = 10,
         last_intervals: int = 1280,
         interval_distribution: Literal["uniform", "lognormal"] = "lognormal",
-        weight: PairWeight = "inverse_gap",
+        weight: PairWeight | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -157,9 +158,16 @@ class ICT(ConsistencyTraining):
             first_intervals=first_intervals,
             last_intervals=last_intervals,
             interval_distribution=interval_distribution,
-            weight=weight,
+            weight=weight or "inverse_gap",
             **kwargs,
         )
+        self._default_weight = weight is None
+
+    def build_roles(self) -> None:
+        """As usual; the default weight depends on the process."""
+        super().build_roles()
+        if self._default_weight and not isinstance(self.process, EDM):
+            self.weight = "inverse_c_out"
 
 
 class ECT(ConsistencyTraining):

@@ -141,6 +141,12 @@ def test_weights():
     c_out = torch.tensor([0.5 * s / math.sqrt(s**2 + 0.25) for s in (2.0, 5.0)])
     torch.testing.assert_close(pair_weight("inverse_c_out", t, r, edm).float(), 1 / c_out)
     torch.testing.assert_close(pair_weight("inverse_c_out2", t, r, edm).float(), 1 / c_out**2)
+    # the same noise levels in flow matching, and pure noise, of which EDM has none
+    flow, ends = FlowMatching(), torch.tensor([0.0, 0.0])
+    same = pair_weight("inverse_c_out", t / (1 + t), ends, flow)
+    torch.testing.assert_close(same.float(), 1 / c_out)
+    assert pair_weight("inverse_c_out", torch.ones(1), torch.zeros(1), flow, 0.5).tolist() == [2.0]
+    assert pair_weight("inverse_variance", torch.ones(1), torch.zeros(1), flow).tolist() == [0.0]
 
 
 # ------------------------------------------------------------------------------------------------ schedules

@@ -593,11 +593,11 @@ FAST = ("tscd", "ctm")
 LEARN = {
     "tscd": (
         TSCD,
-        {"segments": [4, 2, 1], "segment_updates": 70, "intervals": 8, "solver": "heun", "weight": "inverse_gap"},
-        0.5,
+        {"segments": [4, 2, 1], "segment_updates": 70, "intervals": 8, "solver": "heun", "weight": "inverse_c_out2"},
+        0.19,
     ),
     "mlcm": (MLCM, {"segments": [4, 2], "segment_updates": 100, "intervals": 8, "solver": "heun"}, 0.16),
-    "splam": (SPLAM, {"intervals": 4, "solver": "heun", "weight": "inverse_gap"}, 0.62),
+    "splam": (SPLAM, {"intervals": 4, "solver": "heun", "weight": "inverse_c_out2", "metric": "mse"}, 0.2),
     "ctm": (
         CTM,
         {"student": two_times(), "intervals": 8, "solver_steps": 2, "target_ema": lambda: ConstantEMA(0.9)},

@@ -140,7 +140,7 @@ def test_the_grid_grows_as_the_papers_do():
     assert counts == [10, 20, 40, 80, 160, 320, 640, 1280]
     # gaps go with the noise on EDM's grid alone
     assert improved.weight == "inverse_c_out"
-    assert exact_module(ICT, process=EDM(), schedule="fixed", last_intervals=4).weight == "inverse_gap"
+    assert exact_module(ICT, process=EDM(), schedule="fixed", last_intervals=12).weight == "inverse_gap"
     assert ready(ICT(mlp(), total_updates=8, weight="one")).weight == "one"
     profile = ScheduledEMA(100)
     assert profile.beta(1, 8) == cm_ema_decay(2)

@@ -306,12 +306,13 @@ def recipe(name: str, folder: Path) -> dict:
         needs = {change: round(divided(made, number, teacher), 1) for change, made in found.items()}
         fits[device] = {"needs_gib": needs, "fits": next((c for c, need in needs.items() if need <= memory), None)}
     steps = len(settings.get("student_times") or ()) or settings.get("num_steps") or 1
-    repeats = settings["fake_score_steps"]
+    student, *critics = single.phases
+    repeats = settings.get("fake_score_steps", 0)  # of methods with a critic, whose students are rolled out
     # the critic's first update takes the student's samples; a rollout has (steps + 1) / 2 steps on average, and the
     # counted ones have one
-    forwards = repeats * (steps - 1) / 2 - 1
-    student, critic = single.phases
-    gflop = samples * (student.flop + repeats * critic.flop + forwards * single.forward_flop) / 1e9
+    forwards = repeats * (steps - 1) / 2 - 1 if critics else 0
+    critic = sum(phase.flop for phase in critics)
+    gflop = samples * (student.flop + repeats * critic + forwards * single.forward_flop) / 1e9
     return {
         "model": model,
         "parameters": single.roles[0].parameters,

@@ -42,7 +42,8 @@ def stand_in(config: dict[str, Any]) -> list[str]:
         teacher = teacher_fingerprint(PretrainedDenoiser(**model["teacher"]["init_args"]).build())
         cond = StoredConditions(str(store), list(tiny.cond(1))).identity()
         key = {"kind": "trajectories", "teacher": teacher, "cond": cond, "num_classes": None}
-        key |= {"point_times": [], "shape": list(tiny.shape), "sigma_data": 1.0}
+        scale = model["guidance"]["init_args"]["scale"]
+        key |= {"point_times": [], "shape": list(tiny.shape), "sigma_data": 1.0, "guidance": [scale, scale]}
         pairs = {name: torch.randn(RECORDS, *tiny.shape) for name in ("noise", "x0")}
         StoreWriter(model["regression_pairs"], key, RECORDS).write(0, pairs)
     words = ["--model.init_args.accumulate_grad_batches=2"]

@@ -14,11 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.denoiser import Denoiser, per_sample
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import expand
 
-__all__ = ["Guidance", "IntervalGuidance", "RandomGuidance", "branches", "check_guidance", "guided", "is_told"]
+__all__ = [
+    "Guidance",
+    "IntervalGuidance",
+    "RandomGuidance",
+    "branches",
+    "check_guidance",
+    "guided",
+    "is_told",
+    "per_sample",
+]
 
 
 def is_told(denoiser: Denoiser) -> bool:
@@ -62,7 +71,7 @@ def guided(
     if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser(x_t, t, cond)
     if is_told(denoiser):
-        return denoiser(x_t, t, cond, guidance=torch.as_tensor(scale, device=x_t.device).expand(len(x_t)))
+        return denoiser(x_t, t, cond, guidance=per_sample(scale, x_t))
     if not cond:
         raise ValueError(
             f"guidance_scale={scale} needs conditions (class labels, text), but the batch has none; "

@@ -11,7 +11,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance, is_told
 from lightning_distill.losses.adversarial import generator_loss
 from lightning_distill.networks.adversary import Adversary
-from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.denoiser import Denoiser, per_sample
 from lightning_distill.networks.discriminators import DiscriminatorHeads
 from lightning_distill.processes import expand
 from lightning_distill.times import TimeDistribution
@@ -82,14 +82,14 @@ def score_with_features(
     """
     if not taps:
         return policy(network, x_t, t, cond, u).x0, {}
-    w = torch.as_tensor(policy.scales(t, u), device=x_t.device)
-    told = w if policy.needs_null and is_told(network) else None
+    w = policy.scales(t, u)
+    told = per_sample(w, x_t) if policy.needs_null and is_told(network) else None
     with nullcontext() if differentiable else graph_until(network.network, taps):
         prediction = network(x_t, t, cond, taps=taps, guidance=told)
     x0 = prediction.x0 if differentiable else prediction.x0.detach()
     if policy.needs_null and told is None:
         without = network(x_t, t, network.null_cond(cond)).x0
-        x0 = without + (expand(w, x_t) if w.ndim else w) * (x0 - without)
+        x0 = without + (expand(w, x_t) if isinstance(w, Tensor) else w) * (x0 - without)
     return x0, prediction.features
 
 

@@ -21,7 +21,7 @@ from lightning_distill.processes import EDM, NoiseProcess, change_process, expan
 if TYPE_CHECKING:
     from lightning_distill.guidance import Guidance
 
-__all__ = ["TAPPED", "AllTapsSeen", "Denoiser"]
+__all__ = ["TAPPED", "AllTapsSeen", "Denoiser", "per_sample"]
 
 #: attribute of a network in which the features tapped by the running call are found
 TAPPED = "_lightning_distill_tapped"
@@ -370,12 +370,10 @@ class Denoiser(nn.Module):
             w = default if guidance is None else guidance
             if w is None:
                 return {}
-            w = torch.as_tensor(w, dtype=torch.float32, device=x.device).expand(x.shape[0])
-            return installed.arguments(None, w)
+            return installed.arguments(None, per_sample(w, x))
         arguments = None
         if make is not None and (guidance is not None or default is not None):
-            w = torch.tensor(default) if guidance is None else guidance
-            arguments = make(self.network, w.to(x.device, torch.float32).expand(x.shape[0]))
+            arguments = make(self.network, per_sample(default if guidance is None else guidance, x))
         if guidance is not None and arguments is None:
             raise ValueError(
                 f"this {type(self.network).__name__} does not embed a guidance scale; leave out guidance=..., or use "
@@ -452,6 +450,19 @@ class Denoiser(nn.Module):
             elif block is not None:
                 names.append(path)
         return names
+
+
+def per_sample(value: float | Tensor | None, x: Tensor) -> Tensor:
+    """A guidance scale for each sample of x, (B,), float32.
+
+    Args:
+        value: (), (B,), or a number, which is filled in without waiting for the device.
+        x: samples, (B, ...).
+    """
+    if isinstance(value, Tensor):
+        return value.to(x.device, torch.float32).expand(x.shape[0])
+    assert value is not None
+    return torch.full((x.shape[0],), value, dtype=torch.float32, device=x.device)
 
 
 def _bound(family: Family, null_cond: Mapping[str, Tensor | float], guidance: float | None) -> Family:

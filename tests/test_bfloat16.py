@@ -1,14 +1,12 @@
 """Where bfloat16 is slow, runs are told, and the quick start does without it."""
 
-import logging
-
 import pytest
 import torch
 
 from lightning_distill import bfloat16
 from lightning_distill.bfloat16 import bfloat16_pays
 from lightning_distill.cli import trainer_cli
-from lightning_distill.commands import quickstart, trajectories
+from lightning_distill.commands import quickstart, trainer, trajectories
 
 
 @pytest.fixture
@@ -37,8 +35,10 @@ def test_the_measurement_is_one():
 
 
 @pytest.mark.parametrize(("half", "precision", "told"), [(2, "bf16-mixed", True), (2, 32, False), (0.5, "bf16", False)])
-def test_a_run_in_slow_bfloat16_is_told(processor, caplog, tmp_path, half, precision, told):
+def test_a_run_in_slow_bfloat16_is_told(processor, monkeypatch, tmp_path, half, precision, told):
     processor(1.0, half)
+    said = []
+    monkeypatch.setattr(trainer, "rank_zero_info", said.append)
     config = tmp_path / "run.yaml"
     config.write_text(
         "model: {class_path: DMD2, init_args: {teacher: {class_path: AnalyticTeacher, init_args: {problem: ring, "
@@ -50,9 +50,8 @@ def test_a_run_in_slow_bfloat16_is_told(processor, caplog, tmp_path, half, preci
         "trainer: {accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false}\n"
     )
     words = ["fit", "-c", str(config), "--trainer.max_steps=1", f"--trainer.precision={precision}"]
-    with caplog.at_level(logging.INFO):
-        trainer_cli(words)
-    assert ("--trainer.precision=32-true" in caplog.text) is told
+    trainer_cli(words)
+    assert ("--trainer.precision=32-true" in "".join(said)) is told
 
 
 @pytest.mark.parametrize(("half", "told"), [(2.0, True), (0.5, False)])

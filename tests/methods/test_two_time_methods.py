@@ -13,7 +13,7 @@ from test_trajectory_learning import ONE_SIDED, PROCESS, distilled, error, ring_
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import generate
-from lightning_distill.guidance import Guidance, IntervalGuidance
+from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance
 from lightning_distill.losses.flow_maps import balance_weight
 from lightning_distill.losses.velocity_matching import velocity_matching_target
 from lightning_distill.methods import SCM, TBCM, AnyFlow, AnyFlowOnPolicy, MDTDist, MeanFlow
@@ -126,9 +126,15 @@ def test_conditions_and_scales_go_with_their_trajectories():
     module = ready(TBCM(teacher, solver_steps=3, **settings))
     points = module.consistency.points(module, Batch(cond={"class_labels": torch.arange(4)}))
     assert points.cond["class_labels"].tolist() == [label for label in range(4) for _ in range(3)]
-    t = change_process(points.tau, TrigFlow(), FLOW, 1 / 1.12)[0]
-    assert torch.equal(points.scale, torch.where(t >= 0.5, 3.0, 1.0).double())
-    assert points.scale.unique().tolist() == [1.0, 3.0]
+    # inside and outside of the interval a trajectory has one name, that of sampling
+    assert points.scale.tolist() == [3.0] * 12
+    random = {**settings, "guidance": RandomGuidance(1.0, 6.0)}
+    points = (module := ready(TBCM(teacher, solver_steps=3, **random))).consistency.points(
+        module, Batch(cond={"class_labels": torch.arange(4)})
+    )
+    scales = points.scale.view(4, 3)
+    assert torch.equal(scales, scales[:, :1].expand(4, 3))
+    assert scales[:, 0].unique().numel() == 4
 
 
 def test_bad_settings_of_tbcm_are_named():

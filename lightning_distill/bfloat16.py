@@ -14,9 +14,9 @@ _SIZE, _REPEATS = 384, 5
 def bfloat16_pays(device_type: str | None = None) -> bool:
     """Whether products of matrices are faster in bfloat16 than in float32.
 
-    Processors without instructions for bfloat16, as most of laptops are, convert every operand: a network under
-    autocast is then about 1.7 times slower than without. Feature flags differ by vendor and release, so that processors
-    are asked by a measurement of some 20 ms, once in a process.
+    Processors without instructions for bfloat16 convert every operand, so that a network under autocast is slower than
+    without. Feature flags differ by vendor and release: processors are asked by a measurement of some 20 ms, once in a
+    process.
 
     Args:
         device_type: ``cpu``, ``cuda`` or another; only processors are measured. None is the one that

@@ -13,6 +13,7 @@ from lightning_distill.data.base import DistillationDataModule
 from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import ResumableLoader
 from lightning_distill.data.store import Store
+from lightning_distill.guidance import IntervalGuidance, RandomGuidance
 from lightning_distill.trajectories import describe_process
 
 __all__ = ["StoredConditions", "StoredTrajectories", "Trajectories", "check_teacher"]
@@ -115,23 +116,28 @@ def _check_guidance(key: Mapping[str, Any], module: Any, where: str, argument: s
     interval = key.get("interval")
     made = f"guidance {low:g}" if low == high else f"guidance between {low:g} and {high:g}"
     made += "" if interval is None else f" at times from {interval[0]:g} to {interval[1]:g}"
-    told = getattr(module, "_tells_scale", False)
-    if told and low < high:
-        return  # every record has its own
+    other = f"or set {argument}=true"
     if low < high:
-        raise ValueError(
-            f"the trajectories in {where} were made with {made}, which this student is not told; give a student that "
-            f"embeds the scale (TwoTime(kind=None, guidance=True) or GuidanceAdapters()), trajectories of one scale, "
-            f"or set {argument}=true."
-        )
-    own = getattr(policy, "interval", policy)
-    bounds = None if getattr(own, "low", None) is None else [own.low, own.high]
-    fixed = type(policy).__name__ in ("Guidance", "IntervalGuidance")
-    if not fixed or policy.scale != low or (low != 1.0 and bounds != interval):
+        if not getattr(module, "_tells_scale", False):
+            raise ValueError(
+                f"the trajectories in {where} were made with {made}, which this student is not told; give a student "
+                "that embeds the scale (TwoTime(kind=None, guidance=True) or GuidanceAdapters()), trajectories of one "
+                f"scale, {other}."
+            )
+        if not low <= policy.scale <= high:
+            raise ValueError(
+                f"the trajectories in {where} were made with {made}, and samples would be told {policy.scale:g}; give "
+                f"guidance=RandomGuidance({low:g}, {high:g}), {other}."
+            )
+        return  # every record tells its own
+    bounds = [policy.low, policy.high] if isinstance(policy, IntervalGuidance) else None
+    if isinstance(policy, RandomGuidance) or policy.scale != low or (low != 1.0 and bounds != interval):
+        needed = f"Guidance({low:g})"
+        if interval is not None:
+            needed = f"IntervalGuidance({low:g}, {interval[0]:g}, {interval[1]:g})"
         raise ValueError(
             f"the trajectories in {where} were made with {made}, and the method has another; give it "
-            f"{'guidance=Guidance' if interval is None else 'guidance=IntervalGuidance'}({low:g}"
-            f"{'' if interval is None else f', {interval[0]:g}, {interval[1]:g}'}), or set {argument}=true."
+            f"guidance={needed}, {other}."
         )
 
 

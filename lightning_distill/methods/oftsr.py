@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch, as_batch
+from lightning_distill.generation import beginning
 from lightning_distill.losses.flow_maps import flow_jump
 from lightning_distill.losses.oftsr import alignment_loss, perturbed_source, runge_kutta_velocity, trajectory_target
 from lightning_distill.methods.base import Terms
@@ -102,19 +103,16 @@ class OFTSR(TwoTimeMethod):
         """x_src of a batch, (B, ...)."""
         if self.source == "gaussian":
             return self.draws.normal("source", (batch.size, *self.sample_shape))
-        found = batch.noise if self.source is None else batch.cond.get(self.source)
-        if not isinstance(found, Tensor):
-            where = "Batch(noise=...)" if self.source is None else f"cond[{self.source!r}]"
+        noise = self.draws.normal("perturbation", (batch.size, *self.sample_shape))
+        if self.source is not None:
+            return beginning(self.student, noise, batch.cond)
+        if batch.noise is None or batch.noise.shape != noise.shape:
+            seen = "no Batch(noise=...)" if batch.noise is None else f"noise of shape {tuple(batch.noise.shape)}"
             raise ValueError(
-                f"OFTSR starts from the picture to be restored, and the batch has no {where}; use a data module that "
-                "yields it, enlarged to the shape of the samples."
+                f"OFTSR starts from the picture to be restored, and the batch has {seen}; use a data module that "
+                f"yields it, enlarged to the shape of the samples, {tuple(noise.shape)}."
             )
-        if tuple(found.shape[1:]) != self.sample_shape:
-            raise ValueError(
-                f"the source has shape {tuple(found.shape[1:])} per sample and the samples {self.sample_shape}; "
-                "enlarge it first."
-            )
-        return perturbed_source(found, self.draws.normal("perturbation", found.shape), self.perturbation)
+        return perturbed_source(batch.noise, noise, self.perturbation)
 
     @torch.no_grad()
     def sample(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,28 +12,22 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from lightning_distill.networks.families import Family, family_of
-from lightning_distill.networks.families.base import SAME
+from lightning_distill.networks.null_conditions import NullConditions, with_null
 from lightning_distill.networks.second_time import Times, second_time_of
+from lightning_distill.networks.tapping import AllTapsSeen, tap
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
 from lightning_distill.processes import EDM, NoiseProcess, change_process, expand
 
 if TYPE_CHECKING:
     from lightning_distill.guidance import Guidance
 
-__all__ = ["TAPPED", "AllTapsSeen", "Denoiser", "per_sample"]
-
-#: attribute of a network in which the features tapped by the running call are found
-TAPPED = "_lightning_distill_tapped"
+__all__ = ["Denoiser", "per_sample"]
 
 #: conditions that enter the network's own layers, hence in its dtype; sizes and masks keep theirs
 _EMBEDDINGS = ("encoder_hidden_states", "pooled_projections", "text_embeds")
 
 
-class AllTapsSeen(Exception):
-    """Raised by the hook on the last tapped block so that the blocks behind it are not run."""
-
-
-class Denoiser(nn.Module):
+class Denoiser(NullConditions, nn.Module):
     """A network together with its noise process, prediction type and calling convention.
 
     Everything above this class speaks only ``x_t``, ``t`` and ``Prediction``; everything below is the network's own.
@@ -110,7 +103,7 @@ class Denoiser(nn.Module):
         #: dtype the network computes in, where a strategy gives it weights of another; None for that of its weights
         self.compute_dtype: torch.dtype | None = None
         #: the entry with what the caller said about null conditions and guidance; shared by all roles of a network
-        self.family = _bound(family or family_of(network), null_cond or {}, guidance)
+        self.family = with_null(family or family_of(network), null_cond or {}, guidance)
         if self.family.eval_only:
             self.eval()
 
@@ -155,7 +148,7 @@ class Denoiser(nn.Module):
         packed = x_in if self.family.pack is None else self.family.pack(x_in)
         features: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            self._tap(taps, features, features_only, stack)
+            tap(self, taps, features, features_only, stack)
             try:
                 out = self.call_network(packed, second, kwargs)
             except AllTapsSeen:
@@ -197,71 +190,6 @@ class Denoiser(nn.Module):
         out = self(x_t, t, cond, taps=taps, features_only=True)
         assert isinstance(out, dict)
         return out
-
-    # ------------------------------------------------------------------------------------------------ conditioning
-    def null_cond(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        """The unconditional counterpart of ``cond`` for classifier-free guidance.
-
-        A stored embedding with fewer tokens than the batch's is padded with zeros where a mask hides them.
-
-        Raises:
-            ValueError: a key has no unconditional value for this network, or one that does not fit the batch.
-        """
-        null: dict[str, Any] = {}
-        for key, value in cond.items():
-            entry = self._null_value(key)
-            if entry is None:
-                remedy = "null_class=... of the teacher (the label it was trained to ignore)"
-                if key != "class_labels":
-                    remedy = f"null_cond={{{key!r}: ...}} of the teacher (the embedding of the empty prompt)"
-                raise ValueError(
-                    f"guidance needs an unconditional value for {key!r}, and {type(self.network).__name__} has none; "
-                    f"give {remedy}, or set guidance_scale=1."
-                )
-            if isinstance(entry, Tensor):
-                null[key] = self._fitted(key, entry, value, "encoder_attention_mask" in cond)
-            else:
-                null[key] = value if entry == SAME else torch.full_like(value, entry)
-        return null
-
-    def _fitted(self, key: str, stored: Tensor, like: Tensor, masked: bool) -> Tensor:
-        """A stored null condition (1, ...) with the rows, device and dtype of the batch's condition."""
-        if stored.device != like.device:
-            # kept for the next call, which may have a graph: outside of inference mode
-            with torch.inference_mode(False):
-                stored = stored.to(like.device)
-            self.family.null[key] = stored  # type: ignore[index]  # a dictionary of this denoiser's own
-        missing = like.shape[1] - stored.shape[1] if like.ndim > 1 and stored.ndim == like.ndim else 0
-        if missing > 0 and masked and key in ("encoder_hidden_states", "encoder_attention_mask"):
-            stored = torch.cat([stored, stored.new_zeros(1, missing, *stored.shape[2:])], dim=1)
-        if stored.shape[1:] != like.shape[1:]:
-            raise ValueError(
-                f"the unconditional {key!r} has shape {tuple(stored.shape[1:])} per sample and the batch's "
-                f"{tuple(like.shape[1:])}; compute both with the same text encoder, padded to one length."
-            )
-        return stored.to(like.dtype).expand_as(like)
-
-    def _null_value(self, key: str) -> Any:
-        """What stands for "no condition" (see ``Family.null``), None where there is no such value."""
-        if key == "class_labels" and self.null_class is not None:
-            return self.null_class
-        entry = self.family.null.get(key)
-        return entry(self.network) if callable(entry) else entry
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of real classes (the null class is the label after the last); None without class labels."""
-        null = self._null_value("class_labels")
-        return None if null is None else int(null)
-
-    def missing_null(self, cond_keys: Iterable[str] | None = None) -> list[str]:
-        """Conditions without an unconditional value: guidance is possible where this is empty.
-
-        Args:
-            cond_keys: conditions of the batches; None for those the network cannot run without.
-        """
-        keys = self.family.required if cond_keys is None else cond_keys
-        return [key for key in keys if self._null_value(key) is None]
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -420,26 +348,6 @@ class Denoiser(nn.Module):
             given |= {k: v.long() for k, v in cond.items() if k == "encoder_attention_mask"}
         return given if family.arguments is None else family.arguments(self.network, x, given)
 
-    def _tap(self, taps: Sequence[str], into: dict[str, Tensor], stop: bool, stack: ExitStack) -> None:
-        if taps:
-            self.network.__dict__[TAPPED] = into
-            stack.callback(self.network.__dict__.pop, TAPPED)
-        for name in taps:
-            try:
-                block = self.network.get_submodule(name)
-            except AttributeError:
-                known = ", ".join(self.block_names()[:40]) or "(no blocks are declared for this class)"
-                raise ValueError(
-                    f"{type(self.network).__name__} has no block {name!r}; blocks to tap: {known}."
-                ) from None
-
-            def hook(_module: nn.Module, _args: Any, out: Any, name: str = name) -> None:
-                into[name] = out[self.family.block_output] if isinstance(out, tuple) else out
-                if stop and len(into) == len(taps):
-                    raise AllTapsSeen
-
-            stack.callback(block.register_forward_hook(hook).remove)
-
     def block_names(self) -> list[str]:
         """Names of the network's blocks in execution order (see ``Family.blocks``)."""
         names = []
@@ -463,20 +371,3 @@ def per_sample(value: float | Tensor | None, x: Tensor) -> Tensor:
         return value.to(x.device, torch.float32).expand(x.shape[0])
     assert value is not None
     return torch.full((x.shape[0],), value, dtype=torch.float32, device=x.device)
-
-
-def _bound(family: Family, null_cond: Mapping[str, Tensor | float], guidance: float | None) -> Family:
-    """A family with what the caller knows about one set of weights."""
-    for key, value in null_cond.items():
-        if family.cond_keys and key not in family.cond_keys:
-            raise ValueError(
-                f"null_cond has {key!r}, but {family.model_class} takes the conditions {list(family.cond_keys)}."
-            )
-        if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != 1):
-            raise ValueError(
-                f"null_cond[{key!r}] has shape {tuple(value.shape)}; give one row, (1, ...), as the text encoder makes "
-                "it of one prompt."
-            )
-    if guidance is not None:
-        family = replace(family, guidance_scale=float(guidance))
-    return replace(family, null={**family.null, **null_cond}) if null_cond else family

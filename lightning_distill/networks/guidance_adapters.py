@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.networks.adapter_bank import BANK, AdapterBank, adapter_bank
-from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.denoiser import Denoiser, per_sample
 from lightning_distill.networks.families import example_cond
 from lightning_distill.networks.guidance_adapter import AdapterKind, GuidanceAdapter, Told, arranged, positions
 from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
@@ -150,8 +150,7 @@ class GuidedDenoiser(Denoiser):
                 "teacher, which is the network without them."
             )
         n = len(x_t)
-        scale = torch.as_tensor(w, dtype=torch.float32, device=x_t.device).expand(n)
-        told = Told(scale, self._flow_time(t.expand(n) if t.ndim == 0 else t), cond or {})
+        told = Told(per_sample(w, x_t), self._flow_time(t.expand(n) if t.ndim == 0 else t), cond or {})
         with _Running(self, told):
             return super().forward(x_t, t, cond, r=r, taps=taps, features_only=features_only)
 

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_distill.methods.base import DistillationModule
-from lightning_distill.networks.denoiser import TAPPED, AllTapsSeen, Denoiser
+from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
+from lightning_distill.networks.tapping import TAPPED, AllTapsSeen
 
 __all__ = [
     "block_names",

@@ -166,6 +166,7 @@ def test_trajectories_of_another_teacher_are_refused(stores):
         (("1",), {"guidance": Guidance(2.0)}, "made with guidance 1, and the method has another"),
         (("1", "4"), {}, "made with guidance between 1 and 4, which this student is not told"),
         (("1", "4"), {"guidance": RandomGuidance(1.0, 4.0), "student": TOLD}, None),
+        (("1", "2"), {"guidance": RandomGuidance(1.0, 6.0), "student": TOLD}, "samples would be told 3.5"),
         (("3",), {"guidance": RandomGuidance(1.0, 4.0), "student": TOLD}, "made with guidance 3"),
         (("3", "--guidance-interval", ".2", ".6"), {"guidance": Guidance(3.0)}, r"IntervalGuidance\(3, 0.2, 0.6\)"),
         (("3", "--guidance-interval", ".2", ".6"), {"guidance": IntervalGuidance(3.0, 0.2, 0.6)}, None),

@@ -1,0 +1,53 @@
+"""Outputs of a network's blocks, taken in passing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_distill.networks.denoiser import Denoiser
+
+__all__ = ["TAPPED", "AllTapsSeen", "tap"]
+
+#: attribute of a network in which the features tapped by the running call are found
+TAPPED = "_lightning_distill_tapped"
+
+
+class AllTapsSeen(Exception):
+    """Raised by the hook on the last tapped block so that the blocks behind it are not run."""
+
+
+def tap(denoiser: Denoiser, taps: Sequence[str], into: dict[str, Tensor], stop: bool, stack: ExitStack) -> None:
+    """Collect the outputs of blocks until a stack is left.
+
+    Args:
+        denoiser: owner of the network.
+        taps: names of its blocks.
+        into: where the outputs go, by name.
+        stop: raise ``AllTapsSeen`` when all are there.
+        stack: removes the hooks.
+
+    Raises:
+        ValueError: the network has no such block.
+    """
+    network = denoiser.network
+    if taps:
+        network.__dict__[TAPPED] = into
+        stack.callback(network.__dict__.pop, TAPPED)
+    for name in taps:
+        try:
+            block = network.get_submodule(name)
+        except AttributeError:
+            known = ", ".join(denoiser.block_names()[:40]) or "(no blocks are declared for this class)"
+            raise ValueError(f"{type(network).__name__} has no block {name!r}; blocks to tap: {known}.") from None
+
+        def hook(_module: nn.Module, _args: Any, out: Any, name: str = name) -> None:
+            into[name] = out[denoiser.family.block_output] if isinstance(out, tuple) else out
+            if stop and len(into) == len(taps):
+                raise AllTapsSeen
+
+        stack.callback(block.register_forward_hook(hook).remove)

@@ -7,10 +7,13 @@ r"""Train shipped configurations over several seeds and compare the students wit
     python benchmarks/compare.py fashion --store STORE --configs method/boss_fashion.yaml:num_steps=8 \
         method/reflow_fashion.yaml+method/insta_flow_fashion.yaml
 
-``:key=value`` sets an argument of the method. ``+`` trains stages one after the other: each is the teacher of the next,
-and CPU seconds are those of all. With ``--seconds`` configurations of the plane are rewritten for the digits, with as
-many updates as fit (``derive.py``). What the record holds is run again only with ``--again``. Every run is a process of
-its own with one thread; CPU seconds are those of training alone. Figures use 5,000 samples, noise that no training or
+    python benchmarks/compare.py digits --seconds 60 --configs method/cmt_ring.yaml@10~method/scm_ring.yaml@20
+
+``:key=value`` sets an argument of the method. ``+`` and ``~`` train stages one after the other, and CPU seconds are
+those of all: before ``+`` stands the teacher of the next stage, before ``~`` the student that it begins with. With
+``--seconds`` configurations of the plane are rewritten for the digits, with as many updates as fit (``derive.py``);
+``@10`` gives a stage seconds of its own. What the record holds is run again only with ``--again``. Every run is a
+process of its own with one thread; CPU seconds are those of training alone. Figures use 5,000 samples, noise that no training or
 checkpoint choice has seen, and the held-out half of the reference.
 """
 
@@ -18,10 +21,12 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +41,51 @@ def identity(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["config"], str(row.get("settings")), str(row.get("after"))
 
 
+@dataclass
+class Stage:
+    """One training run of an entry of the command line.
+
+    Attributes:
+        config: its file.
+        settings: arguments of the method.
+        seconds: CPU seconds of a configuration of the plane, None for those of all.
+        start: the next stage's student begins as this stage's, whose teacher is the same; else it is the next one's
+            teacher.
+    """
+
+    config: str
+    settings: dict[str, str]
+    seconds: float | None
+    start: bool = False
+
+
+def stages_of(entry: str) -> list[Stage]:
+    """The stages of a word of the command line."""
+    stages = []
+    for word in re.findall(r"[^+~]+[+~]?", entry):
+        before, _, seconds = word.rstrip("+~").partition("@")
+        config, *settings = before.split(":")
+        stages.append(
+            Stage(
+                f"configs/{config}",
+                dict(setting.split("=", 1) for setting in settings),
+                float(seconds) if seconds else None,
+                word.endswith("~"),
+            )
+        )
+    return stages
+
+
 def parse(entry: str) -> dict[str, Any]:
     """Configuration, settings and earlier stages of a word of the command line."""
-    *before, last = entry.split("+")
-    config, *settings = last.split(":")
-    row: dict[str, Any] = {"config": f"configs/{config}"}
-    if settings:
-        row["settings"] = dict(setting.split("=", 1) for setting in settings)
-    return row | ({"after": [f"configs/{c}" for c in before]} if before else {})
+    *before, last = stages_of(entry)
+    row: dict[str, Any] = {"config": last.config}
+    if last.settings:
+        row["settings"] = last.settings
+    if before:
+        words = re.findall(r"[^+~]+[+~]", entry)
+        row["after"] = [f"configs/{word.removesuffix('+')}" for word in words]
+    return row
 
 
 def matching(entry: str) -> list[str]:
@@ -61,17 +103,26 @@ def of_the_plane(config: str) -> bool:
 
 def fits(entry: str, args: argparse.Namespace) -> bool:
     """Whether a configuration can be run on the problem; says why not."""
-    config = parse(entry)["config"]
-    if not of_the_plane(config):
+    plane = [stage.config for stage in stages_of(entry) if of_the_plane(stage.config)]
+    if not plane:
         return True
     try:
         if args.problem != "digits" or args.seconds is None:
             raise ValueError("it is of a problem in the plane, which is rewritten for digits, with --seconds.")
-        derive(yaml.safe_load(Path(config).read_text()), 100)
+        for config in plane:
+            derive(yaml.safe_load(Path(config).read_text()), 100)
     except ValueError as error:
         print(f"left out: {entry}: {error}", file=sys.stderr)
         return False
     return True
+
+
+def recorded(entry: str, seed: int, done: dict[tuple[Any, ...], float | None], seconds: float | None) -> bool:
+    """Whether the record holds a run of the same length."""
+    mine = (*identity(parse(entry)), seed)
+    if mine not in done:
+        return False
+    return done[mine] is None or done[mine] == sum(stage.seconds or seconds or 0.0 for stage in stages_of(entry))
 
 
 def run(entry: str, seed: int, args: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
@@ -80,18 +131,19 @@ def run(entry: str, seed: int, args: argparse.Namespace, environment: dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "figures.json")
         stages = []
-        for config in (*row.get("after", ()), row["config"]):
-            words = [config, f"--seed_everything={seed}", f"--model.init_args.seed={seed}"]
+        parts = stages_of(entry)
+        for part in parts:
+            words = [part.config, f"--seed_everything={seed}", f"--model.init_args.seed={seed}"]
             words += [f"--data.init_args.seed={seed}", f"--trainer.logger.init_args.save_dir={folder}"]
             words += ["--trainer.enable_progress_bar=false"]
-            if args.store and "class_path: Trajectories" in Path(config).read_text():
+            words += [f"--model.init_args.{key}={value}" for key, value in part.settings.items()]
+            if args.store and "class_path: Trajectories" in Path(part.config).read_text():
                 words.append(f"--data.init_args.path={args.store}")
-            stages.append(words)
-        stages[-1].append("--trainer.enable_checkpointing=false")
-        stages[-1] += [f"--model.init_args.{key}={value}" for key, value in row.get("settings", {}).items()]
-        seconds = args.seconds if of_the_plane(row["config"]) else None
-        job = {"stages": stages, "problem": args.problem, "samples": args.samples, "many": args.many}
-        job |= {"seconds": seconds, "folder": folder}
+            seconds = (part.seconds or args.seconds) if of_the_plane(part.config) else None
+            stages.append({"words": words, "seconds": seconds, "start": part.start})
+        stages[-1]["words"].append("--trainer.enable_checkpointing=false")
+        seconds = sum(stage["seconds"] for stage in stages) if stages[-1]["seconds"] else None
+        job = {"stages": stages, "problem": args.problem, "samples": args.samples, "many": args.many, "folder": folder}
         done = subprocess.run(
             [sys.executable, "benchmarks/compare_run.py", json.dumps(job), out],
             env=environment, capture_output=True, text=True, check=False,
@@ -133,9 +185,9 @@ def main() -> None:
     kept = json.loads(latest.read_text())["rows"] if latest.is_file() else []
     entries = [found for entry in args.configs for found in matching(entry) if fits(found, args)]
     wanted = [(entry, seed) for entry in entries for seed in args.seeds]
-    done = {(*identity(row), row["seed"]) for row in kept if row.get("seconds") in (None, args.seconds)}
+    done = {(*identity(row), row["seed"]): row.get("seconds") for row in kept}
     if not args.again:
-        wanted = [(entry, seed) for entry, seed in wanted if (*identity(parse(entry)), seed) not in done]
+        wanted = [(entry, seed) for entry, seed in wanted if not recorded(entry, seed, done, args.seconds)]
     failed = []
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(run, *job, args, environment): job for job in wanted}

@@ -1,6 +1,6 @@
 """One training run of ``compare.py`` and its figures, in a process of its own.
 
-python benchmarks/compare_run.py '{"stages": [[...]], "problem": "digits", ...}' figures.json
+python benchmarks/compare_run.py '{"stages": [{"words": [...], ...}], "problem": "digits", ...}' figures.json
 """
 
 import json
@@ -21,17 +21,22 @@ from lightning_distill.networks.specs import ZooDenoiser
 
 def train(job: dict[str, Any]) -> tuple[Any, float]:
     """All stages, one after the other; the last one's command line and the CPU seconds of all."""
-    seconds, teacher, cli = 0.0, [], None
-    for words in job["stages"]:
-        config, *more = words
+    seconds, earlier, start, cli = 0.0, [], None, None
+    for stage in job["stages"]:
+        config, *more = stage["words"]
         if not bfloat16_pays():
             more = [*more, "--trainer.precision=32-true"]
-        if job["seconds"] is not None:
-            config = str(fitted(Path(config), job["seconds"], Path(job["folder"]), more))
-        start = time.process_time()
-        cli = trainer_cli(["fit", "-c", config, *more, *teacher])
-        seconds += time.process_time() - start
-        teacher = [f"--model.init_args.teacher.init_args.path={cli.trainer.log_dir}"]
+        if stage["seconds"] is not None:
+            config = str(fitted(Path(config), stage["seconds"], Path(job["folder"]), [*more, *earlier], start))
+        elif start is not None:
+            more += ["--model.init_args.student=FromCheckpoint", f"--model.init_args.student.init_args.path={start}"]
+        begun = time.process_time()
+        cli = trainer_cli(["fit", "-c", config, *more, *earlier])
+        seconds += time.process_time() - begun
+        if stage["start"]:
+            start = cli.trainer.log_dir
+        else:
+            earlier, start = [f"--model.init_args.teacher.init_args.path={cli.trainer.log_dir}"], None
     return cli, seconds
 
 

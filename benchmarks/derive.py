@@ -32,12 +32,13 @@ PROBE, WARM = 48, 8
 _MOMENTS = ("matching_from", "gan_from")
 
 
-def derive(config: dict[str, Any], updates: int) -> dict[str, Any]:
+def derive(config: dict[str, Any], updates: int, start: str | None = None) -> dict[str, Any]:
     """The configuration of a method for digits.
 
     Args:
         config: of a problem in the plane, as read from its file.
         updates: student updates of the new run.
+        start: run folder whose student this one's begins as, None for the teacher.
 
     Raises:
         ValueError: the method needs another teacher or other data than digits are.
@@ -62,6 +63,12 @@ def derive(config: dict[str, Any], updates: int) -> dict[str, Any]:
     for key in [key for key, value in model.items() if _is_new(value)]:
         del model[key]  # its default is a copy of the teacher
     _started_from_the_teacher(model)
+    if start is not None:
+        role = {"class_path": "FromCheckpoint", "init_args": {"path": start}}
+        if "student" in model:
+            model["student"]["init_args"]["role"] = role
+        else:
+            model["student"] = role
     model["student_optimizer"]["init_args"]["lr"] *= RATE
     for key, value in model.items():
         if key.endswith("_updates") or key in _MOMENTS:
@@ -77,7 +84,7 @@ def derive(config: dict[str, Any], updates: int) -> dict[str, Any]:
     return config
 
 
-def fitted(config: Path, seconds: float, folder: Path, words: list[str]) -> Path:
+def fitted(config: Path, seconds: float, folder: Path, words: list[str], start: str | None = None) -> Path:
     """A derived configuration of as many updates as fit into a time, written into a folder.
 
     Args:
@@ -85,16 +92,17 @@ def fitted(config: Path, seconds: float, folder: Path, words: list[str]) -> Path
         seconds: CPU seconds of one thread.
         folder: for the file.
         words: of the command line that trains.
+        start: see ``derive``.
     """
     plane = yaml.safe_load(config.read_text())
-    probe = _written(derive(plane, PROBE), folder / "probe.yaml")
+    probe = _written(derive(plane, PROBE, start), folder / "probe.yaml")
     quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false"]
     clock = f"--trainer.callbacks+={CpuSeconds.__module__}.CpuSeconds"
     with tempfile.TemporaryDirectory() as own:
         cli = trainer_cli(["fit", "-c", str(probe), *words, *quiet, clock, f"--trainer.default_root_dir={own}"])
     found = next(c for c in cli.trainer.callbacks if type(c).__name__ == "CpuSeconds").per_update[WARM:]
     updates = max(PROBE, int(seconds * len(found) / sum(found)))
-    return _written(derive(plane, updates), folder / config.name)
+    return _written(derive(plane, updates, start), folder / config.name)
 
 
 def _is_new(value: Any) -> bool:

@@ -23,7 +23,7 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Mapping[st
     """Rows of all seeds by configuration, best mean progress first within equal steps, by track."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if "seconds" in row:
+        if "seconds" in row and "settings" not in row and "after" not in row:
             groups.setdefault(row["config"], []).append(row)
     tracks: dict[str, list[list[Mapping[str, Any]]]] = {}
     for config, found in groups.items():

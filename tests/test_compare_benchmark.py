@@ -76,6 +76,26 @@ def test_words_and_patterns(monkeypatch):
         "settings": {"num_steps": "2", "sampler": "ode"},
         "after": ["configs/method/a.yaml"],
     }
+    begun = "method/a.yaml:form=flow_map@10~method/b.yaml@20"
+    assert compare.parse(begun) == {
+        "config": "configs/method/b.yaml",
+        "after": ["configs/method/a.yaml:form=flow_map@10~"],
+    }
+    assert compare.stages_of(begun) == [
+        compare.Stage("configs/method/a.yaml", {"form": "flow_map"}, 10.0, start=True),
+        compare.Stage("configs/method/b.yaml", {}, 20.0),
+    ]
+    done = {(*compare.identity(compare.parse(begun)), 0): 30.0}
+    assert compare.recorded(begun, 0, done, 60.0)
+    assert not compare.recorded(begun, 1, done, 60.0)
+    assert not compare.recorded(begun.replace("@20", ""), 0, done, 60.0)
+
+
+def test_a_student_begins_as_that_of_an_earlier_run():
+    for name in ("method/scm_ring.yaml", "method/mean_flow_ring.yaml"):
+        student = derive(load(name), 90, "runs/cmt")["model"]["init_args"]["student"]
+        role = student if name == "method/scm_ring.yaml" else student["init_args"]["role"]
+        assert role == {"class_path": "FromCheckpoint", "init_args": {"path": "runs/cmt"}}
 
 
 def test_configurations_that_do_not_fit_are_left_out_before_anything_runs(monkeypatch, capsys):
@@ -115,7 +135,8 @@ def test_rows_are_sorted_by_track_steps_and_progress():
 def test_a_run_from_the_plane_to_the_figures(tmp_path):
     words = ["configs/method/knowledge_distillation_ring.yaml", "--trainer.enable_progress_bar=false"]
     words += [f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    job = {"stages": [words], "problem": "digits", "samples": 256, "many": 50, "seconds": 2.0, "folder": str(tmp_path)}
+    stages = [{"words": words, "seconds": 2.0, "start": False}]
+    job = {"stages": stages, "problem": "digits", "samples": 256, "many": 50, "folder": str(tmp_path)}
     out = tmp_path / "figures.json"
     command = [sys.executable, "benchmarks/compare_run.py", json.dumps(job), str(out)]
     subprocess.run(command, cwd=ROOT, check=True)

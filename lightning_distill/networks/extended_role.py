@@ -3,10 +3,10 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role
+from lightning_distill.networks.merging import merged_network
+from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role, with_network
 
 __all__ = ["ExtendedRole"]
 
@@ -52,12 +52,10 @@ class ExtendedRole(Role):
             # no targets at all means every layer
             adapter.target_modules = [*targets, *self.layers(source)] if targets else None
             return adapter.build(source, name)
-        if isinstance(self.role, FromCheckpoint) and self._held_by(self.role):
+        if isinstance(self.role, FromCheckpoint) and self.role.holds(self.marker):
+            if self.role.merge or not self.role.holds("adapter."):  # not shared: the source stays without the parts
+                source = with_network(source, merged_network(source))
             self.install(source)
         made = self.role.build(source, name)
         self.install(made)
         return made
-
-    def _held_by(self, role: FromCheckpoint) -> bool:
-        path = Path(role.path).expanduser()
-        return path.is_file() and any(self.marker in key for key in role._role_state(path)[0])

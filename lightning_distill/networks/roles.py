@@ -168,14 +168,15 @@ class Explicit(Role):
 
 
 class FromCheckpoint(Role):
-    """Warm start from a Lightning checkpoint of this package or from an exported diffusers folder.
+    """Warm start from a run or checkpoint of this package, or from an exported diffusers folder.
 
     A checkpoint of full weights gives a copy of the teacher with these weights; one of adapters gives an
     adapter of the same rank, alpha and targets on the teacher, or a copy with the adapter fused when
     ``merge`` is set.
 
     Args:
-        path: checkpoint file, or folder with ``model_index.json`` or ``config.json``.
+        path: checkpoint file; run folder, or the folder of its versions (the newest run's last checkpoint is taken);
+            or a diffusers folder with ``model_index.json`` or ``config.json``.
         role: role to read from a checkpoint; ``student_ema`` means its only profile,
             ``student_ema.<profile>`` a given one.
         merge: fuse a saved adapter into a full copy.
@@ -190,21 +191,35 @@ class FromCheckpoint(Role):
         path = Path(self.path).expanduser()
         if not path.exists():
             raise FileNotFoundError(
-                f"FromCheckpoint(path={self.path!r}) does not exist; give a .ckpt file of an earlier run or "
-                "an exported diffusers folder."
+                f"FromCheckpoint(path={self.path!r}) does not exist; give a run folder, a .ckpt file of an earlier "
+                "run, or an exported diffusers folder."
             )
-        if path.is_dir():
-            if (path / ".metadata").is_file():
+        place = self.place()
+        if place.is_dir():
+            if (place / ".metadata").is_file():
                 raise ValueError(
-                    f"{path} is a sharded checkpoint; make it one file with lightning-distill convert {path} "
+                    f"{place} is a sharded checkpoint; make it one file with lightning-distill convert {place} "
                     "OUT.ckpt, and give that."
                 )
-            network_folder(path)
+            network_folder(place)
+
+    def place(self) -> Path:
+        """The checkpoint, or the diffusers folder, that is read."""
+        from lightning_distill.commands.run_folder import find_checkpoint, find_run  # reads methods, which have roles
+
+        path = Path(self.path).expanduser()
+        is_run = path.is_dir() and ((path / "config.yaml").is_file() or any(path.glob("version_*")))
+        return find_checkpoint(find_run(path)) if is_run else path
+
+    def holds(self, part: str) -> bool:
+        """Whether a checkpoint's weights have a name with ``part`` in it."""
+        place = self.place()
+        return place.is_file() and any(part in key for key in self._role_state(place)[0])
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()
         _check_source(source, name)
-        path = Path(self.path).expanduser()
+        path = self.place()
         if path.is_dir():
             return self._from_folder(path, source)
         state, found = self._role_state(path)

@@ -7,6 +7,7 @@ from lightning_distill.configs import config_path
 from lightning_distill.guidance import is_told
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.run_denoiser import RunDenoiser
+from lightning_distill.networks.second_time import second_time_of
 
 
 def test_a_trained_teacher_is_distilled_by_naming_its_run_folder(tmp_path, capsys):
@@ -25,6 +26,27 @@ def test_a_trained_teacher_is_distilled_by_naming_its_run_folder(tmp_path, capsy
     student = ["fit", "--model=DMD2", "--model.teacher=RunDenoiser", f"--model.teacher.path={folder}"]
     student += ["--data=Prior", "--data.batch_size=8", "--trainer.max_steps=2", "--model.fake_score_steps=1", *quiet]
     assert main(student) == 0, capsys.readouterr().err
+
+
+def test_a_student_begins_as_the_student_of_a_run_folder(tmp_path, capsys):
+    """CMT trains a flow map, and MeanFlow goes on with it; its teacher stays without the second time."""
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
+    quiet += [f"--trainer.logger.init_args.save_dir={tmp_path}", "--model.teacher=ZooDenoiser"]
+    quiet += ["--model.teacher.name=digits", "--model.student=TwoTime", "--data=Digits", "--data.batch_size=8"]
+    first = ["--model=CMT", "--model.form=flow_map", "--model.sampler=flow_map", "--model.solver_steps=2"]
+    named = [f"--trainer.logger.init_args.name={name}" for name in ("first", "second")]
+    assert main(["fit", *first, *quiet, named[0]]) == 0, capsys.readouterr().err
+    start = ["--model.student.role=FromCheckpoint", f"--model.student.role.path={tmp_path / 'first'}"]
+    rate = "--model.student_optimizer.lr=0"
+    again = ["fit", "--model=MeanFlow", *quiet, *start, "--model.student_optimizer=torch.optim.SGD", rate, named[1]]
+    assert main(again) == 0, capsys.readouterr().err
+    before, module = load_run(tmp_path / "first"), load_run(tmp_path / "second")
+    assert second_time_of(module.teacher.network) is None
+    x, t, r = torch.randn(4, 1, 8, 8), torch.full((4,), 0.75), torch.full((4,), 0.25)
+    cond = {"class_labels": torch.arange(4)}
+    with torch.no_grad():
+        wanted, found = (m.sampling_network(None)(x, t, cond, r=r).x0 for m in (before, module))
+    assert torch.equal(found, wanted)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

@@ -13,8 +13,8 @@ r"""Train shipped configurations over several seeds and compare the students wit
 those of all: before ``+`` stands the teacher of the next stage, before ``~`` the student that it begins with. With
 ``--seconds`` configurations of the plane are rewritten for the digits, with as many updates as fit (``derive.py``);
 ``@10`` gives a stage seconds of its own. What the record holds is run again only with ``--again``. Every run is a
-process of its own with one thread; CPU seconds are those of training alone. Figures use 5,000 samples, noise that no training or
-checkpoint choice has seen, and the held-out half of the reference.
+process of its own with one thread; CPU seconds are those of training alone. Figures use 5,000 samples, noise that no
+training or checkpoint choice has seen, and the held-out half of the reference.
 """
 
 import argparse

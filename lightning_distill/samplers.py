@@ -24,6 +24,8 @@ from lightning_distill.times import validate_times
 
 __all__ = [
     "SAMPLERS",
+    "SAMPLERS_OF",
+    "TRAINED_FOR",
     "adams",
     "adams_coefficients",
     "adams_direction",
@@ -62,13 +64,15 @@ def _to_clean(denoise: Denoise) -> Denoise:
     return lambda x, t: two_times(x, t, torch.zeros_like(t))
 
 
-_TRAINED_FOR = {
+#: by capability: what a student was trained for, and how it is sampled
+TRAINED_FOR = {
     "one_step_only": ("one step from t_max", "sampler 'renoise' or 'ode' with the one time t_max"),
     "any_step": ("jumps to clean data", "sampler 'renoise'"),
     "two_time": ("jumps between two times", "sampler 'flow_map', 'gamma', 'renoise', 'ode' or 'heun'"),
     "segments": ("jumps to the end of a segment", "sampler 'ode' with the edges as times"),
 }
-_SAMPLERS_OF = {
+#: samplers of students that take other times than t_max
+SAMPLERS_OF = {
     "any_step": ("renoise",),
     "two_time": ("flow_map", "gamma", "renoise", "ode", "heun"),
     "segments": ("ode",),
@@ -96,11 +100,11 @@ def check_capability(denoise: object, sampler: str, times: Sequence[float], proc
             or getattr(denoise, "takes_target", False)
         ):
             return
-    elif capability != "one_step_only" and sampler in _SAMPLERS_OF[capability]:
+    elif capability != "one_step_only" and sampler in SAMPLERS_OF[capability]:
         edges = getattr(denoise, "edges", None)
         if edges is None or list(edges) == list(times):
             return
-    trained, remedy = _TRAINED_FOR[capability]
+    trained, remedy = TRAINED_FOR[capability]
     raise ValueError(
         f"this student was trained for {trained} ({capability}), so sampler {sampler!r} with times "
         f"{[round(float(t), 4) for t in times]} would not give its samples; use {remedy}."

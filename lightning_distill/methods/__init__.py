@@ -32,7 +32,7 @@ from lightning_distill.methods.flash_dmd import FlashDMD
 from lightning_distill.methods.flash_vdm import FlashVDM
 from lightning_distill.methods.flash_wam import FlashWAM
 from lightning_distill.methods.flow_map_distillation import FlowMapDistillation
-from lightning_distill.methods.free_flow import FreeFlow
+from lightning_distill.methods.free_flow import CorrectedFreeFlow, FreeFlow
 from lightning_distill.methods.gdd import GDD, GDDI
 from lightning_distill.methods.gndm import GNDM
 from lightning_distill.methods.guidance_distillation import GuidanceDistillation
@@ -129,6 +129,7 @@ __all__ = [
     "ArcFlow",
     "ConsistencyDistillation",
     "ConsistencyTraining",
+    "CorrectedFreeFlow",
     "DecoupledDMD",
     "DiffInstruct",
     "DisBack",

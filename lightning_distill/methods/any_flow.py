@@ -202,10 +202,7 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
         """The flow map's loss on data and, after the start, the score difference on its samples."""
         terms = super().student_loss(batch)
         if self.draws.update >= self.matching_from:
-            x = self.rollout(batch).x0
-            matching = self.matching(x, self.scores(x, batch), self.weight)
-            terms.losses |= matching.losses
-            terms.diagnostics |= matching.diagnostics
+            self.add_matching(terms, batch, self.weight)
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:

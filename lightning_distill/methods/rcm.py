@@ -71,10 +71,7 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         loss, diagnostics = self.consistency(self, batch)
         terms = Terms({"consistency": loss}, diagnostics)
         if self.draws.update >= self.matching_from:
-            x = self.rollout(batch).x0
-            matching = self.matching(x, self.scores(x, batch), self.weight)
-            terms.losses |= matching.losses
-            terms.diagnostics |= matching.diagnostics
+            self.add_matching(terms, batch, self.weight)
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102

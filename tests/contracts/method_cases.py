@@ -73,6 +73,7 @@ from lightning_distill.methods import (
     ArcFlow,
     ConsistencyDistillation,
     ConsistencyTraining,
+    CorrectedFreeFlow,
     DecoupledDMD,
     DiffInstruct,
     DisBack,
@@ -521,6 +522,8 @@ CASES: list[Case] = [
     Case("semigroup", FlowMapDistillation, edm_mlp, points, mapping(objective="progressive")),
     Case("step_sizes", Shortcut, flow_mlp, points, mapping(equal_share=0.5)),
     Case("generating_velocity", FreeFlow, flow_mlp, lambda: without_data(points()), mapping()),
+    Case("generating_corrected", CorrectedFreeFlow, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)),
+         dmd2(fake_score_steps=1, guidance=Guidance(2.0))),
     Case("signal", BOOT, flow_mlp, lambda: without_data(points()), mapping()),
     Case("pairs_made", Reflow, flow_mlp, lambda: without_data(points()), mapping(solver_steps=2)),
     Case("pairs_stored", Reflow, vp_mlp, lambda: coupled(points(labelled=True)), mapping(

@@ -56,10 +56,13 @@ class Given(Role):
 
 
 class Exact(Role):
-    """The posterior mean, with a parameter that plays no part."""
+    """The posterior mean of a mixture, the teacher's where none is given, with a parameter that plays no part."""
+
+    def __init__(self, mixture=None):
+        self.mixture = mixture
 
     def build(self, source, name=None):
-        network = AnalyticNetwork(source.network.mixture, source.process)
+        network = AnalyticNetwork(self.mixture or source.network.mixture, source.process)
         network.unused = nn.Parameter(torch.zeros(()))
         return Denoiser(network, source.process, "sample")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact_students import F64, FLOW, MIXTURE, Exact, ExactAverage, data, exact_module, loss_and_slope
+from exact_students import COV, F64, FLOW, MEAN, MIXTURE, Exact, ExactAverage, data, exact_module, loss_and_slope
+from small_problems import Exact as PosteriorMean
 from small_problems import mlp, ready, shift
 
 from lightning_distill.batch import Batch
-from lightning_distill.methods import BOOT, CMT, FlowMapDistillation, FreeFlow, MeanFlow, Shortcut
-from lightning_distill.networks.analytic import analytic_denoiser
+from lightning_distill.methods import BOOT, CMT, CorrectedFreeFlow, FlowMapDistillation, FreeFlow, MeanFlow, Shortcut
+from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.roles import Copy
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import EDM, TrigFlow, VariancePreserving, change_process
@@ -147,6 +148,27 @@ def test_free_flow_and_boot_learn_from_the_noise_alone():
             module.sample(4, num_steps=2)
     with pytest.raises(ValueError, match=r"BOOT starts from pure noise.*zero terminal SNR"):
         exact_module(BOOT, two_times=True, process=VariancePreserving())
+
+
+@pytest.mark.parametrize("fault", [0.1, -0.1, 0.0])
+def test_the_correction_pulls_samples_back_to_the_teacher(fault):
+    """With the exact score of what the faulty student makes, a Gaussian of its own mean and covariance."""
+    values, vectors = torch.linalg.eigh(COV)
+    linear = vectors @ values.sqrt().diag() @ vectors.T - fault * torch.eye(2, dtype=F64)
+    made = GaussianMixture((MEAN - fault)[None], covariances=(linear @ linear.T)[None])
+    module = exact_module(CorrectedFreeFlow, two_times=True, fault=fault, fake_score=PosteriorMean(made))
+    sample = module.rollout(Batch(size=20_000), grad=False).x0.double()
+    torch.testing.assert_close(sample.mean(0), MEAN - fault, rtol=0, atol=0.02)
+    torch.testing.assert_close(sample.T.cov(), linear @ linear.T, rtol=0, atol=0.03)
+    terms = module.student_loss(Batch(size=2000))
+    slope = torch.autograd.grad(terms.losses["matching"], module.student.network.fault)[0]
+    if fault == 0.0:
+        assert float(terms.diagnostics["score_gap"]) < 1e-12
+        assert float(terms.losses["free_flow"].detach()) < 1e-6
+    else:
+        assert float(slope) * fault > 1e-3
+    module.matching_from = module.draws.update + 1
+    assert set(module.student_loss(Batch(size=4)).losses) == {"free_flow"}
 
 
 def test_a_free_flow_of_vp_starts_where_its_sampler_does():

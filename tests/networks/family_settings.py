@@ -73,7 +73,7 @@ def settings_of(method: type[DistillationModule], tiny: Tiny, lora: bool) -> dic
     if name in _GAN:
         steps = {"num_steps": 1} if name == "TADSR" else {}
         return {"gan": Adversary(taps=(tiny.block,), **_GAN[name]), **steps}
-    if name in ("BOOT", "FreeFlow", "OFTSR"):
+    if name in ("BOOT", "CorrectedFreeFlow", "FreeFlow", "OFTSR"):
         student = {} if tiny.name == "anyflow" else {"student": TwoTime(Lora(rank=2) if lora else Copy())}
         return {"num_steps": 1, **student}
     if name in ("GDD", "GDDI"):

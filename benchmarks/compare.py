@@ -64,7 +64,7 @@ def stages_of(entry: str) -> list[Stage]:
     stages = []
     for word in re.findall(r"[^+~]+[+~]?", entry):
         before, _, seconds = word.rstrip("+~").partition("@")
-        config, *settings = before.split(":")
+        config, *settings = re.split(r":(?=[\w.]+=)", before)
         stages.append(
             Stage(
                 f"configs/{config}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cells import cell, mean
 
 __all__ = ["plot", "table"]
 
@@ -30,18 +31,8 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Mapping[st
         source = yaml.safe_load((ROOT / "lightning_distill" / config).read_text())["data"]["class_path"]
         tracks.setdefault(TRACKS[source.rpartition(".")[2]], []).append(found)
     for found in tracks.values():
-        found.sort(key=lambda rows: (rows[0]["nfe"], -_mean(rows, "progress")))
+        found.sort(key=lambda rows: (rows[0]["nfe"], -mean(rows, "progress")))
     return tracks
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
-
-
-def _cell(rows: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
-    values = [row[key] for row in rows]
-    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{_mean(rows, key):.{digits}f}{spread}"
 
 
 def table(result: Mapping[str, Any] | None) -> str:
@@ -70,7 +61,7 @@ def table(result: Mapping[str, Any] | None) -> str:
             config, method = rows[0]["config"], rows[0]["method"]
             name = Path(config).stem
             cells = [f"[`{name}`](../{config})", method, str(rows[0]["nfe"])]
-            cells += [_cell(rows, key, digits) for key, digits in COLUMNS.items()]
+            cells += [cell(rows, key, digits) for key, digits in COLUMNS.items()]
             if {row.get("cpu") for row in rows} != {usual}:
                 cells[-1] += " *"
             passed = sum(not row["objections"] for row in rows)
@@ -101,7 +92,7 @@ def plot(result: Mapping[str, Any] | None) -> None:
     for axis, (key, title) in zip(axes, figures.items(), strict=True):
         for steps, colour in colours.items():
             chosen = [rows for rows in groups if rows[0]["nfe"] == steps]
-            x, y = [_mean(rows, key) for rows in chosen], [max(0.0, _mean(rows, "progress")) for rows in chosen]
+            x, y = [mean(rows, key) for rows in chosen], [max(0.0, mean(rows, "progress")) for rows in chosen]
             axis.scatter(x, y, s=22, color=colour, label=f"{steps} step{'s' if steps > 1 else ''}")
         axis.set(xlabel=title)
         axis.grid(alpha=0.3)

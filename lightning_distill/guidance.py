@@ -22,11 +22,12 @@ __all__ = [
     "Guidance",
     "IntervalGuidance",
     "RandomGuidance",
-    "branches",
     "check_guidance",
+    "combined",
     "guided",
     "is_told",
     "per_sample",
+    "unguided_and_guided",
 ]
 
 
@@ -39,11 +40,32 @@ def _concatenate(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return {k: torch.cat([a[k], b[k]]) if isinstance(a[k], Tensor) else a[k] for k in a}
 
 
-def branches(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """x0-predictions y_c with the conditions and y_u without, in one batched pass, (B, ...) each; see ``guided``."""
-    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(cond, denoiser.null_cond(cond)))
-    with_cond, without = both.x0.chunk(2)
-    return with_cond, without
+def combined(with_cond: Tensor, without: Tensor, scale: float | Tensor) -> Tensor:
+    """y_u + w (y_c - y_u).
+
+    Args:
+        with_cond: y_c, (B, ...).
+        without: y_u, (B, ...).
+        scale: w, a number or (B,).
+    """
+    return without + (expand(scale, with_cond) if isinstance(scale, Tensor) else scale) * (with_cond - without)
+
+
+def unguided_and_guided(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """x0-predictions y_c and y_u + w (y_c - y_u), in one batched pass, (B, ...) each; arguments as ``guided``.
+
+    For a network that embeds a scale they are those at its own default and at w.
+    """
+    if not is_told(denoiser):
+        both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(cond, denoiser.null_cond(cond)))
+        with_cond, without = both.x0.chunk(2)
+        return with_cond, combined(with_cond, without, scale)
+    told = torch.cat([per_sample(w, x_t) for w in (denoiser.family.guidance_scale, scale)])
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(cond, cond), guidance=told)
+    default, whole = both.x0.chunk(2)
+    return default, whole
 
 
 def guided(
@@ -79,9 +101,7 @@ def guided(
         )
     if not isinstance(scale, Tensor) and scale == 0.0:
         return denoiser(x_t, t, denoiser.null_cond(cond))
-    with_cond, without = branches(denoiser, x_t, t, cond)
-    w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
-    return Prediction.from_x0(without + w * (with_cond - without), x_t, t, denoiser.process)
+    return Prediction.from_x0(unguided_and_guided(denoiser, x_t, t, cond, scale)[1], x_t, t, denoiser.process)
 
 
 class Guidance:

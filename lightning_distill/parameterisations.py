@@ -26,7 +26,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.policy_head import policy_head_of, policy_prediction
 from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.prediction import Prediction
-from lightning_distill.processes import EDM, FlowMatching, NoiseProcess, TrigFlow, change_process, expand
+from lightning_distill.processes import EDM, NoiseProcess, TrigFlow, change_process, expand
 from lightning_distill.samplers import transport
 
 __all__ = [
@@ -105,13 +105,7 @@ def trigflow_input(x: Tensor, tau: Tensor, process: NoiseProcess, sigma_data: fl
     Returns:
         x_t, (B, ...), and the native times t, float64.
     """
-    trig = TrigFlow()
-    if isinstance(process, FlowMatching):
-        # in closed form: the general one goes through logarithms, whose derivatives are infinite at both ends
-        data, noise = trig.alpha(tau) / sigma_data, trig.sigma(tau)
-        t, scale = noise / (data + noise), 1.0 / (data + noise)
-    else:
-        t, scale = change_process(tau, trig, process, 1.0 / sigma_data)
+    t, scale = change_process(tau, TrigFlow(), process, 1.0 / sigma_data)
     return expand(scale, x) * x, t
 
 

@@ -75,6 +75,15 @@ class NoiseProcess(ABC):
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         """Inverse of ``log_snr``: the native time at which 2 log(alpha/sigma) equals ``log_snr``."""
 
+    def t_from_coefficients(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The native time with the ratio alpha : sigma; where it can be, differentiable up to both ends.
+
+        Args:
+            alpha: factor on the clean sample, >= 0, up to a common factor, float64.
+            sigma: factor on the noise, >= 0, same shape.
+        """
+        return self.t_from_log_snr(2.0 * (alpha.log() - sigma.log()))
+
     def log_snr(self, t: Tensor) -> Tensor:
         """2 log(alpha / sigma): +inf at clean data, -inf at pure noise."""
         return 2.0 * (self.alpha(t).log() - self.sigma(t).log())
@@ -158,6 +167,9 @@ class FlowMatching(NoiseProcess):
 
     def d_sigma(self, t: Tensor) -> Tensor:  # noqa: D102
         return torch.ones_like(t, dtype=torch.float64)
+
+    def t_from_coefficients(self, alpha: Tensor, sigma: Tensor) -> Tensor:  # noqa: D102
+        return sigma / (alpha + sigma)
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:  # noqa: D102
         return torch.sigmoid(-0.5 * log_snr.double())
@@ -382,6 +394,9 @@ class TrigFlow(NoiseProcess):
     def d_sigma(self, t: Tensor) -> Tensor:  # noqa: D102
         return t.double().cos()
 
+    def t_from_coefficients(self, alpha: Tensor, sigma: Tensor) -> Tensor:  # noqa: D102
+        return torch.atan2(sigma, alpha)
+
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:  # noqa: D102
         return torch.atan(torch.exp(-0.5 * log_snr.double()))
 
@@ -405,7 +420,6 @@ def change_process(
         t', native times of ``target``, and the factor c = |(alpha', sigma')| / |(alpha s, sigma)|; both float64.
     """
     alpha, sigma = source.alpha(t) * data_scale, source.sigma(t)
-    # through the angle rather than the quotient: finite at both ends
-    t_new = target.t_from_log_snr(2.0 * (alpha.log() - sigma.log()))
+    t_new = target.t_from_coefficients(alpha, sigma)
     scale = torch.hypot(target.alpha(t_new), target.sigma(t_new)) / torch.hypot(alpha, sigma)
     return t_new, scale

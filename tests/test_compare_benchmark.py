@@ -76,6 +76,8 @@ def test_words_and_patterns(monkeypatch):
         "settings": {"num_steps": "2", "sampler": "ode"},
         "after": ["configs/method/a.yaml"],
     }
+    weighted = compare.parse("method/a.yaml:loss_weights={student/gan: 0.02}:times.init_args.mean=-0.4")
+    assert weighted["settings"] == {"loss_weights": "{student/gan: 0.02}", "times.init_args.mean": "-0.4"}
     begun = "method/a.yaml:form=flow_map@10~method/b.yaml@20"
     assert compare.parse(begun) == {
         "config": "configs/method/b.yaml",

@@ -230,3 +230,18 @@ def test_prior_std_is_sigma_except_in_vp(process):
         sigma = float(process.sigma(torch.tensor(t, dtype=torch.float64)))
         expected = 1.0 if isinstance(process, VariancePreserving) else sigma
         assert process.prior_std(t) == expected
+
+
+@pytest.mark.parametrize("source", [FlowMatching(), TrigFlow()], ids=["flow", "trig"])
+@pytest.mark.parametrize("target", [FlowMatching(), TrigFlow()], ids=["flow", "trig"])
+def test_a_change_between_flows_is_differentiable_up_to_both_ends(source, target):
+    """Continuous-time methods differentiate there; a logarithm of 0 would make it NaN."""
+    ends = torch.tensor([0.0, source.t_max], dtype=torch.float64)
+    found, slope = torch.func.jvp(
+        lambda t: torch.stack(change_process(t, source, target)), (ends,), (torch.ones(2).double(),)
+    )
+    torch.testing.assert_close(found[0], torch.tensor([0.0, target.t_max], dtype=torch.float64))
+    step = 1e-7
+    inside = ends + torch.tensor([step, -step], dtype=torch.float64)
+    difference = (torch.stack(change_process(inside, source, target)) - found) / (inside - ends)
+    torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-5)

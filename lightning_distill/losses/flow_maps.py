@@ -131,7 +131,7 @@ def mean_flow_loss(u: Tensor, target: Tensor, p: float = 1.0, eps: float = 1e-2)
     return (adaptive_weight(error, p, eps) * error).mean()
 
 
-def balance_weight(error: Tensor, reference: Tensor, equal: Tensor, eps: float = 1e-3) -> Tensor:
+def balance_weight(error: Tensor, reference: Tensor, equal: Tensor, eps: float = 1e-5) -> Tensor:
     """Weights with which every sample with r < t counts as much as one with r = t does on average (AnyFlow).
 
         1 where r = t,     reference / (e + eps) elsewhere

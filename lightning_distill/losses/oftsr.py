@@ -54,7 +54,7 @@ def runge_kutta_velocity(
 
 
 def trajectory_target(u: Tensor, velocity: Tensor, r: Tensor, later: Tensor) -> Tensor:
-    """Average velocity from the source to a time a little further on (arXiv:2412.09465, released code ``v_boot``).
+    """Average velocity from the source to a time a little further on (arXiv:2412.09465, ``v_boot`` of its configurations).
 
         (1 - r') u(r') = (1 - r) u(r) + (r - r') v(X(r), r),     r' < r
 
@@ -74,7 +74,7 @@ def trajectory_target(u: Tensor, velocity: Tensor, r: Tensor, later: Tensor) -> 
 
 
 def alignment_loss(u: Tensor, velocity: Tensor, r: Tensor) -> Tensor:
-    """Mean of r^2 |u(x_src, r) - v(X(r), r)|^2: the ends that both see from r lie together (released code).
+    """Mean of r^2 |u(x_src, r) - v(X(r), r)|^2: the ends that both see from r lie together (``w_align``).
 
     It pulls towards what the teacher expects at r; along a bent trajectory that is not its average velocity, so that
     the weight has to be small.

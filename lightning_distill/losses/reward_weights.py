@@ -57,6 +57,8 @@ def rewards_of(reward: Reward, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
 def exponential_weight(reward: Tensor, beta: float, limit: float = 10.0) -> Tensor:
     """Weight exp(beta R) with |beta R| <= limit (Reward Forcing, arXiv:2512.04678), (B,), without graph.
 
+    Rewards have any origin, and the limit has not: give distances from their mean.
+
     Args:
         reward: R, (B,).
         beta: inverse temperature; 0 gives 1.

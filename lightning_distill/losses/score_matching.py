@@ -6,17 +6,58 @@ sample, w the guidance scale inside y_T.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_distill.prediction import Prediction, regression_target
+from lightning_distill.prediction import PREDICTION_TYPES, Prediction, regression_target
 from lightning_distill.processes import NoiseProcess, expand
 
-__all__ = ["MatchingWeight", "denoising_loss", "matching_weight", "score_difference", "surrogate"]
+__all__ = [
+    "MatchingWeight",
+    "checked_space",
+    "checked_weight",
+    "denoising_loss",
+    "matching_weight",
+    "score_difference",
+    "surrogate",
+]
 
 MatchingWeight = Literal["dmd", "dmd_v1", "dmd_clamped", "kl", "vsd", "one"]
+
+
+def _checked(what: str, name: str, known: Sequence[str]) -> str:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; choose {', '.join(known[:-1])} or {known[-1]}.")
+    return name
+
+
+def checked_weight(kind: str, further: Sequence[str] = ()) -> str:
+    """The name of a factor, as given.
+
+    Args:
+        kind: one of ``matching_weight``'s.
+        further: names that the caller knows besides.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    return _checked("matching weight", kind, [*get_args(MatchingWeight), *further])
+
+
+def checked_space(space: str | None) -> str | None:
+    """The name of a space of ``denoising_loss``, as given; None for that of the prediction.
+
+    Args:
+        space: one of the prediction types, ``edm`` or ``scaled_epsilon``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    known = [*PREDICTION_TYPES, "edm", "scaled_epsilon"]
+    return space if space is None else _checked("space of the loss", space, known)
 
 
 def denoising_loss(
@@ -92,6 +133,7 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
         t: native times of the matching, (B,).
         process: noise process of ``t``.
     """
+    checked_weight(kind)
     if kind in ("dmd", "dmd_v1", "dmd_clamped"):
         scale = (x - real).abs().flatten(1).mean(1).clamp_min(0.1 if kind == "dmd_clamped" else 1e-6)
         weight = 1.0 / scale
@@ -101,10 +143,8 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
         weight = (process.alpha(t) / process.sigma(t)).square()
     elif kind == "vsd":
         weight = process.alpha(t) * process.sigma(t)
-    elif kind == "one":
-        weight = torch.ones_like(t)
     else:
-        raise ValueError(f"unknown matching weight {kind!r}; choose dmd, dmd_v1, dmd_clamped, kl, vsd or one.")
+        weight = torch.ones_like(t)
     return expand(weight, x)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from lightning_distill.losses.score_matching import matching_weight
 from lightning_distill.processes import NoiseProcess, expand
 
-__all__ = ["fisher_loss", "fisher_weight"]
+__all__ = ["FISHER_WEIGHTS", "fisher_loss", "fisher_weight"]
+
+#: what ``fisher_weight`` knows besides the kinds of ``matching_weight``
+FISHER_WEIGHTS = ("fisher", "divergence")
 
 
 def fisher_loss(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor, alpha: float = 1.2) -> Tensor:
@@ -43,9 +46,11 @@ def fisher_loss(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor, alpha: fl
 def fisher_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: NoiseProcess) -> Tensor:
     """Per-sample factor c of ``fisher_loss``, (B, 1, ...), dtype of ``x``.
 
-        fisher    2 alpha^2 / sigma^4    the Fisher divergence itself
+        fisher        2 alpha^2 / sigma^4                              the Fisher divergence itself
+        divergence    fisher g^2 / 2 = 2 alpha (alpha sigma' - sigma alpha') / sigma^3
 
-    and all kinds of ``matching_weight``; ``dmd``, 1 / mean |x - y_T|, is SiD's own.
+    (integrated over uniform times with the g^2 of the process' diffusion, that is the divergence of clean samples) and
+    all kinds of ``matching_weight``; ``dmd``, 1 / mean |x - y_T|, is SiD's own.
 
     Args:
         kind: one of the names.
@@ -56,4 +61,7 @@ def fisher_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: NoiseP
     """
     if kind == "fisher":
         return expand(2.0 * process.alpha(t).square() / process.sigma(t) ** 4, x)
+    if kind == "divergence":
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        return expand(2.0 * alpha * (alpha * process.d_sigma(t) - sigma * process.d_alpha(t)) / sigma**3, x)
     return matching_weight(kind, x, real, t, process)

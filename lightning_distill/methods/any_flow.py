@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.flow_maps import balance_weight
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.mean_flow import MeanFlow
@@ -181,7 +182,7 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
             )
         self.rollout_steps = rollout_steps
         self.matching_from = matching_from
-        self.weight = weight
+        self.weight = checked_weight(weight)
         self.asks_teacher = True  # for its score
 
     def simulate_student(self, batch: Batch, grad: bool) -> Rollout:

@@ -28,7 +28,7 @@ class ArcFlow(PiFlow):
     Notes:
         Rates are bounded to 8 per unit of time and have a value for each element; weights are shared by its channels.
         At initialisation no mode grows, so that the step is the network's own straight one; velocities start a little
-        apart. Both are reconstructed.
+        apart. Released modes begin at growths from .2 to 4, evenly in their logarithms, and have no bound.
     """
 
     paper = "2602.09014"

@@ -32,7 +32,7 @@ class CMT(TeacherPaths):
 
     Notes:
         A batch of B noises makes N B training samples, all states of its trajectories.
-        The paper's solver is DPM-Solver++(2M) and its distance LPIPS.
+        The paper's solver is DPM-Solver++, of third order in the released code, and its distance LPIPS.
     """
 
     paper = "2509.24526"

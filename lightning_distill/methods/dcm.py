@@ -19,7 +19,6 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ExpertNetwork, Experts
 from lightning_distill.networks.roles import Role
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.processes import EDM
 from lightning_distill.times import few_step_times
 
 __all__ = ["DCM"]
@@ -47,7 +46,7 @@ class DCM(PCM):
     """A semantic expert for noisy times and a detail expert for the others, each consistent on its own part.
 
         semantic, t > t_k:   d( f(x_t, t), sg f'(x_r, r) ) at t_k + | changes between frames of both |^2     (Eq. 6, 8)
-        detail, t <= t_k:    d( f(x_t, t), sg f'(x_r, r) ) at 0 + L_GAN + 10 | features of both |^2          (Eq. 7, 10)
+        detail, t <= t_k:    d( f(x_t, t), sg f'(x_r, r) ) at 0 + .5 L_GAN + | features of both |^2          (Eq. 7, 10)
 
     Layout and motion are decided in few noisy steps, whose losses and gradients are much larger than those of details;
     one network would be trained for them at the cost of the rest.
@@ -71,11 +70,11 @@ class DCM(PCM):
         embedding layers, which saves memory.
         What is real to the discriminator is the target, noised like the student's point; features are compared under
         equal noise. Student and discriminator share a cycle; the paper alternates.
-        Every batch belongs to one expert.
+        Every batch belongs to one expert. The paper's weights 5 and 10 have a common factor of .1 in the released code.
     """
 
     paper = "2506.03123"
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 5.0, "student/features": 10.0}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"student/gan": 0.5, "student/features": 1.0}
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class DCM(PCM):
     def build_roles(self) -> None:
         """The experts; an edge begins the segment below it, so that they meet just above the edge between them."""
         process, k = self.require_teacher().process, self.semantic_intervals
-        grid = few_step_times(process, self.intervals + isinstance(process, EDM))
+        grid = few_step_times(process, self.intervals)
         meeting = (grid[k - 1] * grid[k]) ** 0.5
         self._student_role = Experts(boundaries=[meeting / process.t_max], role=self._student_role)
         super().build_roles()

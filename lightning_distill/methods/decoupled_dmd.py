@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.guidance import branches
-from lightning_distill.losses.score_matching import matching_weight, surrogate
+from lightning_distill.guidance import unguided_and_guided
+from lightning_distill.losses.score_matching import checked_weight, matching_weight, surrogate
 from lightning_distill.methods.adversarial import AdversarialMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import Scores
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.processes import expand
 from lightning_distill.time_coverage import restricted
 from lightning_distill.times import TimeDistribution
 
@@ -58,7 +57,7 @@ class DecoupledDMD(AdversarialMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
-        self.weight = weight
+        self.weight = checked_weight(weight)
         self.engine_times = engine_times
         self.engine_below_step = engine_below_step
         self.coincide = coincide
@@ -122,11 +121,10 @@ class DecoupledDMD(AdversarialMethod):
             return self.fake_guidance(self.fake_score, x_t, t, batch.cond, u).x0
 
     def _push(self, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """y_c, (w - 1)(y_c - y_u) and the guided prediction."""
+        """y_c, the guided prediction's distance from it, (w - 1)(y_c - y_u), and the guided prediction."""
         scale = self.guidance.scales(t, self.draws.uniform("guidance", len(x_t)))
-        with_cond, without = branches(self.require_teacher(), x_t, t, batch.cond)
-        w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
-        return with_cond, (w - 1.0) * (with_cond - without), without + w * (with_cond - without)
+        with_cond, whole = unguided_and_guided(self.require_teacher(), x_t, t, batch.cond, scale)
+        return with_cond, whole - with_cond, whole
 
     def _at_one_level(self, x: Tensor, batch: Batch) -> Terms:
         x_t, t, _ = self.renoise(x, self.matching_times, "matching")

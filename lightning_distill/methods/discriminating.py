@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
-from lightning_distill.guidance import Guidance, is_told
+from lightning_distill.guidance import Guidance, combined, is_told
 from lightning_distill.losses.adversarial import generator_loss
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser, per_sample
 from lightning_distill.networks.discriminators import DiscriminatorHeads
-from lightning_distill.processes import expand
 from lightning_distill.times import TimeDistribution
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def score_with_features(
     x0 = prediction.x0 if differentiable else prediction.x0.detach()
     if policy.needs_null and told is None:
         without = network(x_t, t, network.null_cond(cond)).x0
-        x0 = without + (expand(w, x_t) if isinstance(w, Tensor) else w) * (x0 - without)
+        x0 = combined(x0, without, w)
     return x0, prediction.features
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.flow_maps import flow_jump, free_flow_target
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.any_flow import flow_map_simulation
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
@@ -103,7 +104,7 @@ class CorrectedFreeFlow(FreeFlow, FakeScoreMethod):
     ) -> None:
         super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
         self.matching_from = matching_from
-        self.weight = weight
+        self.weight = checked_weight(weight)
 
     def simulate_student(self, batch: Batch, grad: bool) -> Rollout:
         """The jump from noise to data."""

@@ -1,5 +1,6 @@
 """Samples in groups that share their conditions and their noise levels, as a part of methods that compare them."""
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +10,24 @@ from lightning_distill.batch import Batch
 from lightning_distill.times import TimeDistribution
 
 if TYPE_CHECKING:
-    from lightning_distill.methods.base import DistillationModule
+    from lightning_distill.methods.adversarial import AdversarialMethod
 
-    _Base = DistillationModule
+    _Base = AdversarialMethod
 else:
     _Base = object
 
 __all__ = ["Grouped"]
+
+
+@dataclass
+class GroupedBatch(Batch):
+    """A batch with common conditions in every group.
+
+    Attributes:
+        own: the conditions that belong to its data, (B, ...).
+    """
+
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 class Grouped(_Base):
@@ -54,7 +66,13 @@ class Grouped(_Base):
         cond: dict[str, Any] = {
             k: self.first_of_group(v) if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in batch.cond.items()
         }
-        return Batch(cond=cond, x0=batch.x0, size=batch.size)
+        return GroupedBatch(cond=cond, x0=batch.x0, size=batch.size, own=batch.cond)
+
+    def real_logits(self, batch: Batch, t: Tensor) -> Tensor:
+        """Logits of the batch's data, told the conditions that are theirs."""
+        if isinstance(batch, GroupedBatch):
+            batch = Batch(cond=batch.own, x0=batch.x0, size=batch.size)
+        return super().real_logits(batch, t)
 
     def group_noisy(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """x_t and t, (B,), as in ``renoise`` at matching times, with one time per group."""

@@ -51,6 +51,8 @@ class MDTDist(FlowMethod):
         teacher's velocity. The paper's algorithm has no such division; give ``norm=None`` for it.
         With several steps, distillation sees what a random step of the student's own sampler makes.
         Squared errors are means over elements.
+        Distillation has the factor 1 - t of the divergence's gradient, which the released code leaves out, and no
+        division of the derivative, which it has there, too.
     """
 
     paper = "2509.04406"

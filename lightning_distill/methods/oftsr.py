@@ -41,7 +41,7 @@ class OFTSR(TwoTimeMethod):
         **kwargs: see ``TwoTimeMethod``. Default weights: ``student/boundary`` .1, ``student/alignment`` .01.
 
     Notes:
-        Terms and weights are those of the released trainer, with its squared error (the teacher's training has L1).
+        Weights are those of the released configurations, whose trainer of students is not public; the terms are derived.
         Its last step ends at the margin; here it may be shorter than h.
     """
 

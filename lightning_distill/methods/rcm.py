@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from lightning_distill.batch import Batch
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.scm import ContinuousConsistency
@@ -64,7 +65,7 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
             times or LogNormal(0.7, 1.6), False, tangent, tangent_step, warmup_updates, "rcm", weight=prior_weight
         )
         self.matching_from = matching_from
-        self.weight = weight
+        self.weight = checked_weight(weight)
 
     def student_loss(self, batch: Batch) -> Terms:
         """The tangent's term and, after the start, the score difference."""

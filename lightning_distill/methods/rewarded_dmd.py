@@ -19,7 +19,7 @@ __all__ = ["RewardedDMD"]
 class RewardedDMD(RunningMeans, DMD2):
     """DMD2 whose matching term is weighted by exp(beta R(x)) / E exp(beta R), without gradient through the reward.
 
-        grad_theta = E_t[ w(x) lambda_t (y_F(x_t) - y_T(x_t)) dx/dtheta ],     w = exp(beta R(x)) / mean
+        grad_theta = E_t[ w(x) lambda_t (y_F(x_t) - y_T(x_t)) dx/dtheta ],     w = exp(beta (R(x) - R_mean)) / mean
 
     Args:
         teacher: the pretrained model.
@@ -27,15 +27,16 @@ class RewardedDMD(RunningMeans, DMD2):
             students it decodes by itself.
         beta: inverse temperature; 0 is DMD2.
         saliency: share of |dR/dx|, a map of mean 1 per sample, in the weight of each element (Stream-R1's idea).
-        reward_decay: factor on the weight of past samples per update in the mean of exp(beta R), in [0, 1).
+        reward_decay: factor on the weight of past samples per update in both means, in [0, 1).
         **kwargs: see ``DMD2``.
 
     Notes:
         A weight on the loss does not move its fixed point: where student and teacher agree the gradient is zero for
         every sample. It decides what is learned first, and what a student without the capacity for all learns at all.
         To reach the teacher's distribution tilted by exp(beta R), the reward must enter the target.
-        The paper's weight is not normalised and changes the learning rate with it; here it has mean 1 over the samples
-        of past updates.
+        The paper's weight is exp(beta R), which changes the learning rate and depends on the origin of R; here it is
+        taken from the mean reward, so that a constant added to all rewards changes nothing, and has mean 1 over the
+        samples of past updates. The first two updates, which only see what the means are, have weight 1.
     """
 
     paper = "2512.04678"
@@ -61,7 +62,7 @@ class RewardedDMD(RunningMeans, DMD2):
         self.reward = reward.requires_grad_(False).eval()
         self.beta = beta
         self.saliency = saliency
-        self.add_running("reward", 1, reward_decay)
+        self.add_running("reward", 2, reward_decay, made_up=False)
 
     def train(self, mode: bool = True) -> "RewardedDMD":
         """As usual; the reward stays in eval mode."""
@@ -70,12 +71,15 @@ class RewardedDMD(RunningMeans, DMD2):
         return self
 
     def sample_factor(self, x: Tensor, batch: Batch) -> Tensor | float:
-        """exp(beta R) over its mean, times the map of the saliency."""
+        """exp(beta (R - mean R)) over its mean, times the map of the saliency."""
         samples = x.detach()
-        weight = exponential_weight(rewards_of(self.reward, samples, batch.cond), self.beta)
-        mean = self.running_means("reward")
-        self.note("reward", weight.sum()[None], torch.full_like(weight[:1], len(weight)))
-        factor = expand(weight / mean, x)
+        reward = rewards_of(self.reward, samples, batch.cond)
+        centre, mean = self.running_means("reward")
+        weight = exponential_weight(reward - centre, self.beta)
+        known = ~centre.isnan()
+        sums = torch.stack([reward.sum(), torch.where(known, weight.sum(), 0.0)])
+        self.note("reward", sums, len(reward) * torch.stack([torch.ones_like(known), known]).to(sums))
+        factor = expand(torch.where(mean.isnan(), 1.0, weight / mean), x)
         if self.saliency:
             factor = factor * (1.0 + self.saliency * (saliency_map(self.reward, samples, batch.cond) - 1.0))
         return factor

@@ -36,7 +36,8 @@ class ROSECD(ConsistencyDistillation):
         The paper's two losses are SI-SDR and a differentiable PESQ; the latter is left to a function of the user.
         Its process is that of SGMSE, whose mean drifts to the noisy speech; here it is any of this package's.
         Reconstructed from the abstract and summaries: how the start is randomised, and that the losses look at
-        predictions from all times. The former is an offset of the whole grid, so that steps keep their length.
+        predictions from all times. The former is an offset of the whole grid, so that steps keep their length. The
+        released code trains without a teacher, on an even grid, with independent noise at both times of a pair.
     """
 
     paper = "2507.05688"

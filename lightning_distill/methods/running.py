@@ -26,20 +26,21 @@ class RunningMeans(_Base):
 
     _running: dict[str, float]
 
-    def add_running(self, name: str, columns: int, decay: float) -> None:
+    def add_running(self, name: str, columns: int, decay: float, made_up: bool = True) -> None:
         """Make the buffers ``<name>_state`` and ``<name>_pending``, (2, columns): sums and counts.
 
         Args:
             name: of the means.
-            columns: number of means; each begins with one made-up sample of 1.
+            columns: number of means.
             decay: factor on the weight of past samples per update, in [0, 1).
+            made_up: begin with one made-up sample of 1; else there is no mean before the first sample.
         """
-        self.register_buffer(f"{name}_state", torch.ones(2, columns))
+        self.register_buffer(f"{name}_state", torch.ones(2, columns) if made_up else torch.zeros(2, columns))
         self.register_buffer(f"{name}_pending", torch.zeros(2, columns), persistent=False)
         self.__dict__.setdefault("_running", {})[name] = decay
 
     def running_means(self, name: str) -> Tensor:
-        """The means, (columns,)."""
+        """The means, (columns,); NaN where there are no samples yet."""
         state = self.get_buffer(f"{name}_state")
         return state[0] / state[1]
 

@@ -35,6 +35,7 @@ class SANASprint(TrajectoryMethod, LADD):
         tangent_step: step of differences, None for the default.
         warmup_updates: H of the tangent's warm-up.
         adaptive: learn the weight of a time, see ``SCM``.
+        constant: c of the tangent's normalisation, in units of data of unit std (.1 of the released code in its own).
         **kwargs: see ``LADD`` (``gan``) and ``TrajectoryMethod``; the paper embeds guidance scales of 4 to 5:
             ``student=TwoTime(kind=None, guidance=True)`` and ``guidance=RandomGuidance(4, 5)``. Default weight of
             ``student/gan``: .5.
@@ -59,13 +60,14 @@ class SANASprint(TrajectoryMethod, LADD):
         tangent_step: float | None = None,
         warmup_updates: int = 4000,
         adaptive: bool = True,
+        constant: float = 0.2,
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
         if not 0.0 <= largest_share <= 1.0:
             raise ValueError(f"largest_share={largest_share}: give a share from 0 to 1.")
         self.consistency = ContinuousConsistency(
-            times or LogNormal(0.2, 1.6), False, tangent, tangent_step, warmup_updates
+            times or LogNormal(0.2, 1.6), False, tangent, tangent_step, warmup_updates, constant=constant
         )
         self.log_variance = LogVariance() if adaptive else None
         self.largest_share = largest_share

@@ -127,10 +127,8 @@ class TBCM(SCM):
     Notes:
         A batch of B noises makes K B training samples. Batches with stored ``states`` (a trajectory store) are used
         instead of solving; the teacher then only gives the directions.
-        Reconstructed from the abstract and public summaries: the solver (first order), the times of its states and the
-        number of states per noise are choices made here. Random times leave no gap between the states; a fixed grid
-        would train the student at K times only.
-        The paper also changes the weight of the tangent's unstable part; here that is ``warmup_updates``.
+        The released code solves on 16 points shifted by 2.5, with a time drawn within each, and leaves out the first
+        state, pure noise, which counts here. After the warm-up it lowers the tangent's share in one step; here it stays.
     """
 
     paper = "2511.20410"

@@ -16,7 +16,7 @@ from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.parameterisations import Capability, takes_target
 from lightning_distill.prediction import Prediction
-from lightning_distill.processes import EDM, FlowMatching, change_process, expand
+from lightning_distill.processes import FlowMatching, change_process, expand
 from lightning_distill.samplers import check_capability
 from lightning_distill.tangents import TangentMode
 from lightning_distill.times import TimeDistribution, Uniform, few_step_times, t_min
@@ -123,8 +123,6 @@ class TrajectoryMethod(DistillationModule):
         Returns:
             ``intervals`` + 1 times.
         """
-        if isinstance(self.process, EDM):
-            return few_step_times(self.process, intervals + 1)
         return [*few_step_times(self.process, intervals), t_min(self.process)]
 
 

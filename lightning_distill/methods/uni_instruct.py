@@ -5,7 +5,8 @@ from typing import Any
 from lightning_distill.batch import Batch
 from lightning_distill.losses.f_divergences import divergence as find_divergence
 from lightning_distill.losses.f_divergences import expanded_divergence_loss, log_ratio
-from lightning_distill.losses.sid import fisher_weight
+from lightning_distill.losses.score_matching import checked_weight
+from lightning_distill.losses.sid import FISHER_WEIGHTS, fisher_weight
 from lightning_distill.methods.adversarial import RatioMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.networks.denoiser import Denoiser
@@ -26,7 +27,8 @@ class UniInstruct(RatioMethod):
     Args:
         teacher: the pretrained model.
         divergence: one of rkl, kl, js, softened_rkl, neyman, hellinger, jeffreys, pearson.
-        weight: c; ``dmd`` is 1 / mean |x - y_T|, ``fisher`` the divergence itself (see ``fisher_weight``).
+        weight: c; ``dmd`` is 1 / mean |x - y_T|, ``divergence`` that of the integral, for uniform times (see
+            ``fisher_weight``).
         through_ratio: let gradients pass through h as well; False is cheaper and an approximation.
         ratio_limit: largest |ln r|.
         fake_score_steps: critic updates per student update.
@@ -58,7 +60,7 @@ class UniInstruct(RatioMethod):
         if not ratio_limit > 0:
             raise ValueError(f"ratio_limit={ratio_limit}: the largest |ln r| must be positive.")
         self.divergence = divergence
-        self.weight = weight
+        self.weight = checked_weight(weight, FISHER_WEIGHTS)
         self.through_ratio = through_ratio
         self.ratio_limit = ratio_limit
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from gaussians import CASES, PROCESSES, coefficients, denoiser, expected_gradient, leaves, line, score
 
 from lightning_distill.losses.sid import fisher_loss, fisher_weight
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
 
 M, S, MU, TAU = -0.5, 1.3, 1.0, 0.7
 
@@ -96,3 +99,31 @@ def test_gradients_reach_the_sample_and_both_scores_but_not_the_weight():
     torch.testing.assert_close(got[2], weight * (-(real - x).detach() + 2.4 * d) / 12)
     with pytest.raises(ValueError, match="unknown matching weight 'sim'"):
         fisher_weight("sim", x, real, torch.full((4,), 0.5), PROCESSES["flow"][0])
+
+
+@pytest.mark.parametrize(
+    ("process", "low", "high"),
+    [
+        (FlowMatching(), 1e-4, 1.0 - 1e-6),
+        (VariancePreserving(zero_terminal_snr=True), 1e-3, 1.0 - 1e-6),
+        (EDM(1e-3, 1e4), 1e-3, 2e3),
+    ],
+    ids=["flow", "vp", "edm"],
+)
+def test_the_divergence_weight_integrates_to_the_divergence_of_clean_samples(process, low, high):
+    """KL(N(.3, 1.1^2) || N(1, .7^2)) as the integral of weighted Fisher divergences, in closed form at every time."""
+    (b, a), (m, s) = (0.3, 1.1), (1.0, 0.7)
+    times = torch.linspace(math.log(low), math.log(high), 20_001, dtype=torch.float64).exp()
+    if high < 1.0:  # fine at both ends
+        times = torch.cat([times[times < 0.5], 1.0 - times[times < 0.5].flip(0)])
+        times = times[times < high]
+    alpha, sigma = process.alpha(times), process.sigma(times)
+    fake, real = ((alpha * std) ** 2 + sigma**2 for std in (a, s))
+    # E over the student's marginal of the squared difference of scores, and of the x0 predictions
+    shift, slope = alpha * (b - m) / real, 1.0 / real - 1.0 / fake
+    scores = shift**2 + slope**2 * fake
+    predictions = (sigma**2 / alpha) ** 2 * scores
+    x = torch.zeros(len(times), 1, dtype=torch.float64)
+    density = 0.5 * fisher_weight("divergence", x, x, times, process)[:, 0] * predictions
+    kl = math.log(s / a) + (a**2 + (b - m) ** 2) / (2 * s**2) - 0.5
+    assert float(torch.trapezoid(density, times)) == pytest.approx(kl, rel=3e-3)

@@ -97,12 +97,39 @@ def test_weights_grow_with_the_reward_and_have_mean_one_in_the_end():
     assert float(exponential_weight(torch.tensor([100.0]), 2.0)) == pytest.approx(22026.47, rel=1e-4)
     module = ready(RewardedDMD(mlp(), reward=MeanValue(), beta=1.5))
     x = torch.randn(4096, 2)
-    first = module.sample_factor(x, Batch(size=4096))
-    torch.testing.assert_close(first[:, 0], (1.5 * x.mean(1)).exp())  # the mean begins at 1
-    module.reward_state += module.get_buffer("reward_pending")
-    second = module.sample_factor(x, Batch(size=4096))
-    assert float(second.mean()) == pytest.approx(1.0, abs=1e-3)
-    torch.testing.assert_close(second / first, torch.full_like(first, float(second[0] / first[0])))
+
+    def factor():
+        found = module.sample_factor(x, Batch(size=4096))
+        module.reward_state += module.get_buffer("reward_pending")
+        module.get_buffer("reward_pending").zero_()
+        return found
+
+    # the first update sees the mean reward, the second the mean weight
+    assert all(torch.equal(factor(), torch.ones(4096, 1)) for _ in range(2))
+    third = factor()
+    wanted = (1.5 * (x.mean(1) - x.mean())).exp()
+    torch.testing.assert_close(third[:, 0], wanted / wanted.mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [-8.0, 20.0])
+def test_a_constant_added_to_all_rewards_changes_nothing(offset):
+    """Rewards of trained models have any origin; the limit of the exponent must not cut them off."""
+
+    class Shifted(MeanValue):
+        def forward(self, x, cond):
+            return super().forward(x, cond) + offset
+
+    def factors(reward):
+        module = ready(RewardedDMD(mlp(), reward=reward, beta=2.0))
+        for update in range(3):
+            x = torch.randn(64, 2, generator=torch.Generator().manual_seed(update))
+            found = module.sample_factor(x, Batch(size=64))
+            module.reward_state += module.get_buffer("reward_pending")
+        return found
+
+    plain = factors(MeanValue())
+    assert float(plain.std()) > 0.3
+    torch.testing.assert_close(factors(Shifted()), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_saliency_map_has_mean_one_and_shows_where_the_reward_looks():
@@ -140,6 +167,37 @@ def test_rewards_that_are_no_rewards_are_refused():
     module = ready(RewardedDMD(mlp(), reward=Pairs()))
     with pytest.raises(ValueError, match=r"gave shape \(8, 2\) for 8 samples"):
         module.student_loss(Batch(size=8))
+
+
+# ------------------------------------------------------------------------------------------------ groups
+@pytest.mark.parametrize("method", [GNDM, VDOT])
+def test_the_discriminator_sees_data_with_their_own_conditions(method):
+    """Groups share conditions among the student's samples; the data keep theirs."""
+    module = ready(method(mlp(3), group_size=4, gan=heads(kind="relativistic"), ema=[]))
+    batch, seen = labelled(8), []
+    own = module.logits
+    module.logits = lambda x, t, cond: (seen.append(cond["class_labels"].tolist()), own(x, t, cond))[1]
+    labels, shared = batch.cond["class_labels"].tolist(), [0, 0, 0, 0, 1, 1, 1, 1]
+    for phase in ("student", "fake_score"):
+        seen.clear()
+        gradients(module, batch, phase)
+        assert labels in seen
+        assert all(told in (labels, shared) for told in seen)
+
+
+def test_transport_moves_samples_from_the_fake_towards_the_real_score():
+    """One group by hand: the gradient in a sample is its own pull, weighted as the matching is."""
+    module = ready(VDOT(mlp(), group_size=4, sinkhorn_steps=200, weight="kl", ema=[]))
+    rollout = module.rollout(Batch(size=4))
+    x = rollout.x0
+    x_t, t = module.group_noisy(x, "matching")
+    fake = torch.randn(4, 2)
+    scores = Scores(x_t, t, fake - torch.tensor([0.5, -0.25]), fake, {})
+    module.scores = lambda *_args, **_kwargs: scores
+    loss = module.rollout_terms(rollout, Batch(size=4)).losses["transport"]
+    (slope,) = torch.autograd.grad(loss, x)
+    # all real predictions lie to the left and above: descent goes there
+    assert bool((slope[:, 0].sum() > 0) & (slope[:, 1].sum() < 0))
 
 
 # ------------------------------------------------------------------------------------------------ halves

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_problems import mlp, ready, shift
+from small_problems import assert_same_cycle, mlp, ready, shift
 from tiny_pipelines import flux, sana_sprint
 
 from lightning_distill.batch import Batch
@@ -15,10 +15,12 @@ from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidanc
 from lightning_distill.methods import (
     DMD2,
     ConsistencyDistillation,
+    DecoupledDMD,
     GuidanceDistillation,
     KnowledgeDistillation,
     LearnedSolver,
     Reflow,
+    SwiftBrush,
 )
 from lightning_distill.methods.discriminating import score_with_features
 from lightning_distill.networks.guidance_adapters import GuidanceAdapters
@@ -30,14 +32,19 @@ from lightning_distill.networks.two_time import TwoTime
 N = 6
 
 
-@pytest.fixture
-def told():
+def tellable():
     """A network with classes that embeds a scale, 3 by default."""
     denoiser = mlp(classes=3)
     add_guidance(denoiser.network)
     shift(denoiser.network)
     denoiser.family = replace(denoiser.family, guidance_scale=3.0)
-    return denoiser.requires_grad_(False).eval()
+    return denoiser
+
+
+@pytest.fixture
+def told():
+    """A network with classes that embeds a scale, 3 by default."""
+    return tellable().requires_grad_(False).eval()
 
 
 @pytest.fixture
@@ -162,3 +169,28 @@ def test_distilled_guidance_is_a_teacher_for_fewer_steps(batch):
     torch.testing.assert_close(second.guided_teacher(batch)(x, t).x0, stage(x, t, cond, guidance=torch.tensor(5.0)).x0)
     assert second.student.family.guidance_scale == 5.0
     assert torch.equal(second.student(x, t, cond).x0, stage(x, t, cond, guidance=torch.tensor(5.0)).x0)
+
+
+def test_decoupled_dmd_of_a_told_teacher_is_dmd2_where_the_schedules_coincide():
+    """The engine's push is the distance of two told predictions."""
+    settings = {"guidance": Guidance(5.0), "num_steps": 2, "ema": []}
+    one, other = DecoupledDMD(tellable(), coincide=True, **settings), DMD2(tellable(), **settings)
+    batch = Batch(cond={"class_labels": torch.arange(12) % 3})
+    assert_same_cycle(one, other, batch, tolerance=1e-6, terms=("matching", "engine"))
+    plain = DMD2(tellable(), **{**settings, "guidance": Guidance(1.0)})
+    with pytest.raises(AssertionError):
+        assert_same_cycle(one, plain, batch, tolerance=1e-2, terms=("matching", "engine"))
+
+
+@pytest.mark.parametrize("method", [DMD2, SwiftBrush])
+def test_a_told_fake_score_is_trained_at_the_scales_it_is_asked_for(method):
+    module = ready(method(tellable(), fake_guidance=Guidance(5.0), ema=[]))
+    module.fake_score.null_class = None
+    seen = []
+    hook = lambda _m, _args, kwargs: seen.append(kwargs.get("guidance"))  # noqa: E731
+    module.fake_score.register_forward_pre_hook(hook, with_kwargs=True)
+    batch = Batch(cond={"class_labels": torch.arange(N) % 3})
+    module.student_loss(batch)
+    module.fake_score_loss(batch)
+    assert len(seen) == 2
+    assert all(torch.equal(scale, torch.full((N,), 5.0)) for scale in seen)

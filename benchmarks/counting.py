@@ -69,6 +69,8 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> Any:
         if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight; activations are ordinary tensors
             return tensor
+        if tensor._is_zerotensor():  # tangents that forward mode knows to be zero take no memory
+            return tensor
         return tensor if tensor.untyped_storage().data_ptr() in self._given else _Held(tensor, self)
 
     def add(self, key: int, size: int) -> None:

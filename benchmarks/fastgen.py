@@ -2,6 +2,7 @@
 
     git clone https://github.com/NVlabs/FastGen
     python benchmarks/fastgen.py --fastgen FastGen             # about a quarter of an hour on one idle core
+    python benchmarks/fastgen.py --fastgen FastGen --tangents  # updates of sCM and MeanFlow, as long
     python benchmarks/fastgen.py --fastgen FastGen --quality   # seconds until a student is good, hours
 
 The network is FastGen's EDM SongUNet (3.5 M parameters, 32x32, ten classes), taken through the door for plain modules.
@@ -14,8 +15,6 @@ same fixed point. Nothing of FastGen is shipped here: its code is read from the 
 
 import argparse
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,16 @@ from typing import Any
 
 import torch
 from bare import bare_trainer
-from counting import Counter, floor_bytes
+from counting import floor_bytes
+from fastgen_parts import OURS, PEER, SHAPE, Alternate, Repeated, compare, examples, line, peer_data, row
 from fastgen_peer import BLOCKS, Peer, PeerHeads, load, network
 from fastgen_quality import POINTS, quality
-from lightning.pytorch import Callback, Trainer
+from fastgen_tangents import MODULES as TANGENT_MODULES
+from fastgen_tangents import VARIANTS as TANGENT_VARIANTS
+from fastgen_tangents import tangents
 from results import write_result
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_distill.batch import Batch
 from lightning_distill.ema import ConstantEMA
@@ -38,15 +40,13 @@ from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.specs import seeded
 from lightning_distill.processes import EDM, NoiseProcess
 from lightning_distill.randomness import Draws
 from lightning_distill.times import TimeDistribution
 
-SHAPE = [3, 32, 32]
 #: adversarial term, guidance scale
 VARIANTS: dict[str, tuple[bool, float]] = {"plain": (False, 1.0), "gan": (True, 1.0), "gan, guidance 2": (True, 2.0)}
-PEER, OURS, DEFAULTS = "FastGen", "lightning_distill", "lightning_distill defaults"
+DEFAULTS = "lightning_distill defaults"
 
 
 class Levels(TimeDistribution):
@@ -67,18 +67,6 @@ def peer_levels(teacher: torch.nn.Module) -> Levels:
     """The noise levels that FastGen draws training times from."""
     schedule = teacher.noise_scheduler
     return Levels(schedule.sigmas[schedule._min_step : schedule._max_step + 1].double())
-
-
-def examples(n: int) -> Batch:
-    """Samples and one-hot classes."""
-    with seeded(1):
-        return Batch(x0=0.5 * torch.randn(n, *SHAPE), cond={"condition": torch.eye(10)[torch.arange(n) % 10]}, size=n)
-
-
-def peer_data(batch: Batch) -> dict[str, Tensor]:
-    """The same as FastGen has it."""
-    condition = batch.cond["condition"]
-    return {"real": batch.x0, "condition": condition, "neg_condition": torch.zeros_like(condition)}
 
 
 def method(
@@ -149,7 +137,7 @@ def check(library: SimpleNamespace, guidance: float = 2.0, batch: int = 2) -> di
     t = peer_levels(peer.model.teacher).quantile(u, module.process)
     start, t_max = peer.model.net.noise_scheduler.latents(noise=z), torch.full_like(t, module.process.t_max)
 
-    def compare(theirs: Tensor, ours: Tensor, pairs: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+    def differ(theirs: Tensor, ours: Tensor, pairs: dict[str, tuple[Any, Any]]) -> dict[str, float]:
         theirs.backward()
         ours.backward()
         found = {"loss": float((theirs - ours).detach().abs() / theirs.detach().abs())}
@@ -177,91 +165,9 @@ def check(library: SimpleNamespace, guidance: float = 2.0, batch: int = 2) -> di
                     "fake_score": (model.fake_score, module.fake_score),
                     "discriminator": (model.discriminator, module.discriminator),
                 }
-            found = compare(losses["total_loss"], ours, pairs)
+            found = differ(losses["total_loss"], ours, pairs)
         differences |= {f"{phase}/{name}": value for name, value in found.items()}
     return differences
-
-
-# ---------------------------------------------------------------------------------------------------- measuring
-class Repeated(Dataset[Batch]):
-    """One batch for ever."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return 10**6
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.batch
-
-
-class Alternate(Callback):
-    """Counts the second cycle of both sides, then times their blocks in turn."""
-
-    def __init__(self, peer: Peer, batch: int, block: int) -> None:
-        self.peer, self.batch, self.block = peer, batch, block
-        self.seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-        self.counted: dict[str, Counter] = {}
-        self._started = 0.0
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Wrap the training step, of which one is looked at."""
-        step = pl_module.training_step
-        names = ("teacher", "student", "fake_score")
-
-        def training_step(batch: Batch, batch_idx: int) -> None:
-            if batch_idx != 1:
-                return step(batch, batch_idx)
-            roles = {name: getattr(pl_module, name).network for name in names}
-            with Counter(pl_module, roles, self.batch) as self.counted["ours"]:
-                step(batch, batch_idx)
-            return None
-
-        pl_module.training_step = training_step
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """A block of this library begins."""
-        if batch_idx >= 2 and (batch_idx - 2) % self.block == 0:
-            self._started = time.process_time()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """It ends, and the other side's block follows."""
-        if batch_idx == 0:
-            self.peer.cycle()
-        elif batch_idx == 1:
-            with Counter(self.peer.model, self.peer.networks, self.batch) as self.counted["peer"]:
-                self.peer.cycle()
-        elif (batch_idx - 1) % self.block == 0:
-            # the span covers the loop's own work between the cycles of a block
-            self.seconds["ours"].append((time.process_time() - self._started) / self.block)
-            started = time.process_time()
-            for _ in range(self.block):
-                self.peer.cycle()
-            self.seconds["peer"].append((time.process_time() - started) / self.block)
-
-
-def row(
-    variant: str, name: str, seconds: list[float], counted: Counter, floor: int, batch: int
-) -> dict[str, float | str | int | dict[str, float]]:
-    """One row of the results."""
-    return {
-        "what": variant,
-        "implementation": name,
-        "method": "DMD2",
-        "network": "EDM SongUNet, 3.50 M parameters",
-        "batch": batch,
-        "dtype": "float32",
-        "updates_per_second": 1.0 / statistics.median(seconds),
-        "seconds_per_cycle": {"min": min(seconds), "median": statistics.median(seconds)},
-        "forwards": sum(counted.calls.values()),
-        "calls": counted.calls,
-        "passes": counted.passes,
-        "gflop": counted.gflop,
-        "peak_bytes": floor + counted.saved,
-        "saved_activation_bytes": counted.saved,
-        "host_syncs": counted.synchronisations,
-    }
 
 
 def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -292,10 +198,7 @@ def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.
     for side, (name, model, optimizers) in sides.items():
         floor = floor_bytes((*model.parameters(), *model.buffers()), optimizers)
         rows.append(row(variant, name, probe.seconds[side], probe.counted[side], floor, args.batch))
-    for key in ("min", "median"):
-        rows[1][f"seconds_ratio_{key}"] = rows[1]["seconds_per_cycle"][key] / rows[0]["seconds_per_cycle"][key]
-    rows[1] |= {f"{key}_ratio": rows[1][key] / rows[0][key] for key in ("gflop", "saved_activation_bytes")}
-    rows[0]["compared_with"] = rows[1]["implementation"]
+    compare(*rows)
     return rows
 
 
@@ -309,10 +212,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Check, measure, print a table and write ``throughput_fastgen``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fastgen", required=True, metavar="FOLDER", help="checkout of FastGen")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *TANGENT_VARIANTS], help="all by default")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7, help="blocks per side")
     parser.add_argument("--block", type=int, default=1, help="cycles per block")
+    parser.add_argument("--tangents", action="store_true", help="measure updates of sCM and MeanFlow instead")
     group = parser.add_argument_group("seconds until a student is good (see fastgen_quality.py)")
     group.add_argument("--quality", action="store_true", help="measure these instead; stopped runs go on")
     group.add_argument("--out", type=Path, default=Path("fastgen_quality"), help="folder of the runs")
@@ -326,7 +230,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    library = load(args.fastgen)
+    known = list(TANGENT_VARIANTS if args.tangents else VARIANTS)
+    args.variants = [name for name in args.variants or known if name in known]
+    library = load(args.fastgen, TANGENT_MODULES if args.tangents else {})
+    if args.tangents:
+        return tangents(library, args)
     if args.quality:
         return quality(library, args)
     differences = check(library)
@@ -342,16 +250,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     figures = {"rows": rows, "equality": differences, "threads": 1, "repeats": args.repeats}
     write_result("throughput_fastgen", figures, seeds=[0])
     return figures
-
-
-def line(entry: dict[str, Any]) -> str:
-    """A row for the terminal."""
-    seconds = entry["seconds_per_cycle"]
-    return (
-        f"{entry['what']:16} {entry['implementation']:27} {seconds['min']:6.2f} s (median {seconds['median']:.2f}) "
-        f"{entry['gflop']:6.1f} GFLOP {entry['passes']:5.1f} passes {entry['saved_activation_bytes'] / 2**20:6.1f} MiB "
-        f"{entry['host_syncs']:5d} synchronisations"
-    )
 
 
 if __name__ == "__main__":

@@ -112,17 +112,18 @@ def _stand_ins() -> Iterator[None]:
             del sys.modules[name]
 
 
-def load(folder: str | Path) -> SimpleNamespace:
+def load(folder: str | Path, more: Mapping[str, str] = {}) -> SimpleNamespace:
     """The modules of a checkout of FastGen that are measured, by the names of ``MODULES``.
 
     Args:
         folder: where FastGen was cloned to.
+        more: further modules by the name they are to have.
 
     Raises:
         SystemExit: there is no FastGen, another version than is understood, or a package that it needs is missing.
     """
     root = Path(folder)
-    paths = [root.joinpath(*name.split(".")) for name in MODULES.values()]
+    paths = [root.joinpath(*name.split(".")) for name in (MODULES | dict(more)).values()]
     if missing := [path for path in paths if not path.is_dir() and not path.with_suffix(".py").is_file()]:
         raise SystemExit(
             f"--fastgen {folder} is not a checkout of FastGen: {missing[0].relative_to(root)} is missing; clone "
@@ -138,7 +139,9 @@ def load(folder: str | Path) -> SimpleNamespace:
     try:
         with _stand_ins():
             spec.loader.exec_module(module)
-            return SimpleNamespace(**{key: importlib.import_module(name) for key, name in MODULES.items()})
+            return SimpleNamespace(
+                **{key: importlib.import_module(name) for key, name in (MODULES | dict(more)).items()}
+            )
     except ModuleNotFoundError as error:
         sys.modules.update(before)
         remedy = f"install it with: pip install {error.name}"

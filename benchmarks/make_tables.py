@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dials_table
 import digits_table
 import recipes_table
+import ring_table
 import support_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,11 +285,53 @@ def super_resolution() -> str:
     return "\n".join(lines)
 
 
-def fastgen() -> str:
-    """Cost of a cycle of DMD2 here and in FastGen, for docs/fastgen.md."""
-    result = _load("throughput_fastgen")
+def tangents() -> str:
+    """Cost of an exact derivative, for docs/flow_maps.md."""
+    result = _load("tangents")
     if result is None:
-        return "(run `python benchmarks/fastgen.py --fastgen FOLDER` to fill this table)"
+        return "(run `python benchmarks/tangents.py` to fill this table)"
+    of_attention = [row for row in result["rows"] if row["what"] == "attention tangent"]
+    updates = [row for row in result["rows"] if row["what"] == "update"]
+    lines = ["| derivative of one attention layer | memory | seconds |", "|---|---|---|"]
+    names = {"chunked": "chunks of queries", "math": "torch's `MATH` backend"}
+    for row in of_attention:
+        lines.append(f"| {names[row['route']]} | {row['peak_bytes'] / 2**20:,.0f} MiB | {row['seconds']:.2f} |")
+    one, machine = of_attention[0], result["meta"]["machine"]
+    lines += [
+        "",
+        f"{one['tokens']:,} tokens, {one['heads']} heads of {one['head_dim']}, {one['dtype']}, {machine['cpu']}; the "
+        f"two differ by {one['relative_difference']:.0e}.",
+        "",
+        "| value with gradient, and the tangent | operations | time | error of the tangent |",
+        "|---|---|---|---|",
+    ]
+    for row in updates:
+        error = "0" if row["mode"] == "jvp" else f"{row['relative_error']:.1e}"
+        lines.append(f"| `{row['mode']}` | {row['flop_ratio']:.2f} | {row['time_ratio']:.2f} | {error} |")
+    lines += ["", f"In units of the value with gradient alone; {updates[0]['network']}."]
+    return "\n".join(lines)
+
+
+def capabilities() -> str:
+    """What students of each method are trained for, and the samplers that fit, for docs/flow_maps.md."""
+    from lightning_distill.commands.methods import method_classes
+    from lightning_distill.samplers import SAMPLERS_OF, TRAINED_FOR
+
+    found: dict[str, list[str]] = {}
+    for cls in method_classes():
+        found.setdefault(str(cls.capability), []).append(cls.__name__)
+    lines = ["| trained for | methods | samplers |", "|---|---|---|"]
+    for kind, (what, remedy) in TRAINED_FOR.items():
+        samplers = ", ".join(f"`{name}`" for name in SAMPLERS_OF[kind]) if kind in SAMPLERS_OF else remedy
+        lines.append(f"| {what} | {', '.join(sorted(found.get(kind, [])))} | {samplers} |")
+    return "\n".join(lines)
+
+
+def fastgen(what: str = "throughput_fastgen", option: str = "") -> str:
+    """Cost of a cycle of DMD2, or of other updates, here and in FastGen, for docs/fastgen.md."""
+    result = _load(what)
+    if result is None:
+        return f"(run `python benchmarks/fastgen.py --fastgen FOLDER{option}` to fill this table)"
     lines = [
         "| setting | implementation | CPU s, least | CPU s, median | passes | GFLOP | MiB for backward | host reads |",
         "|---|---|---|---|---|---|---|---|",
@@ -309,6 +353,11 @@ def fastgen() -> str:
         f"{result['repeats']} blocks a side. On equal draws losses and gradients differ by {worst:.0e} at most.",
     ]
     return "\n".join(lines)
+
+
+def fastgen_tangents() -> str:
+    """Cost of an update with an exact derivative here and in FastGen, for docs/fastgen.md."""
+    return fastgen("tangents_fastgen", " --tangents")
 
 
 def fastgen_quality() -> str:
@@ -354,7 +403,10 @@ def main() -> None:
         ROOT / "docs" / "super_resolution.md": {"super_resolution": super_resolution},
         ROOT / "docs" / "trajectories.md": {"stored": stored},
         ROOT / "docs" / "digits.md": {"digits": lambda: digits_table.table(_load("compare_digits"))},
-        ROOT / "docs" / "fastgen.md": {"fastgen": fastgen, "quality": fastgen_quality},
+        ROOT / "docs" / "dials.md": {"dials": lambda: dials_table.table(_load("dials"))},
+        ROOT / "docs" / "flow_maps.md": {"tangents": tangents, "capabilities": capabilities}
+        | {"ring": lambda: ring_table.table(_load("compare_ring"))},
+        ROOT / "docs" / "fastgen.md": {"fastgen": fastgen, "quality": fastgen_quality} | {"tangents": fastgen_tangents},
         ROOT / "docs" / "recipes.md": {"recipes": lambda: recipes_table.table(_load("recipes"))},
     }
     written = {ROOT / "docs" / "support_matrix.md": support_table.page(_load("support"))}
@@ -368,6 +420,7 @@ def main() -> None:
     for page, text in written.items():
         page.write_text(text)
     digits_table.plot(_load("compare_digits"))
+    dials_table.plot(_load("dials"), ROOT / dials_table.PICTURE)
 
 
 if __name__ == "__main__":

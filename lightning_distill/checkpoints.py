@@ -69,7 +69,7 @@ def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _met
 
 
 def strict_load(module: DistillationModule, state_dict: Mapping[str, Any]) -> None:
-    """Raise unless ``state_dict`` holds exactly what a checkpoint of this configuration holds."""
+    """Raise unless ``state_dict`` holds exactly what this configuration keeps; warn of other settings."""
     own = nn.Module.state_dict(module)
     keys = checkpoint_keys(module) & set(own)
     missing, unexpected = sorted(keys - set(state_dict)), sorted(set(state_dict) - keys)
@@ -86,6 +86,10 @@ def strict_load(module: DistillationModule, state_dict: Mapping[str, Any]) -> No
             "configuration of the run that wrote it (roles, ema, discriminator), or start a new run from its weights "
             "with student=FromCheckpoint(path)."
         )
+    if lines := module.__dict__.pop("_changed_settings", None):
+        from lightning_distill.resumed_settings import tell
+
+        tell(lines)
 
 
 def _examples(names: list[str]) -> str:
@@ -122,14 +126,16 @@ def verify_fingerprint(role: str, found: str, recorded: str) -> None:
 
 
 def header(module: DistillationModule) -> dict[str, Any]:
-    """The package's own part of a checkpoint: method, teacher fingerprint, states of the global generators."""
+    """The package's own part of a checkpoint: method, settings, teacher's fingerprint, states of global generators."""
     from lightning_distill import __version__
+    from lightning_distill.resumed_settings import recorded_settings
 
     entry: dict[str, Any] = {
         "version": __version__,
         "method": type(module).__name__,
         "rng": {"cpu": torch.get_rng_state()},
         "parameters": parameter_names(module),
+        "settings": recorded_settings(module),
     }
     if torch.cuda.is_available():
         entry["rng"]["cuda"] = torch.cuda.get_rng_state()
@@ -139,7 +145,7 @@ def header(module: DistillationModule) -> dict[str, Any]:
 
 
 def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) -> None:
-    """Refuse foreign checkpoints and other teachers; restore the global generators while a fit resumes."""
+    """Refuse foreign checkpoints, other teachers and optimizers; restore the global generators while a fit resumes."""
     if entry is None:
         raise ValueError(
             "this checkpoint was not written by lightning_distill (its header is missing); give a checkpoint of a "
@@ -154,6 +160,14 @@ def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) ->
         verify_fingerprint("teacher", module.teacher_fingerprint(), entry["teacher"])
     if module._trainer is None or module.trainer.state.fn != "fit":
         return  # weights loaded outside a run
+    if "settings" in entry:
+        from lightning_distill import __version__
+        from lightning_distill.resumed_settings import changed_settings
+
+        # told of when the tensors fit, too
+        module.__dict__["_changed_settings"] = changed_settings(
+            module, entry["settings"], same_version=entry["version"] == __version__
+        )
     torch.set_rng_state(entry["rng"]["cpu"])
     if "cuda" in entry["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(entry["rng"]["cuda"])

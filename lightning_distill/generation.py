@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_distill.guidance import guided
+from lightning_distill.guidance import guided, is_told
 from lightning_distill.losses.oftsr import perturbed_source
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
@@ -80,16 +80,16 @@ def bound(
         denoiser: student or teacher.
         cond: conditions on the network's device.
         sampler: name in ``samplers.SAMPLERS``.
-        guidance_scale: w of classifier-free guidance, for networks of one time; 1 leaves them to their own
-            ``sampling_guidance``, where they have one.
+        guidance_scale: w of classifier-free guidance, for networks of one time and those that embed a scale; 1 leaves
+            them to their own ``sampling_guidance``, or scale, where they have one.
 
     Raises:
         ValueError: ``flow_map`` for a network without a target time, or guidance of a flow map.
     """
     two_times = takes_target(denoiser)
     maps = sampler == "flow_map" or not denoiser.family.needs_target
-    if two_times and maps and guidance_scale == 1.0:
-        return TrajectoryMap(denoiser, cond)
+    if two_times and maps and (guidance_scale == 1.0 or is_told(denoiser)):
+        return TrajectoryMap(denoiser, cond, None if guidance_scale == 1.0 else torch.tensor(guidance_scale))
     if sampler == "flow_map":
         name = type(denoiser.network).__name__
         if two_times:

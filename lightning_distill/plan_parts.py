@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_distill.plan_shards import Processes
 
 __all__ = ["GIB", "RESERVE", "PhasePlan", "Plan", "RolePlan"]
 
@@ -85,6 +89,8 @@ class Plan:
         step: largest temporary memory of an optimizer's step, bytes.
         optimizers: class names.
         forward_flop: of the student without gradients: what a further step of a rollout adds.
+        processes: that train together; None for one.
+        gathered: bytes of other processes' shards that a process holds at a time.
     """
 
     roles: tuple[RolePlan, ...]
@@ -95,11 +101,20 @@ class Plan:
     step: int = 0
     optimizers: tuple[str, ...] = field(default=())
     forward_flop: int = 0
+    processes: Processes | None = None
+    gathered: int = 0
+
+    @property
+    def shards(self) -> int:
+        """Processes over which weights and states are divided."""
+        return 1 if self.processes is None else self.processes.shards
 
     @property
     def resident(self) -> int:
-        """Bytes of weights, averages and optimizer states."""
-        return sum(role.total for role in self.roles)
+        """Bytes of weights, averages and optimizer states on the device of one process."""
+        elsewhere = self.processes.offload if self.processes is not None else ()
+        held = sum(role.total for role in self.roles if role.name.split(".")[0] not in elsewhere)
+        return -(-held // self.shards)
 
     @property
     def largest_phase(self) -> PhasePlan:
@@ -108,8 +123,17 @@ class Plan:
 
     @property
     def need(self) -> int:
-        """Bytes that the device must have, reserve included."""
-        return self.resident + max(max(phase.peak, phase.gradients + self.step) for phase in self.phases) + RESERVE
+        """Bytes that the device of a process must have, reserve included; of a sharded run an upper bound.
+
+        Where gradients are divided, a process still counts them whole as they come out of the backward pass, and its
+        share of all of them beside it.
+        """
+        if self.shards == 1:
+            moving = max(max(phase.peak, phase.gradients + self.step) for phase in self.phases)
+        else:
+            share = (sum(role.gradients for role in self.roles) + self.step) // self.shards
+            moving = max(phase.peak for phase in self.phases) + share + self.gathered
+        return self.resident + moving + RESERVE
 
     def with_8bit_optimizers(self) -> Plan:
         """The same run with ``AdamW8bit``."""

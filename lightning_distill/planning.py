@@ -33,6 +33,7 @@ from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.weightless import Shapes, weightless
 from lightning_distill.optim import AdamW8bit
 from lightning_distill.plan_parts import PhasePlan, Plan, RolePlan
+from lightning_distill.plan_shards import Processes, gathered_bytes
 
 __all__ = ["PRECISIONS", "plan"]
 
@@ -67,6 +68,7 @@ def plan(
     checkpointing: bool | None = None,
     device: str = "cuda",
     count: bool = False,
+    processes: Processes | None = None,
 ) -> Plan:
     """Plan a run of a method.
 
@@ -79,21 +81,31 @@ def plan(
         checkpointing: switch activation checkpointing on or off, None for what the method says.
         device: ``cuda`` or ``cpu``, which differ in what they compute in float32 under mixed precision.
         count: count floating-point operations too, of rollouts that stop at the first step.
+        processes: that train together, None for one.
 
     Raises:
         ValueError: unknown precision, prompts of a length that does not fit, or a method that decides something by the
             values of its tensors.
     """
+    from lightning_distill.strategies.role_fsdp2 import _cast_frozen as cast_frozen  # strategies import methods
+
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} cannot be planned; choose one of {', '.join(PRECISIONS)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give at least 1 sample.")
+    if text_tokens is not None and text_tokens < 1:
+        raise ValueError(f"text_tokens={text_tokens}: give at least 1, or leave it out.")
+    processes = processes or Processes()
+    if checkpointing is None and processes.checkpointing:
+        checkpointing = True
     with weightless():
         module = build()
         if checkpointing is not None:
             module.activation_checkpointing = checkpointing
         with Shapes():  # a discriminator asks the network for the shapes of its features
             module.configure_model()
+            if processes.teacher_dtype is not None and module.teacher is not None:
+                cast_frozen(module.teacher, processes.teacher_dtype)
     autocast, narrow = PRECISIONS[precision]
     if narrow is not None:
         nn.Module.to(module, narrow)
@@ -104,12 +116,17 @@ def plan(
     with weightless():
         optimizers = [entry["optimizer"] for entry in module.configure_optimizers()]
     roles, step = _with_optimizers(module, roles, optimizers, fakes)
+    gathered = gathered_bytes(module, processes)
     batch = _batch(module, fakes, batch_size, text_tokens)
-    phases = tuple(_phases(module, fakes, batch, autocast, device, count))
+    if processes.bfloat16 and narrow is None:  # shards are gathered, and multiplied, in bfloat16
+        options = {"text_tokens": text_tokens, "checkpointing": checkpointing, "device": device, "count": count}
+        phases = plan(build, batch_size, "bf16-true", **options).phases  # type: ignore[arg-type]
+    else:
+        phases = tuple(_phases(module, fakes, batch, autocast, device, count))
     names = tuple(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
     on = module.activation_checkpointing
     forward = _forward_flop(module, batch, autocast, device) if count else 0
-    return Plan(tuple(roles), phases, batch_size, precision, on, step, names, forward)
+    return Plan(tuple(roles), phases, batch_size, precision, on, step, names, forward, processes, gathered)
 
 
 def _networks(module: DistillationModule) -> Iterator[tuple[str, nn.Module]]:

@@ -1,5 +1,7 @@
 """When a run saves its state: every so many student updates, at its end, and when it is asked to stop."""
 
+import os
+import re
 import signal
 import sys
 import threading
@@ -7,31 +9,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
-__all__ = ["RunStopped", "StopSignals", "StudentCheckpoint", "checkpoint_folder"]
+from lightning_distill.collectives import max_over_processes
+from lightning_distill.requeue import is_requeued_by, requeue
+
+__all__ = ["RunStopped", "StopSignals", "StopWithoutSaving", "StudentCheckpoint", "checkpoint_folder"]
 
 
 class StudentCheckpoint(ModelCheckpoint):
     """Checkpoints counted in student updates; ``last.ckpt`` is always the state at the end of the run.
 
     Lightning's own saves at multiples of ``every_n_train_steps`` only. The state is saved within the last batch, as
-    every other checkpoint is, so that a run continued with more updates equals one that was never stopped.
+    every other checkpoint is, so that a run continued with more updates equals one that was never stopped. A run that
+    goes on in its own folder, also with another ``every_n_train_steps``, replaces its ``last.ckpt``.
 
     Args:
-        every_n_train_steps: student updates between checkpoints.
+        every_n_train_steps: student updates between checkpoints, at least 1.
+        keep: the newest ``step*.ckpt`` that stay, at least 1; ``last.ckpt`` is beside them.
+
+    Raises:
+        ValueError: one of them is below 1.
     """
 
-    def __init__(self, every_n_train_steps: int = 1000) -> None:
+    def __init__(self, every_n_train_steps: int = 1000, keep: int = 2) -> None:
+        for name, value in (("every_n_train_steps", every_n_train_steps), ("keep", keep)):
+            if value < 1:
+                raise ValueError(
+                    f"StudentCheckpoint({name}={value}): give 1 or more; trainer.enable_checkpointing=false saves "
+                    "nothing at all."
+                )
         super().__init__(
             every_n_train_steps=every_n_train_steps,
             save_last=True,
+            save_top_k=-1,  # what stays is decided here
             filename="step{step}",
             auto_insert_metric_name=False,
+            enable_version_counter=False,
         )
+        self.keep = keep
         self._saved_step = 0
+
+    @property
+    def state_key(self) -> str:
+        """The same for all settings, so that a run that is continued with others knows its files."""
+        return "StudentCheckpoint"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,6 +79,16 @@ class StudentCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero and self.dirpath:
+            self._remove_older(trainer, Path(filepath).parent)
+
+    def _remove_older(self, trainer: Trainer, folder: Path) -> None:
+        """Leave the newest files up to this update; later ones are another continuation's."""
+        steps = {int(m[1]): f for f in folder.glob("step*.ckpt") if (m := re.fullmatch(r"step(\d+)\.ckpt", f.name))}
+        past = sorted(step for step in steps if step <= trainer.global_step)
+        for step in past[: -self.keep]:
+            if self._should_remove_checkpoint(trainer, str(steps[step]), ""):
+                self._remove_checkpoint(trainer, str(steps[step]))
 
 
 class RunStopped(SystemExit):
@@ -65,24 +98,22 @@ class RunStopped(SystemExit):
         super().__init__(128 + number)
 
 
-class StopSignals(Checkpoint):
-    """SIGTERM and SIGUSR1 end a run between two updates, with a checkpoint from which it goes on bit for bit.
+class StopWithoutSaving(Callback):
+    """SIGTERM, SIGUSR1 and the first Ctrl-C end a run between two updates; for runs that save nothing.
 
-    The running cycle is finished and its state saved: by ``StudentCheckpoint`` as ``last.ckpt``, or as
-    ``interrupted.ckpt`` beside the checkpoints of another ``ModelCheckpoint``. A validation that has begun is finished
-    first. A signal that reaches one process stops all of them. Under SLURM with automatic requeueing, Lightning's own
-    handler of the requeueing signal runs once the cycle is finished, rather than in its middle.
-
-    As a ``Checkpoint`` it runs after all other callbacks, so that their state is that of a finished cycle.
+    The running cycle is finished first, and a validation that has begun. A signal that reaches one process stops all of
+    them. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self) -> None:
         self._asked = 0
+        self._process = 0
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, whose own handling of SIGTERM saves nothing."""
         self._asked = int(signal.SIGTERM) if trainer.received_sigterm else 0
+        self._process = os.getpid()
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may
         for number in _stop_signals(trainer):
@@ -94,20 +125,20 @@ class StopSignals(Checkpoint):
         """Save and leave, if any process was asked to."""
         asked = self._asked
         if trainer.world_size > 1:
-            found = torch.tensor(float(asked), device=trainer.strategy.root_device)
-            asked = int(trainer.strategy.reduce(found, reduce_op="max"))
+            asked = int(max_over_processes(torch.tensor(float(asked), device=trainer.strategy.root_device)))
         if not asked or 0 < trainer.max_steps <= trainer.global_step:
             return
         path = _save(trainer)
-        if asked != signal.SIGTERM and callable(previous := self._previous.get(asked)):
-            previous(asked, None)
+        trainer._logger_connector.on_batch_end()  # what this cycle has logged, which Lightning writes after us
+        trainer._logger_connector.update_train_step_metrics()
         if trainer.is_global_zero:
-            print(
-                f"stopped by {signal.Signals(asked).name} after update {trainer.global_step}; continue with "
-                f"--ckpt_path {path}",
-                file=sys.stderr,
-                flush=True,
-            )
+            after = f"stopped by {signal.Signals(asked).name} after update {trainer.global_step}"
+            lost = f"nothing was saved, so all {trainer.global_step} updates are lost; enable_checkpointing would save"
+            print(f"{after}; {f'continue with --ckpt_path {path}' if path else lost}", file=sys.stderr, flush=True)
+        if is_requeued_by(trainer, asked):
+            requeue(trainer)
+        elif asked not in (signal.SIGTERM, signal.SIGINT) and callable(previous := self._previous.get(asked)):
+            previous(asked, None)
         raise RunStopped(asked)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,12 +150,28 @@ class StopSignals(Checkpoint):
         self._give_back()
 
     def _remember(self, number: int, frame: Any) -> None:
+        previous = self._previous.get(number)
+        if number == signal.SIGINT and self._process == os.getpid():  # not a loader's worker, which inherits this
+            if self._asked == number and callable(previous):
+                previous(number, frame)
+            os.write(2, b"\nCtrl-C: this update is finished, then the run stops; once more interrupts it at once\n")
         self._asked = number
 
     def _give_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+
+
+class StopSignals(StopWithoutSaving, Checkpoint):
+    """SIGTERM, SIGUSR1 and the first Ctrl-C end a run between two updates, with a checkpoint to go on from bit for bit.
+
+    The running cycle is finished and its state saved: by ``StudentCheckpoint`` as ``last.ckpt``, or as
+    ``interrupted.ckpt`` beside the checkpoints of another ``ModelCheckpoint``. Under SLURM with automatic requeueing
+    (``SLURMEnvironment``), its signal, SIGUSR1 unless told otherwise, also puts the job back into the queue.
+
+    As a ``Checkpoint`` it runs after all other callbacks, so that their state is that of a finished cycle.
+    """
 
 
 def checkpoint_folder(trainer: Trainer, folder: str | Path) -> Path:
@@ -139,18 +186,20 @@ def checkpoint_folder(trainer: Trainer, folder: str | Path) -> Path:
 
 
 def _stop_signals(trainer: Trainer) -> set[int]:
-    numbers = {int(signal.SIGTERM)} | ({int(signal.SIGUSR1)} if hasattr(signal, "SIGUSR1") else set())
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if isinstance(environment, SLURMEnvironment) and environment.requeue_signal is not None:
-        numbers.add(int(environment.requeue_signal))
-    return numbers
+    numbers = {int(signal.SIGTERM), *([int(signal.SIGUSR1)] if hasattr(signal, "SIGUSR1") else [])}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore Ctrl-C
+        numbers.add(int(signal.SIGINT))
+    return numbers | {int(number) for number in signal.valid_signals() if is_requeued_by(trainer, int(number))}
 
 
-def _save(trainer: Trainer) -> str:
+def _save(trainer: Trainer) -> str | None:
+    """Path of the saved state; None for a run that saves nothing."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, StudentCheckpoint):
             callback.save_now(trainer)
             return callback.last_model_path
+    if not trainer.checkpoint_callbacks:
+        return None
     path = checkpoint_folder(trainer, trainer.log_dir or trainer.default_root_dir) / "interrupted.ckpt"
     trainer.save_checkpoint(path, weights_only=False)
     return str(path)

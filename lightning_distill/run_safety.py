@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ def lock_file(folder: Path, inside: bool = False) -> Path:
 def run_lock(folder: Path, inside: bool = False) -> Iterator[None]:
     """Keep other runs out of a run folder while the block runs; the lock of a killed run is taken over.
 
+    A run on this machine is seen to live or not. One on another machine, or in another container, is waited for: a job
+    that was requeued on another node finds the lock of its own earlier life.
+
     Args:
         folder: run folder.
         inside: where the lock is, see ``lock_file``; its folder is made.
@@ -42,7 +46,7 @@ def run_lock(folder: Path, inside: bool = False) -> Iterator[None]:
             file.parent.mkdir(parents=True, exist_ok=True)
             if folder.exists() and not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            ours = stack.enter_context(claimed(file))
+            ours = stack.enter_context(claimed(file, lambda longest: _tell_of_wait(folder, file, longest)))
         except OSError as error:
             raise OSError(
                 f"the run folder {folder} cannot be written: {told(error)}; repair that, or give another folder with "
@@ -56,6 +60,14 @@ def run_lock(folder: Path, inside: bool = False) -> Iterator[None]:
         yield
 
 
+def _tell_of_wait(folder: Path, file: Path, longest: float) -> None:
+    print(
+        f"{folder} is locked by {_owner(file)}; watching for at most {longest:.0f} s whether that still runs.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _owner(file: Path) -> str:
     try:
         content = json.loads(file.read_text())
@@ -65,8 +77,11 @@ def _owner(file: Path) -> str:
 
 
 @contextmanager
-def memory_advice() -> Iterator[None]:
-    """Re-raise an error of too little memory with what can be changed.
+def memory_advice(batch: Callable[[], str] | None = None) -> Iterator[None]:
+    """Re-raise an error of too little memory with what was used and what can be changed.
+
+    Args:
+        batch: says what the samples of a forward were, when it is asked.
 
     Raises:
         torch.OutOfMemoryError: as in the block, with one sentence.
@@ -78,9 +93,29 @@ def memory_advice() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate" not in text:
             raise
         first = " ".join(text.splitlines()[0].split(". ")[:2]).rstrip(". ")
+        facts = "; ".join([first, *_memory_used(), *([batch()] if batch is not None else [])])
         raise torch.OutOfMemoryError(
-            f"the memory does not suffice ({first}); raise model.accumulate_grad_batches (it splits each batch) or "
-            "lower data.batch_size, set model.activation_checkpointing, train Lora roles instead of copies, store the "
-            "frozen weights in few bits (PretrainedDenoiser quantize=nf4), and look at 'lightning-distill plan -c "
-            "CONFIG.yaml', which adds up the memory before a run."
+            f"the memory does not suffice ({facts}); raise model.accumulate_grad_batches (it splits each batch) or "
+            "lower data.batch_size, set model.activation_checkpointing, train Lora roles instead of copies, use "
+            "AdamW8bit, store the frozen weights in few bits (PretrainedDenoiser quantize=nf4); 'lightning-distill "
+            "plan -c CONFIG.yaml' adds up the memory before a run."
         ) from error
+
+
+def _memory_used() -> list[str]:
+    """Peak and size of the GPU's memory, or of the host's where no GPU was used."""
+    with suppress(Exception):  # a device in an error state answers nothing
+        if torch.cuda.is_initialized():
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            return [f"allocated peak {_gib(torch.cuda.max_memory_allocated())} of {_gib(total)}"]
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return [f"this process' peak {_gib(peak)}, the host has {_gib(total)}"]
+    return []
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

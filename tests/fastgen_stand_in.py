@@ -31,8 +31,9 @@ FILES = {
         from fastgen.networks.network import FastGenNetwork
         from torch import nn
         class EDMPrecond(FastGenNetwork):
-            def __init__(self, **sizes):
+            def __init__(self, r_timestep=False, **sizes):
                 super().__init__()
+                self.second_time = r_timestep
                 self.model = nn.Module()
                 self.model.enc = nn.ModuleDict()
                 for i, side in enumerate((32, 16, 8)):
@@ -40,7 +41,7 @@ FILES = {
                 self.label = nn.Linear(10, 3)
                 self.out = nn.Conv2d(4, 3 * 16, 3, padding=1)
                 self.shuffle = nn.PixelShuffle(4)
-            def forward(self, x_t, t, condition=None, features=False):
+            def forward(self, x_t, t, condition=None, r=None, features=False):
                 scale = (1 / (1 + t**2).sqrt()).to(x_t.dtype)[:, None, None, None]
                 h, taps = scale * x_t, []
                 for block in self.model.enc.values():
@@ -49,6 +50,8 @@ FILES = {
                     h = h.tanh()
                 label = 0 if condition is None else self.label(condition)[:, :, None, None]
                 x0 = self.shuffle(self.out(h)) + scale * x_t + label
+                if self.second_time:
+                    x0 = x0 + r.to(x_t.dtype)[:, None, None, None] * h.mean()
                 return (x0, taps) if features else x0
     """,
     "networks/discriminators.py": """
@@ -152,6 +155,78 @@ FILES = {
             def optimizers_zero_grad(self, iteration):
                 for optimizer in self.active(iteration):
                     optimizer.zero_grad()
+    """,
+    "configs/methods/config_scm.py": """
+        from types import SimpleNamespace
+        class ModelConfig:
+            def __init__(self):
+                self.loss_config, self.sample_t_cfg = SimpleNamespace(), SimpleNamespace()
+                self.net_optimizer = SimpleNamespace()
+    """,
+    "configs/methods/config_mean_flow.py": """
+        from fastgen.configs.methods.config_scm import ModelConfig
+    """,
+    "methods/consistency_model/sCM.py": """
+        import math
+        import torch
+        from fastgen.methods.distribution_matching.dmd2 import DMD2Model
+        CONSTANT = 0.1
+        def expand(value, x):
+            return value.to(x.dtype)[:, None, None, None]
+        class Student(DMD2Model):
+            def __init__(self, config):
+                torch.nn.Module.__init__(self)
+                self.config, self.distils = config, config.loss_config.use_cd
+                for name in ("net", "ema", *("teacher",) * self.distils):
+                    setattr(self, name, config.net())
+                for name in ("ema", *("teacher",) * self.distils):
+                    getattr(self, name).requires_grad_(False)
+            def init_optimizers(self):
+                rate = self.config.net_optimizer.lr
+                self.optimizer_dict = {"net": torch.optim.RAdam(self.net.parameters(), lr=rate)}
+                self.grad_scaler = torch.amp.GradScaler("cpu", enabled=False)
+            def active(self, iteration):
+                return [self.optimizer_dict["net"]]
+        class SCMModel(Student):
+            def velocity(self, net, x, tau, condition):
+                cos, sin = expand(tau.cos(), x), expand(tau.sin(), x)
+                return (cos * x - net(x / cos, 0.5 * tau.tan(), condition)) / (0.5 * sin)
+            def _compute_scm_loss(self, real, t, condition=None, iteration=0):
+                tau, z = torch.atan2(t, torch.full_like(t, 0.5)), 0.5 * torch.randn_like(real)
+                cos, sin = expand(tau.cos(), real), expand(tau.sin(), real)
+                x = cos * real + sin * z
+                with torch.no_grad():
+                    along = cos * z - sin * real
+                    if self.distils:
+                        along = 0.5 * self.velocity(self.teacher, x, tau, condition)
+                    change = torch.func.jvp(lambda x, tau: self.velocity(self.net, x, tau, condition), (x, tau),
+                                            (cos * sin * along, tau.cos() * tau.sin()))[1]
+                made = self.velocity(self.net, x, tau, condition)
+                share = min(1.0, iteration / 10000)
+                g = -cos**2 * (0.5 * made.detach() - along) - share * (cos * sin * x + 0.5 * change)
+                g = g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + CONSTANT)
+                return ((made - made.detach() - g).square().mean((1, 2, 3)) / t,)
+            def single_train_step(self, data, iteration):
+                t = (torch.randn(len(data["real"]), dtype=torch.float64) * 1.4 - 1.0).exp()
+                loss = self._compute_scm_loss(data["real"], t, data["condition"], iteration)[0].mean()
+                return {"total_loss": loss}, {}
+    """,
+    "methods/consistency_model/mean_flow.py": """
+        import torch
+        from fastgen.methods.consistency_model.sCM import Student, expand
+        class MeanFlowModel(Student):
+            def _compute_mf_loss(self, real, t, r, iteration, condition=None):
+                z = torch.randn_like(real)
+                x, along = (real + expand(t, real) * (z - real)).to(real.dtype), z - real
+                with torch.no_grad():
+                    f = lambda x, t: self.net(x, t, condition, r)
+                    change = torch.func.jvp(f, (x, t), (along, torch.ones_like(t)))[1]
+                error = (self.net(x, t, condition, r) - along + expand(t - r, x) * change).square().sum((1, 2, 3))
+                return (error / (error.detach() + self.config.loss_config.norm_const),)
+            def single_train_step(self, data, iteration):
+                t, r = torch.rand(2, len(data["real"]), dtype=torch.float64).sort(0, descending=True).values
+                loss = self._compute_mf_loss(data["real"], t, r, iteration, data["condition"])[0].mean()
+                return {"total_loss": loss}, {}
     """,
     "callbacks/grad_clip.py": """
         import wandb

@@ -165,7 +165,7 @@ def test_a_run_leaves_configuration_checkpoints_and_curves(tmp_path):
     cli = fit(ring4(), tmp_path)
     run = tmp_path / "runs" / "toy" / "version_0"
     assert Path(cli.trainer.log_dir) == run
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.ckpt", "step7.ckpt"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.ckpt", "step6.ckpt", "step7.ckpt"}
     assert list(run.glob("events.out.tfevents*"))
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["seed_everything"] == 0

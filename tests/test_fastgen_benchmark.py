@@ -17,6 +17,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastgen_peer
 import fastgen_quality
+import fastgen_tangents
 import make_tables
 import results
 from counting import Counter, SavedBytes, floor_bytes
@@ -184,6 +185,52 @@ def test_everything_is_measured_and_written(library, tmp_path, monkeypatch, caps
     assert len([line for line in table if line.startswith("|")]) == 2 + len(written["rows"])
     assert {line.count("|") for line in table if line.startswith("|")} == {9}
     assert "GFLOP" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ exact derivatives
+@pytest.fixture(scope="module")
+def with_tangents(tmp_path_factory):
+    return fastgen_peer.load(write(tmp_path_factory.mktemp("tangents")), fastgen_tangents.MODULES)
+
+
+@pytest.mark.parametrize("variant", list(fastgen_tangents.VARIANTS))
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_both_sides_have_one_loss_of_sharp_derivatives(with_tangents, variant, one_pass):
+    differences = fastgen_tangents.check(with_tangents, variant, one_pass=one_pass)
+    assert set(differences) == {f"{variant}/loss", f"{variant}/student"}
+    assert max(differences.values()) < 1e-8
+
+
+def test_other_tangents_are_noticed(tmp_path):
+    path = "methods/consistency_model/sCM"
+    other = dedent(FILES[f"{path}.py"].replace("CONSTANT = 0.1", "CONSTANT = 0.2"))
+    checkout = write(tmp_path, **{path.replace("/", "__"): other})
+    with pytest.raises(SystemExit, match=r"differ by .* on equal draws"):
+        benchmark.main(["--fastgen", str(checkout), "--tangents", "--variants", "sCM"])
+
+
+def test_updates_with_tangents_are_measured_and_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        fastgen_tangents, "write_result", lambda *a, **k: results.write_result(*a, results=tmp_path, **k)
+    )
+    arguments = ["--tangents", "--repeats", "2", "--batch", "4", "--variants", "sCM", "MeanFlow from data"]
+    figures = benchmark.main(["--fastgen", str(write(tmp_path / "checkout")), *arguments])
+    rows = {(row["what"], row["implementation"]): row for row in figures["rows"] if "gflop_ratio" in row}
+    assert len(rows) == 6
+    for (what, side), row in rows.items():
+        teacher = {"teacher": 1} if what == "sCM" else {}
+        assert row["calls"] == {"student": 1 if side == benchmark.OURS else 2, **teacher}
+        assert row["updates_per_second"] > 0
+    peers = [row for row in figures["rows"] if row["implementation"] == benchmark.PEER]
+    assert [row["calls"]["student"] for row in peers] == [2] * 6
+    for what in ("sCM", "MeanFlow from data"):
+        work = [rows[(what, side)]["gflop"] for side in fastgen_tangents.SIDES]
+        assert work[0] < work[1]
+        assert work[2] < work[1] < peers[0]["gflop"]
+    monkeypatch.setattr(make_tables, "LATEST", tmp_path / "latest")
+    table = [line for line in make_tables.fastgen_tangents().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(figures["rows"])
+    assert {line.count("|") for line in table} == {9}
 
 
 # ------------------------------------------------------------------------------------------------ quality

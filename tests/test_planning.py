@@ -414,8 +414,49 @@ def test_command(config, capsys):
     assert "batch of 2" in capsys.readouterr().out
     assert main(["plan", "-c", str(file), "--trainer.precision=64-true"]) == 2
     assert "precision='64-true' cannot be planned" in capsys.readouterr().err
+    for option, value in (("batch-size", "0"), ("text-tokens", "-3"), ("gpu-memory", "-8"), ("gpu-memory", "nan")):
+        assert main(["plan", "-c", str(file), f"--{option}={value}"]) == 2
+        assert f"--{option} {value}: give a number above 0" in capsys.readouterr().err
+    for words in ("--model.init_args.accumulate_grad_batches=5", "--data.init_args.batch_size=0"):
+        assert main(["plan", "-c", str(file), words]) == 2
+        assert "micro-batches of equal size" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "-c/--config" in capsys.readouterr().err
+
+
+def test_processes_share_what_the_strategy_shards(config):
+    import lightning_distill.cli
+
+    lightning_distill.cli.import_everything()
+    _, content = config
+
+    def planned(strategy="auto", devices=4, nodes=1, **options):
+        made = {"class_path": "lightning_distill.strategies.RoleFSDP2", "init_args": options} if options else strategy
+        content["trainer"] |= {"strategy": made, "devices": devices, "num_nodes": nodes, "precision": "32-true"}
+        return plan_config(content)
+
+    one, copies, four = planned(devices=1), planned("role_ddp"), planned("role_fsdp2")
+    assert copies.need == one.need
+    assert (copies.processes.number, copies.shards, four.shards) == (4, 1, 4)
+    assert four.resident == -(-one.resident // 4)
+    network = one.roles[0].parameters
+    assert 0 < four.gathered <= 4 * network
+    assert planned(devices=[0, 1], nodes=4, replicas="nodes").shards == 2
+    assert planned(devices="0,1", shard_blocks=False).gathered == 4 * network
+    less = planned(activation_checkpointing=True)
+    assert less.checkpointing
+    assert all(a.kept < b.kept for a, b in zip(less.phases, four.phases))
+    half = planned(teacher_dtype="bfloat16", compute_dtype="bfloat16")
+    narrow, buffers = half.roles[0].weights["bfloat16"], half.roles[0].weights["float32"]
+    assert 2 * narrow + buffers == four.roles[0].weights["float32"]
+    assert narrow == 2 * network
+    assert half.roles[1].weights == four.roles[1].weights
+    assert all(a.kept < 0.7 * b.kept for a, b in zip(half.phases, four.phases))
+    away = planned(offload=["teacher", "student_ema"])
+    held = [role.total for role in one.roles if role.name in ("student", "fake_score")]
+    assert away.resident == pytest.approx(sum(held) / 4, rel=0.01)
+    with pytest.raises(ValueError, match=r"replicas=3.*4 processes"):
+        planned(replicas=3)
 
 
 def test_what_follows_a_warm_up_is_planned(config):

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_distill.checkpoint_files import write_checkpoint
+from lightning_distill.checkpoint_files import require_whole, write_checkpoint
 from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.commands.errors import CommandParser
 
@@ -48,6 +48,7 @@ def convert(source: Path, out: Path) -> Path:
         raise FileNotFoundError(f"{source} does not exist; give a checkpoint of a run.")
     if out.exists():
         raise FileExistsError(f"{out} exists; give another name, or remove it first.")
+    require_whole(source)
     if source.is_dir():
         write_checkpoint(sharded_files.to_single(source), out)
     else:

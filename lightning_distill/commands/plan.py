@@ -15,9 +15,10 @@ from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from lightning_distill.commands.errors import CommandParser
+from lightning_distill.commands.errors import CommandError, CommandParser
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.plan_parts import GIB, RESERVE, Plan
+from lightning_distill.plan_shards import processes_of
 from lightning_distill.planning import plan
 
 __all__ = ["main", "plan_config", "suggestions"]
@@ -29,6 +30,9 @@ _LORA = {"class_path": "lightning_distill.networks.roles.Lora", "init_args": {"r
 def main(words: Sequence[str]) -> None:
     """Plan, print the table, and say what would fit."""
     args, rest = _parser().parse_known_args(list(words))
+    for name in ("gpu_memory", "batch_size", "text_tokens"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise CommandError(f"--{name.replace('_', '-')} {value:g}: give a number above 0.")
     config = parse_config([*(w for file in args.config for w in ("--config", file)), *rest])
     options = {"text_tokens": args.text_tokens, "batch_size": args.batch_size}
     planned = plan_config(config, **options)
@@ -48,14 +52,15 @@ def main(words: Sequence[str]) -> None:
         print(f"  {changed.need / GIB:7.1f} GiB  {'fits' if fits else '    '}  {change}")
         if fits:
             return
-    print("  no setting of one device fits; split the networks over several (configs/strategy/role_fsdp2.yaml)")
+    more = "shard over more processes" if planned.shards > 1 else "split the networks over several devices"
+    print(f"  no setting fits; {more} (-c configs/strategy/role_fsdp2.yaml --trainer.devices=N)")
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="lightning-distill plan",
-        description="Memory of a run on one GPU, from its configuration. Of a model, config.json is enough. Further "
-        "options are those of fit, for example --model.init_args.student.init_args.rank=32.",
+        description="Memory of a run per GPU, from its configuration. Of a model, config.json is enough. Further "
+        "options are those of fit, for example --model.init_args.student.init_args.rank=32 or --trainer.devices=8.",
     )
     parser.add_argument("-c", "--config", action="append", required=True, help="YAML file; may be given several times")
     parser.add_argument("--gpu-memory", type=float, help="GiB of the GPU: say what fits, or what would have to change")
@@ -137,21 +142,31 @@ def plan_config(
     def build() -> DistillationModule:
         return parser.instantiate_classes(parser.parse_object({"model": copy.deepcopy(model)})).model
 
-    precision = str((config.get("trainer") or {}).get("precision") or "32-true")
+    trainer = config.get("trainer") or {}
+    precision = str(trainer.get("precision") or "32-true")
     return plan(
         build,
-        batch_size or _micro_batch(config),
+        _micro_batch(config) if batch_size is None else batch_size,
         _PRECISIONS.get(precision, precision),
         text_tokens=text_tokens,
         checkpointing=checkpointing,
         count=count,
+        processes=processes_of(trainer),
     )
 
 
 def _micro_batch(config: dict[str, Any]) -> int:
     data = (config.get("data") or {}).get("init_args") or {}
-    parts = (config["model"].get("init_args") or {}).get("accumulate_grad_batches") or 1
-    return max(1, (data.get("batch_size") or 1) // parts)
+    parts = (config["model"].get("init_args") or {}).get("accumulate_grad_batches", 1)
+    samples = data.get("batch_size", 1)
+    if samples is None or parts is None:
+        return 1
+    if samples < 1 or parts < 1 or samples % parts:
+        raise ValueError(
+            f"data.batch_size={samples} cannot be cut into accumulate_grad_batches={parts} micro-batches of equal "
+            "size; give a multiple."
+        )
+    return samples // parts
 
 
 def suggestions(
@@ -168,7 +183,8 @@ def suggestions(
     Yields:
         what to change, and the plan with it.
     """
-    options: dict[str, Any] = {"batch_size": batch_size or _micro_batch(config), "text_tokens": text_tokens}
+    samples = _micro_batch(config) if batch_size is None else batch_size
+    options: dict[str, Any] = {"batch_size": samples, "text_tokens": text_tokens}
     eight = False
 
     def again() -> Plan:
@@ -202,8 +218,8 @@ def suggestions(
 def _described(planned: Plan) -> str:
     checkpointing = "with" if planned.checkpointing else "without"
     return (
-        f"batch of {planned.batch_size}, {planned.precision}, {checkpointing} activation checkpointing, "
-        f"{' and '.join(planned.optimizers)}"
+        f"{planned.processes}: batch of {planned.batch_size}, {planned.precision}, {checkpointing} activation "
+        f"checkpointing, {' and '.join(planned.optimizers)}"
     )
 
 

@@ -16,7 +16,7 @@ import jsonargparse
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -24,10 +24,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_distill import checkpoints
 from lightning_distill.bfloat16 import bfloat16_advice
 from lightning_distill.checkpoint_files import AtomicCheckpointIO, damage, last_good, remove_parts
+from lightning_distill.commands.run_folder import find_run
 from lightning_distill.environment import environment
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.progress import StudentProgressBar
-from lightning_distill.run_checkpoints import StopSignals, StudentCheckpoint, checkpoint_folder
+from lightning_distill.requeue import start_without_hpc
+from lightning_distill.run_checkpoints import StopSignals, StopWithoutSaving, StudentCheckpoint, checkpoint_folder
+from lightning_distill.run_metrics import EarlierRows
 from lightning_distill.run_safety import memory_advice, run_lock
 
 __all__ = ["RunConfig", "StudentCheckpoint", "TrainerCLI", "run_trainer"]
@@ -104,9 +107,10 @@ class TrainerCLI(LightningCLI):
             advice := bfloat16_advice(self.trainer.strategy.root_device.type, "train with --trainer.precision=32-true")
         ):
             rank_zero_info(advice)
+        self._say_if_idle()
         folder = self._run_folder()
         with ExitStack() as stack:
-            stack.enter_context(memory_advice())
+            stack.enter_context(memory_advice(self._batch))
             if folder is not None:
                 saved = checkpoint_folder(self.trainer, folder)
                 if getattr(rank_zero_only, "rank", 0) == 0 and self.trainer.global_rank == 0:
@@ -114,7 +118,28 @@ class TrainerCLI(LightningCLI):
                     remove_parts(saved)
                 if kwargs.get("ckpt_path") == "last":
                     kwargs["ckpt_path"] = _last(saved)
+            if kwargs.get("ckpt_path") is None:
+                start_without_hpc(self.trainer)
+            elif folder is not None:
+                self._keep_rows(stack)
             self.trainer.fit(**kwargs)
+
+    def _keep_rows(self, stack: ExitStack) -> None:
+        rows = EarlierRows()
+        rows.put_aside(self.trainer)
+        self.trainer.callbacks.insert(0, rows)  # type: ignore[attr-defined]
+        stack.callback(rows.take_back, self.trainer)
+
+    def _say_if_idle(self) -> None:
+        if self.trainer.limit_train_batches == 0 or self.trainer.max_steps == 0 or self.trainer.max_epochs == 0:
+            rank_zero_warn(
+                "nothing is trained: trainer.limit_train_batches, max_steps or max_epochs is 0; leave it out to train."
+            )
+
+    def _batch(self) -> str:
+        """The samples of an update, and of one forward."""
+        size, parts = getattr(self.datamodule, "batch_size", None), self.model.accumulate_grad_batches
+        return f"{parts} micro-batches per update" if size is None else f"batch of {size} in {parts} micro-batches"
 
     def _run_folder(self) -> Path | None:
         """Where this run writes; None if nothing is kept of it."""
@@ -130,6 +155,8 @@ class TrainerCLI(LightningCLI):
         settings = logger.get("init_args") if hasattr(logger, "get") else None
         if root and settings is not None and settings.get("save_dir") == RUNS:
             settings["save_dir"] = str(root)
+        if self.subcommand == "fit" and settings is not None and self._get(self.config, "ckpt_path") == "last":
+            _continue_newest(settings)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the default callbacks and the plugin that writes checkpoints."""
@@ -140,8 +167,9 @@ class TrainerCLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not quick and not _has(callbacks, ModelCheckpoint):
             total = config.get("max_steps") or -1
             callbacks.append(StudentCheckpoint(max(1, min(1000, total // 4)) if total > 0 else 1000))
-        if _has(callbacks, ModelCheckpoint) and not _has(callbacks, StopSignals):
-            callbacks.append(StopSignals())
+        if not _has(callbacks, StopWithoutSaving) and not quick:
+            saves = _has(callbacks, Checkpoint)
+            callbacks.append(StopSignals() if saves else StopWithoutSaving())
         if config.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
             callbacks.append(StudentProgressBar())
         trainer = super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
@@ -213,6 +241,20 @@ def _last(folder: Path) -> str | None:
         )
     rank_zero_warn(f"--ckpt_path last: there is no checkpoint in {folder} yet, so the run starts from the beginning.")
     return None
+
+
+def _continue_newest(settings: dict[str, Any]) -> None:
+    """Give a logger without a version, which would begin a new one, the newest that has checkpoints."""
+    if settings.get("version") is not None or not settings.get("save_dir"):
+        return
+    root = Path(settings["save_dir"], settings.get("name") or "").expanduser()
+    try:
+        run = find_run(root)
+    except FileNotFoundError:
+        return
+    if run != root and any((run / "checkpoints").glob("*.ckpt")):
+        settings["version"] = int(run.name.removeprefix("version_"))
+        rank_zero_info(f"--ckpt_path last: {run} is the newest run with checkpoints and goes on.")
 
 
 def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.data.loader import ResumableLoader, epoch_generator
+from lightning_distill.data.shards import listed
 
 __all__ = ["Bucket", "BucketLoader", "assign", "fit_to_bucket", "make_buckets", "time_ids"]
 
@@ -136,6 +137,24 @@ class BucketLoader(ResumableLoader):
                 f"the buckets hold {sum(sizes)} samples, but the source has {len(self.source)}."  # type: ignore[arg-type]
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position, with the sizes of the buckets, which the order depends on."""
+        return {**super().state_dict(), "sizes": list(self.sizes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the last batch.
+
+        Raises:
+            ValueError: the samples lie in other buckets than before.
+        """
+        if (before := list(state.get("sizes", self.sizes))) != self.sizes:
+            raise ValueError(
+                f"the checkpoint was written with {_told(before)}, but the data now has {_told(self.sizes)}, so that "
+                "the order of its samples cannot be continued; give the data and bucket settings of the run that "
+                "wrote it, or start a new run from its weights with student=FromCheckpoint(path)."
+            )
+        super().load_state_dict(state)
+
     def _batches_of(self, size: int) -> int:
         """Global batches of a bucket in an epoch."""
         return size // self.global_batch
@@ -167,3 +186,7 @@ class BucketLoader(ResumableLoader):
         if not self.shuffle:
             return torch.arange(n)
         return torch.randperm(n, generator=epoch_generator(self.seed, epoch, stream))
+
+
+def _told(sizes: Sequence[int]) -> str:
+    return f"{len(sizes)} buckets of {listed(sizes)} samples"

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,12 @@ HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
 
 
+#: between two looks at a lock of another machine
+_LOOK_SECONDS = 1.0
+
+
 @contextmanager
-def claimed(file: Path) -> Iterator[bool]:
+def claimed(file: Path, waiting: Callable[[float], None] | None = None) -> Iterator[bool]:
     """Hold a lock while the block runs, if nobody else holds it.
 
     Two processes that find the same stale lock at the same moment may, very rarely, both get it; what is done under a
@@ -34,6 +38,8 @@ def claimed(file: Path) -> Iterator[bool]:
 
     Args:
         file: lock file, in an existing folder.
+        waiting: given, the lock of a process on another machine, whose end cannot be seen from here, is watched until
+            it is touched or as old as that of a killed process; called once, with the longest wait in seconds.
 
     Yields:
         whether the lock is ours.
@@ -42,7 +48,10 @@ def claimed(file: Path) -> Iterator[bool]:
         OSError: the folder cannot be written.
     """
     content = json.dumps({**_machine(), "pid": os.getpid(), "started": _started(os.getpid()), "time": time.time()})
-    if not (_create(file, content) or (_remove_stale(file) and _create(file, content))):
+    ours = _create(file, content) or (_remove_stale(file) and _create(file, content))
+    if not ours and waiting is not None and _left_behind(file, waiting):
+        ours = _create(file, content) or (_remove_stale(file) and _create(file, content))
+    if not ours:
         yield False
         return
     done = threading.Event()
@@ -104,11 +113,34 @@ def _remove_stale(file: Path) -> bool:
     return True
 
 
+def _left_behind(file: Path, waiting: Callable[[float], None]) -> bool:
+    """Watch the lock of another machine; whether its process seems to be gone."""
+    told = False
+    try:
+        content, touched = file.read_text(), file.stat().st_mtime_ns
+        with suppress(ValueError, KeyError, TypeError):
+            if _is_here(json.loads(content)):
+                return False  # its process lives
+        while not _is_stale(file, content):
+            if not told:
+                told = True
+                waiting(STALE_SECONDS + HEARTBEAT_SECONDS)
+            time.sleep(_LOOK_SECONDS)
+            if file.stat().st_mtime_ns != touched or file.read_text() != content:
+                return False
+    except FileNotFoundError:
+        pass  # given back
+    return True
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    return all(owner[key] == value for key, value in _machine().items())
+
+
 def _is_stale(file: Path, content: str) -> bool:
     try:
         owner: dict[str, Any] = json.loads(content)
-        here = all(owner[key] == value for key, value in _machine().items())
-        if here and not _is_alive(owner["pid"], owner["started"]):
+        if _is_here(owner) and not _is_alive(owner["pid"], owner["started"]):
             return True
     except (ValueError, KeyError, TypeError):
         pass  # being written, or its process was killed meanwhile

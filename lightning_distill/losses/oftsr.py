@@ -54,7 +54,7 @@ def runge_kutta_velocity(
 
 
 def trajectory_target(u: Tensor, velocity: Tensor, r: Tensor, later: Tensor) -> Tensor:
-    """Average velocity from the source to a time a little further on (arXiv:2412.09465, ``v_boot`` of its configurations).
+    """Average velocity from the source to a time a little further on (arXiv:2412.09465, its ``v_boot``).
 
         (1 - r') u(r') = (1 - r) u(r) + (r - r') v(X(r), r),     r' < r
 

@@ -100,8 +100,8 @@ class ACDMD(SubintervalMethod):
         defects = []
         for i in range(2):
             x_r = cps_step(own, r, self.eta, self.draws.normal(f"consistency/noise{i}", own.raw.shape))
-            with self.told_step():
-                defects.append(self.fake_score(x_r, r, batch.cond).x0 - prediction.x0)
+            # the same conditions dropped and the same guidance as in ``prediction``: draws of a name are equal
+            defects.append(self.criticised(x_r, r, batch.cond).x0 - prediction.x0)
         return (defects[0] * defects[1]).mean()
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102

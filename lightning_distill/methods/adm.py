@@ -30,7 +30,8 @@ class ADM(AdversarialMethod):
 
     Args:
         teacher: the pretrained model.
-        gan: the discriminator on noisy points; ``features`` is ``teacher``, the paper's loss ``hinge``.
+        gan: the discriminator on noisy points; ``features`` is ``teacher``, the paper's loss ``hinge``. It has no times
+            of its own: it judges where steps from the ``matching_times`` end.
         step_share: dt as a share of t_max.
         **kwargs: see ``AdversarialMethod``, ``FakeScoreMethod`` and ``DistillationModule``; ``guidance`` is that of the
             teacher's step. Default weights of ``student/gan`` and ``fake_score/gan`` are 1.
@@ -56,6 +57,11 @@ class ADM(AdversarialMethod):
             raise ValueError(
                 "ADM learns from a discriminator on the teacher's features; give gan=Adversary(taps=[...], "
                 "features='teacher', kind='hinge') or logistic."
+            )
+        if self.gan.times is not None:
+            raise ValueError(
+                "ADM's discriminator judges steps that begin at the matching times; leave out gan.times, and give "
+                "matching_times instead."
             )
         if not 0.0 < step_share < 1.0:
             raise ValueError(f"step_share={step_share}: give a share of t_max between 0 and 1.")

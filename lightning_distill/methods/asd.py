@@ -27,11 +27,14 @@ class ASD(DMD2):
     Args:
         teacher: the pretrained model.
         most_steps: N, at least 2.
-        **kwargs: see ``DMD2``; ``gan`` is needed.
+        **kwargs: see ``DMD2``; ``gan`` is needed. ``num_steps``, at most N, is the number of steps of ``sample()`` and
+            of evaluation alone; ``student_times`` may have the first time only.
 
     Notes:
         Reconstructed from the paper's description; its weights were not at hand.
         All lists of times start at the student's first time and are trailing grids (see ``few_step_times``).
+        Every number of steps below N is trained alike; that of N is what N - 1 is compared with, and the paper is after
+        the smallest, so that one step is sampled by default.
         The paper's video part, more steps for the first frames, is a matter of sampling.
     """
 
@@ -46,6 +49,15 @@ class ASD(DMD2):
             raise ValueError(f"most_steps={most_steps}: give 2 or more, n steps are compared with n + 1.")
         if self.critic_condition_on == "step":
             raise ValueError("critic_condition_on='step' needs one list of times; ASD has several, use interval.")
+        if self._given_times is not None and len(self._given_times) > 1:
+            raise ValueError(
+                f"student_times={self._given_times}: ASD trains its own lists of times, one for each number of steps; "
+                "give the first time alone, or leave it out, and num_steps for the number that is sampled."
+            )
+        if self._given_times is None and self._num_steps > most_steps:
+            raise ValueError(f"num_steps={self._num_steps} is above most_steps={most_steps}, the most that ASD runs.")
+        if self.rollout_step == "sample":
+            raise ValueError("rollout_step='sample' has no place in ASD, whose rollouts run to their last step.")
         self.most_steps = most_steps
 
     def times_of(self, n: int) -> list[float]:

@@ -22,9 +22,11 @@ from torch.optim import Optimizer
 
 from lightning_distill import checkpoints
 from lightning_distill.batch import Batch, as_batch
+from lightning_distill.collectives import mean_over_processes
 from lightning_distill.data.base import check_scaling
 from lightning_distill.ema import EMAProfile, PowerEMA, check_horizon, update_average
 from lightning_distill.methods.clock import PhaseClock
+from lightning_distill.methods.guards import LossWeightWatch, check_batch, check_step_settings, stop_when_stuck
 from lightning_distill.methods.probing import Probing
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
@@ -55,13 +57,13 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             method's default weight, or 1.
         student_optimizer: optimizer of the student, None for fused AdamW with the method's defaults.
         student_scheduler: learning-rate schedule, stepped once per student update.
-        gradient_clip_val: largest gradient norm of each optimizer, None for no clipping.
+        gradient_clip_val: largest gradient norm of each optimizer, above 0, None for no clipping.
         accumulate_grad_batches: each phase's batch is split into this many micro-batches.
         activation_checkpointing: trained networks recompute their blocks in the backward pass instead of keeping
             activations, for about a third more time.
         ema: averages of the student, None for one ``PowerEMA()``, an empty list for none; the first is sampled by
             default.
-        max_skipped_steps: non-finite steps in a row after which training stops.
+        max_skipped_steps: non-finite steps in a row after which training stops, at least 1.
         seed: seed of every training draw.
         check_data: compare the first batches with the declared data scale.
     """
@@ -111,8 +113,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         if sampler not in self.samplers:
             known = " or ".join(self.samplers)
             raise ValueError(f"sampler={sampler!r} is unknown for students of {type(self).__name__}; choose {known}.")
-        if accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: give 1 or more.")
+        check_step_settings(gradient_clip_val, accumulate_grad_batches, max_skipped_steps)
         if isinstance(teacher, DenoiserSpec):
             teacher.check()
         self.__dict__["teacher_source"] = teacher  # past the registration of submodules, where it becomes ``teacher``
@@ -123,6 +124,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.sampler = sampler
         self._given_shape = None if shape is None else tuple(shape)
         self.loss_weights = {**self.default_loss_weights, **(loss_weights or {})}
+        self._weight_watch = LossWeightWatch(loss_weights or ())
         self.optimizer_factories: dict[str, OptimizerCallable | None] = {"student": student_optimizer}
         self.scheduler_factories: dict[str, LRSchedulerCallable | None] = {"student": student_scheduler}
         self.gradient_clip_val = gradient_clip_val
@@ -147,7 +149,6 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.draws = Draws(self.streams, 0, 0, "outside")
         self.clock = PhaseClock()
         self._built = False
-        self._data_checks_left = 2
         self._rollouts: dict[tuple[int, int], Rollout] = {}
         self._stepping: tuple[int, Tensor]
         #: phase whose losses are being computed; strategies read it
@@ -320,7 +321,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One cycle."""
         batch = as_batch(batch)
-        self._check_scaling(batch)
+        self._check_scaling(batch, self.trainer.global_step)
         slices = self._slice(batch)
         update = self.trainer.global_step
         log = (update + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 50)) == 0
@@ -330,12 +331,18 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             repeat = repeats[phase] = repeats.get(phase, -1) + 1
             with self.clock.measure(phase, self.device):
                 terms = self._phase(phase, slices[index], update, repeat, index)
+            self._weight_watch.saw(phase, terms.losses)
             if log:
                 self._log_terms(phase, terms)
         self._rollouts.clear()
         self._step_schedules(repeats)
         if log:
             self._log_skipped()
+            self._weight_watch.tell()
+
+    def on_train_end(self) -> None:
+        """Tell of loss weights that did nothing."""
+        self._weight_watch.tell(at_end=True)
 
     def _step_schedules(self, ran: Mapping[str, int]) -> None:
         """Learning-rate schedules of the phases that ran go on."""
@@ -347,13 +354,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
 
     def _slice(self, batch: Batch) -> list[Batch]:
         parts = self.slices_per_cycle
-        if batch.size % (parts * self.accumulate_grad_batches):
-            raise ValueError(
-                f"the loader yields {batch.size} samples, but a cycle of {type(self).__name__} cuts its batch into "
-                f"{parts} slices of {self.accumulate_grad_batches} micro-batches; give a multiple of "
-                f"{parts * self.accumulate_grad_batches} samples per batch (this package's data modules multiply by "
-                "the slices themselves)."
-            )
+        check_batch(type(self).__name__, batch.size, parts, self.accumulate_grad_batches)
         size = batch.size // parts
         return [batch.rows(i * size, (i + 1) * size) for i in range(parts)]
 
@@ -398,8 +399,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip and guard; Lightning calls this once gradients are unscaled, in every precision."""
         index, loss = self._stepping
-        if self.trainer.world_size > 1:  # all ranks skip a step, or none
-            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        loss = mean_over_processes(loss)  # all ranks skip a step, or none
         self._grad_norm, self._skipped = guard_step(optimizer, loss, self.gradient_clip_val)
         self.skipped_steps[index] += self._skipped
         self.skipped_in_a_row[index] = (self.skipped_in_a_row[index] + 1.0) * self._skipped
@@ -435,9 +435,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             return nullcontext()
         return strategy.block_backward_sync()
 
-    def _check_scaling(self, batch: Batch) -> None:
-        if self.check_data and self._data_checks_left and batch.x0 is not None:
-            self._data_checks_left -= 1
+    def _check_scaling(self, batch: Batch, update: int) -> None:
+        if self.check_data and update < 2 and batch.x0 is not None:  # a run that was resumed is past that
             check_scaling(batch.x0, self.student.sigma_data)
 
     # ------------------------------------------------------------------------------------------------ logging
@@ -449,12 +448,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         in_a_row = self.skipped_in_a_row.tolist()
         for phase, skipped, streak in zip(self.phases, self.skipped_steps.tolist(), in_a_row):
             self.log(f"train/{phase}/skipped_steps", skipped, batch_size=1)
-            if streak >= self.max_skipped_steps:
-                raise RuntimeError(
-                    f"the last {int(streak)} {phase} updates had a loss or gradient that is not finite and were "
-                    "skipped; training stops, and the last checkpoint is intact. Lower the learning rate, check the "
-                    "data, or use precision=bf16-mixed instead of 16-mixed."
-                )
+            stop_when_stuck(phase, streak, self.max_skipped_steps)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods.base import Terms
@@ -106,18 +106,23 @@ class CDM(DecoupledDMD):
         """Both parts on the trajectory, and matching beside it."""
         rollout = self.rollout(batch)
         terms = self.both_parts(rollout, batch)
-        x_r = self.beside(rollout, batch)
-        terms.losses["continuous"] = self.matched(x_r, batch, "continuous").losses["matching"]
+        step = self.beside(rollout, batch)
+        with self.other_steps(step):
+            terms.losses["continuous"] = self.matched(step.x0, batch, "continuous").losses["matching"]
         terms.losses |= self.gan_term(rollout.x0, batch)
         return terms
 
-    def beside(self, rollout: Rollout, batch: Batch) -> Tensor:
-        """The student's prediction, with graph, at a point that its velocity reaches from the trajectory."""
+    def beside(self, rollout: Rollout, batch: Batch) -> Rollout:
+        """The student's step, with graph, from a point that its velocity reaches from the trajectory.
+
+        The step ends where the rollout's does, or at 0 if it begins below that.
+        """
         v = self.draws.uniform("beside/time", batch.size)
         top = rollout.prediction.t
         r = restricted(bounded(self.process, 0.0, 1.0), v, torch.zeros_like(top), top, self.process)
         x_r = transport(rollout.detached().prediction, r)
-        return self.student(x_r, r, batch.cond).x0
+        prediction = self.student(x_r, r, batch.cond)
+        return Rollout(prediction.x0, rollout.step, prediction, torch.where(rollout.end < r, rollout.end, 0.0))
 
     @torch.no_grad()
     def after_phase(self, phase: str) -> None:

@@ -44,7 +44,7 @@ class CTMSR(ConsistencyTraining):
     Notes:
         Terms, weights and times are those of the released code, in which sigma_t = t: ``ResidualShift(1, "linear")``.
         Its metric is Charbonnier's and LPIPS by halves, in both terms; here the first has ``metric``, the second a
-        squared distance. Its time s is one step of the grid, here a continuum, and a batch has times of its own for each sample.
+        squared distance. Its time s is one step of the grid, here a continuum, and each sample has times of its own.
         Samples are carried without the known shift t low (see ``ResidualShift``), so that ``sample`` starts from noise
         and every sampler applies.
     """

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_distill.batch import Batch
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.networks.denoiser import Denoiser
@@ -44,7 +45,7 @@ class DiffInstruct(FakeScoreMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
-        self.weight = weight
+        self.weight = checked_weight(weight)
 
     def build_roles(self) -> None:
         """Student and fake score, and the paper's times on its own process."""

@@ -1,15 +1,17 @@
 """DisBack: distribution backtracking along the way from the student back to the teacher (arXiv:2408.15991)."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.dmd2 import DMD2
+from lightning_distill.methods.step_aware import Scores
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec
@@ -141,6 +143,27 @@ class DisBack(DMD2):
         for mixed, real, fake in zip(self.blended.network.parameters(), *ends):
             mixed.copy_(torch.lerp(real.to(mixed.dtype), fake.to(mixed.dtype), share))
         return self.blended
+
+    def scores(
+        self,
+        x: Tensor,
+        batch: Batch,
+        taps: tuple[str, ...] = (),
+        noisy: tuple[Tensor, Tensor] | None = None,
+        tapped: str = "fake_score",
+    ) -> Scores:
+        """As usual; targets made of a fake score that knows the student's step are told it, too."""
+        index = self.target_index()
+        if index is not None:
+            snapshot = self.waypoints[index]
+            assert isinstance(snapshot, Denoiser)
+            told = self.told_to(snapshot, snapshot)
+        elif self.blended is not None and (share := self.blend_share()):
+            told = self.told_to(self.blended, self.fake_score, share)  # the teacher's share knows no steps
+        else:
+            told = nullcontext()
+        with told:
+            return super().scores(x, batch, taps, noisy, tapped)
 
     # ------------------------------------------------------------------------------------------------ the stages
     def student_loss(self, batch: Batch) -> Terms:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lightning_distill.batch import Batch
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.perceiving import Perceptual, perceiving_calls
@@ -66,7 +67,7 @@ class DMD(FakeScoreMethod):
                 "DMD learns from stored pairs; give regression_pairs=PATH, a store or safetensors file with noise and "
                 "x0, or SolvedPairs, or use DMD2, which needs none."
             )
-        self.weight = weight
+        self.weight = checked_weight(weight)
         self.regression = PairRegression(
             regression_pairs,
             regression_distance,

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_distill.batch import Batch
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.adversarial import AdversarialMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.grouped import Grouped
@@ -96,7 +97,7 @@ class DMD2(AdversarialMethod):
             raise ValueError(
                 "gan_at_scores plays the game at the matching times, and gan has times of its own; leave one out."
             )
-        self.weight = weight
+        self.weight = checked_weight(weight)
         self.gan_at_scores = gan_at_scores
         self.gan_every = gan_every
         self.regression_steps = regression_steps

@@ -9,6 +9,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.losses.adversarial import generator_loss
 from lightning_distill.losses.f_divergences import divergence as find_divergence
 from lightning_distill.losses.f_divergences import log_ratio
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.adversarial import RatioMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.running import RunningMeans
@@ -75,7 +76,7 @@ class FDistill(RunningMeans, RatioMethod):
         if not 0.0 < ratio_min < 1.0 < ratio_max:
             raise ValueError(f"ratio_min={ratio_min} and ratio_max={ratio_max} must enclose 1 and be positive.")
         self.divergence = divergence
-        self.weight = weight
+        self.weight = checked_weight(weight)
         self.ratio_bins = ratio_bins
         self.ratio_decay = ratio_decay
         self.ratio_min, self.ratio_max = ratio_min, ratio_max

@@ -11,26 +11,27 @@ from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import default_cond
-from lightning_distill.guidance import Guidance, check_guidance
-from lightning_distill.losses.score_matching import denoising_loss, matching_weight, score_difference
+from lightning_distill.guidance import Guidance, check_guidance, is_told
+from lightning_distill.losses.score_matching import checked_space, denoising_loss, matching_weight, score_difference
 from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.methods.critic_schedule import ScheduledCritic, UpdateSchedule
 from lightning_distill.methods.discriminating import score_with_features
 from lightning_distill.methods.dropping import drop_conditions
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.methods.step_aware import Scores, StepAware
+from lightning_distill.methods.told_scale import ToldScale
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.oracle import OracleNetwork
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.networks.step_condition import CONDITIONS, StepCondition, entrance
+from lightning_distill.networks.step_condition import CONDITIONS, build_step_condition
 from lightning_distill.time_coverage import check_coverage
 from lightning_distill.times import TimeDistribution, bounded
 
 __all__ = ["FakeScoreMethod", "Scores"]
 
 
-class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
+class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule):
     """Base of the distribution-matching family: roles, the two time-scale cycle and the critic's denoising loss.
 
     A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update uses the
@@ -41,7 +42,8 @@ class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
     Args:
         teacher: the pretrained model.
         fake_score: how the fake score is realised.
-        guidance: classifier-free guidance inside the teacher's prediction.
+        guidance: classifier-free guidance inside the teacher's prediction. Roles that embed a scale are told that of
+            each sample: ``TwoTime(kind=None, guidance=True)`` for student and fake score, with ``RandomGuidance``.
         fake_score_steps: critic updates per student update.
         critic_schedule: sets that number from the critic's measured lag instead; None for a fixed one.
         updates_per_sample: critic updates that share one batch of student samples.
@@ -110,7 +112,7 @@ class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
         self.updates_per_sample = updates_per_sample
         self._given_matching_times = matching_times
         self._given_critic_times = critic_times
-        self.critic_space = critic_space
+        self.critic_space = checked_space(critic_space)
         self.fake_guidance = fake_guidance or Guidance(1.0)
         self.critic_guidance = critic_guidance or Guidance(1.0)
         self.critic_dropout = critic_dropout
@@ -130,9 +132,10 @@ class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
         self.critic_times = self._given_critic_times or bounded(self.process, 0.0, 1.0)
         if self.critic_condition_on != "none":
             cond = {k: v.to(self.fake_score.device) for k, v in default_cond(self.fake_score, 1).items()}
-            layer, width = entrance(self.fake_score, self.sample_shape, cond)
-            steps = len(self.student_times)
-            self.fake_score.add_module("step_condition", StepCondition(layer, width, self.critic_condition_on, steps))
+            how = (self.critic_condition_on, len(self.student_times))
+            told = build_step_condition(self.fake_score, self.sample_shape, cond, *how)
+            self.fake_score.add_module("step_condition", told)
+        self.find_told()
 
     def check_configuration(self) -> None:
         """Guidance must be possible, and the critic must be trained where scores are compared."""
@@ -140,6 +143,7 @@ class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
         check_guidance(self.require_teacher(), self.guidance, self.fake_guidance, self.critic_guidance)
         check_coverage(self.matching_times, self.critic_times, self.process)
         self.check_schedule()
+        self.check_told()
 
     @property
     def slices_per_cycle(self) -> int:
@@ -243,17 +247,24 @@ class FakeScoreMethod(ScheduledCritic, StepAware, DistillationModule):
     @property
     def critic_is_plain(self) -> bool:
         """Whether the fake score is trained on its unguided prediction with the batch's own conditions."""
-        return not self.critic_guidance.needs_null and not self.critic_dropout
+        return not self._critic_policy.needs_null and not self.critic_dropout
+
+    @property
+    def _critic_policy(self) -> Guidance:
+        """Guidance of the fake score in its own training; one that is told a scale learns at those it is asked for."""
+        asked = self.fake_guidance.needs_null and is_told(self.fake_score)
+        return self.fake_guidance if asked and not self.critic_guidance.needs_null else self.critic_guidance
 
     def criticised(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], taps: tuple[str, ...] = ()) -> Any:
         """The fake score's prediction in its own training."""
         with self.told_step():
             if self.critic_is_plain:
                 return self.fake_score(x_t, t, cond, taps=taps)
-            if self.critic_dropout and cond:
+            policy = self._critic_policy
+            if self.critic_dropout and cond and not (policy.needs_null and is_told(self.fake_score)):
                 u = self.draws.uniform("critic/dropout", len(x_t))
                 cond = drop_conditions(self.fake_score, cond, u, self.critic_dropout)
-            return self.critic_guidance(self.fake_score, x_t, t, cond, self.draws.uniform("critic/guidance", len(x_t)))
+            return policy(self.fake_score, x_t, t, cond, self.draws.uniform("critic/guidance", len(x_t)))
 
     def critic_error(self, prediction: Any, x0: Tensor, eps: Tensor, weight: Tensor | None) -> Tensor:
         """The fake score's squared error, in its space; arguments as ``denoising_loss``."""

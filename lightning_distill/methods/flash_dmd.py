@@ -49,15 +49,16 @@ class FlashDMD(DMD2):
         if not 0.0 <= switch <= 1.0:
             raise ValueError(f"switch={switch}: give a share of t_max between 0 and 1.")
         self.switch = switch
+        #: native time of the switch
+        self.tau = 0.0
 
-    @property
-    def tau(self) -> float:
-        """Noise level of the switch, as a native time."""
-        if not self.switch:
-            return 0.0
-        share = torch.tensor(self.switch, dtype=torch.float64)
-        # of steps at the switch, rounding must not decide
-        return (1.0 - 1e-9) * float(bounded(self.process, 0.0, 1.0).quantile(share, self.process))
+    def build_roles(self) -> None:
+        """As usual; then the process is known, and the time of the switch."""
+        super().build_roles()
+        if self.switch:
+            share = torch.tensor(self.switch, dtype=torch.float64)
+            # of steps at the switch, rounding must not decide
+            self.tau = (1.0 - 1e-9) * float(bounded(self.process, 0.0, 1.0).quantile(share, self.process))
 
     def check_configuration(self) -> None:
         """Every step must have a term."""

@@ -36,6 +36,9 @@ class GDD(LADD):
         The paper computes R1 every few updates with a larger weight; here it is computed at each. Both sides of the
         game are means over the batch, of which the released code takes the sum.
         The network of ``features`` must not be one that evaluates the samples.
+        D sees pictures and not their conditions, so that a student of classes or prompts may ignore them: all that is
+        asked of it is the distribution of all pictures together. A warning tells of it; the method is meant for
+        unconditional teachers.
     """
 
     paper = "2405.20750"

@@ -1,13 +1,17 @@
 """LADD and ADD: adversarial distillation on the features of a frozen network (arXiv:2403.12015, arXiv:2311.17042)."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_distill.batch import Batch
+from lightning_distill.generation import default_cond
 from lightning_distill.guidance import Guidance, check_guidance
 from lightning_distill.losses.adversarial import approximate_r1, discriminator_loss, r1_penalty
 from lightning_distill.methods.base import DistillationModule, Terms
@@ -15,8 +19,8 @@ from lightning_distill.methods.discriminating import Discriminating
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.processes import expand
-from lightning_distill.times import LogitNormal, TimeDistribution, bounded
+from lightning_distill.processes import EDM, expand
+from lightning_distill.times import LogitNormal, LogNormal, TimeDistribution, bounded
 
 __all__ = ["ADD", "LADD"]
 
@@ -32,7 +36,8 @@ class LADD(Discriminating, DistillationModule):
     Args:
         teacher: the pretrained model; its blocks are the discriminator's features.
         gan: taps, loss and noise levels; ``features`` is ``teacher``. Without times they are the paper's logit-normal
-            ones of mean 1 and width 1.
+            ones of mean 1 and width 1; on EDM, whose times are no shares of a path, ln(sigma / alpha) is what the logit
+            of a flow's time is.
         r1: gradient penalty on real samples: ``none``, ``exact``, or ``approximate`` (a difference under small noise,
             no second derivatives through the teacher).
         r1_std: size of that noise.
@@ -46,6 +51,8 @@ class LADD(Discriminating, DistillationModule):
     Notes:
         The paper's "real" images are samples of the teacher: give a data module of stored teacher samples, or data.
         The discriminator's first update uses the student's samples of the cycle.
+        Heads know conditions through the teacher's blocks alone: with ``taps=["input"]`` and no distillation term the
+        student may ignore its conditions, of which a warning tells.
     """
 
     phases = {"student": ("student",), "discriminator": ("discriminator",)}
@@ -91,15 +98,25 @@ class LADD(Discriminating, DistillationModule):
         self.discriminator = self.gan.build(self.feature_network, self.sample_shape)
 
     def check_configuration(self) -> None:
-        """Guidance must be possible."""
+        """Guidance must be possible; warns where nothing would tie samples to their conditions."""
         super().check_configuration()
         check_guidance(self.require_teacher(), self.guidance)
+        assert self.gan is not None
+        alone = type(self).student_loss is LADD.student_loss and not self.loss_weights["student/distillation"]
+        known = sorted(default_cond(self.require_teacher(), 1))
+        if alone and known and not self.gan.network_taps:
+            rank_zero_warn(
+                f"the teacher takes the conditions {known}, but the discriminator of {type(self).__name__} sees samples"
+                " alone: real and student samples are compared as a whole, and the student may ignore its conditions. "
+                "For a conditional student give LADD's gan a block of the teacher among its taps, or a weight to "
+                "student/distillation (ADD)."
+            )
 
     @property
     def gan_times(self) -> TimeDistribution:
         """Noise levels of the game."""
         assert self.gan is not None
-        return self.gan.times or LogitNormal(1.0, 1.0)
+        return self.gan.times or (LogNormal(1.0, 1.0) if isinstance(self.process, EDM) else LogitNormal(1.0, 1.0))
 
     @property
     def slices_per_cycle(self) -> int:
@@ -133,7 +150,9 @@ class LADD(Discriminating, DistillationModule):
         x_s, s, _ = self.renoise(self.rollout(batch, grad=False).x0, self.gan_times, "gan")
         fake = self.logits(x_s, s, batch.cond)
         real_s = self.real_noisy(batch, s).requires_grad_(self.r1 == "exact")
-        real = self.logits(real_s, s, batch.cond)
+        # the penalty is differentiated again, which fused attention cannot be
+        with sdpa_kernel(SDPBackend.MATH) if self.r1 == "exact" else nullcontext():
+            real = self.logits(real_s, s, batch.cond)
         terms = Terms({"gan": discriminator_loss(real, fake, self.gan.kind)})
         if self.r1 == "exact":
             terms.losses["r1"] = r1_penalty(real, real_s)

@@ -33,6 +33,8 @@ class MeanFlow(TwoTimeMethod):
         constant: eps.
         max_gap: largest t - r (restricted MeanFlow, for students of a few steps); None for none. One step then needs
             as many jumps as there are gaps.
+        one_pass: take the exact derivative out of the pass of the value: a forward pass less for more memory, see
+            ``tangents.value_and_tangent``.
         **kwargs: see ``TwoTimeMethod``; times are by default logit-normal of mean -.4 and width 1.
 
     Notes:
@@ -52,6 +54,7 @@ class MeanFlow(TwoTimeMethod):
         power: float = 1.0,
         constant: float = 1e-2,
         max_gap: float | None = None,
+        one_pass: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
@@ -68,6 +71,9 @@ class MeanFlow(TwoTimeMethod):
         self.equal_share, self.end_share = equal_share, end_share
         self.power, self.constant = power, constant
         self.max_gap = max_gap
+        if one_pass and self.tangent != "jvp":
+            raise ValueError(f"one_pass=True is for the exact derivative; leave it out with tangent={self.tangent!r}.")
+        self.one_pass = one_pass
 
     def default_times(self) -> TimeDistribution:  # noqa: D102
         return LogitNormal(-0.4, 1.0)
@@ -106,7 +112,9 @@ class MeanFlow(TwoTimeMethod):
             velocity = self.teacher_velocity(batch, x, t)
         average = self.average(self.student, batch, self.told_scale(self.native(x, t)[1]))
         directions = mean_flow_directions(velocity)
-        u, du = value_and_tangent(average, (x, t, r), directions, self.tangent, step=self.tangent_step)
+        u, du = value_and_tangent(
+            average, (x, t, r), directions, self.tangent, step=self.tangent_step, one_pass=self.one_pass
+        )
         target = mean_flow_target(velocity, du, t, r)
         loss = self.error(u, target, t, r)
         apart = expand((t > r).double(), x)
@@ -117,5 +125,5 @@ class MeanFlow(TwoTimeMethod):
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update."""
-        calls = {"jvp": 2, "central": 3, "one_sided": 2, "semi": 4}[self.tangent]
+        calls = {"jvp": 2 - self.one_pass, "central": 3, "one_sided": 2, "semi": 4}[self.tangent]
         return {"student": {"student": calls, "teacher": 0 if self.from_data else 1}}

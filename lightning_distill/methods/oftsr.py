@@ -41,7 +41,7 @@ class OFTSR(TwoTimeMethod):
         **kwargs: see ``TwoTimeMethod``. Default weights: ``student/boundary`` .1, ``student/alignment`` .01.
 
     Notes:
-        Weights are those of the released configurations, whose trainer of students is not public; the terms are derived.
+        Weights are those of the released configurations. The trainer of students is not public: terms are derived.
         Its last step ends at the margin; here it may be shorter than h.
     """
 

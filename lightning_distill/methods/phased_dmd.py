@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from lightning_distill.batch import Batch
-from lightning_distill.losses.score_matching import matching_weight, score_difference
+from lightning_distill.losses.score_matching import checked_weight, matching_weight, score_difference
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.subinterval import SubintervalMethod
 from lightning_distill.networks.denoiser import Denoiser
@@ -54,7 +54,7 @@ class PhasedDMD(SubintervalMethod):
         super().__init__(teacher, **kwargs)
         self._given_subintervals = None if subintervals is None else list(subintervals)
         self.subinterval_updates = None if subinterval_updates is None else list(subinterval_updates)
-        self.weight = weight
+        self.weight = checked_weight(weight)
 
     @property
     def subintervals(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""SC-DMD: distribution matching with self-consistency of endpoints (Salt)."""
+"""SC-DMD: distribution matching with self-consistency of endpoints (Salt, arXiv:2604.03118)."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -31,6 +31,7 @@ class SCDMD(DMD2):
         Its cache-aware features for video are not part of this method.
     """
 
+    paper = "2604.03118"
     learns_from = "teacher alone; data for gan"
     default_loss_weights: ClassVar[Mapping[str, float]] = {**DMD2.default_loss_weights, "student/consistency": 0.1}
 

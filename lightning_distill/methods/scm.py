@@ -86,6 +86,7 @@ class ContinuousConsistency:
         constant: c.
         norm: ``full`` or ``rms``, see ``normalise_tangent``.
         weight: prior weight of a time: ``trig``, 1 / tan(tau), or ``one``.
+        one_pass: take the exact derivative out of the pass of the value, see ``tangents.value_and_tangent``.
     """
 
     def __init__(
@@ -99,7 +100,10 @@ class ContinuousConsistency:
         constant: float = 0.1,
         norm: Literal["full", "rms"] = "full",
         weight: Literal["trig", "one"] = "trig",
+        one_pass: bool = False,
     ) -> None:
+        if one_pass and tangent != "jvp":
+            raise ValueError(f"one_pass=True is for the exact derivative; leave it out with tangent={tangent!r}.")
         if warmup not in ("paper", "rcm") or weight not in ("trig", "one"):
             raise ValueError(f"warmup={warmup!r} must be paper or rcm, and weight={weight!r} trig or one.")
         self.times = times or LogNormal(-1.0, 1.4)
@@ -111,6 +115,7 @@ class ContinuousConsistency:
         self.constant = constant
         self.norm: Literal["full", "rms"] = norm
         self.weight = weight
+        self.one_pass = one_pass
         self._largest: float | None = None
 
     def draw(self, method: TrajectoryMethod, n: int) -> Tensor:
@@ -163,7 +168,9 @@ class ContinuousConsistency:
             return trigflow_velocity(prediction, tau, sd)
 
         directions = scm_directions(velocity, tau)
-        made, derivative = value_and_tangent(flow, (x, tau), directions, self.tangent, step=self.tangent_step)
+        made, derivative = value_and_tangent(
+            flow, (x, tau), directions, self.tangent, step=self.tangent_step, one_pass=self.one_pass
+        )
         share = tangent_warmup(method.draws.update, self.warmup_updates)
         g = self.warmup(x, tau, made.detach(), velocity, derivative, share)
         loss = continuous_loss(
@@ -177,7 +184,7 @@ class ContinuousConsistency:
 
     def forward_counts(self) -> dict[str, int]:
         """Network calls of the term."""
-        calls = {"jvp": 2, "central": 3, "one_sided": 2, "semi": 4}[self.tangent]
+        calls = {"jvp": 2 - self.one_pass, "central": 3, "one_sided": 2, "semi": 4}[self.tangent]
         return {"student": calls, "teacher": 0 if self.from_data else 1}
 
     def added_counts(self, counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
@@ -206,6 +213,8 @@ class SCM(TrajectoryMethod):
         norm: ``full`` or ``rms``, see ``losses.continuous.normalise_tangent``.
         weight: prior weight of a time: ``trig``, 1 / tan(tau), or ``one``.
         adaptive: learn u(tau); else it is 0.
+        one_pass: take the exact derivative out of the pass of the value: a forward pass less for more memory, see
+            ``tangents.value_and_tangent``.
         **kwargs: see ``TrajectoryMethod``. Students of several steps are sampled by ``renoise``.
 
     Notes:
@@ -234,12 +243,13 @@ class SCM(TrajectoryMethod):
         norm: Literal["full", "rms"] = "full",
         weight: Literal["trig", "one"] = "trig",
         adaptive: bool = True,
+        one_pass: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
         self.asks_teacher = not from_data
         self.consistency = self.term(
-            times, from_data, tangent, tangent_step, warmup_updates, "paper", constant, norm, weight
+            times, from_data, tangent, tangent_step, warmup_updates, "paper", constant, norm, weight, one_pass
         )
         self.log_variance = LogVariance() if adaptive else None
 

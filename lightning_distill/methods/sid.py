@@ -2,11 +2,16 @@
 
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_distill.batch import Batch
-from lightning_distill.losses.sid import fisher_loss, fisher_weight
+from lightning_distill.guidance import is_told
+from lightning_distill.losses.score_matching import checked_weight
+from lightning_distill.losses.sid import FISHER_WEIGHTS, fisher_loss, fisher_weight
 from lightning_distill.methods.adversarial import AdversarialMethod
 from lightning_distill.methods.base import Terms
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.oracle import OracleNetwork
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import EDM
 from lightning_distill.times import bounded
@@ -31,6 +36,9 @@ class SiD(AdversarialMethod):
         Zero-CFG           1             0                   0
         Anti-CFG           1             below 0             1, some dropout
         =================  ============  ==================  ====================
+
+    A ``fake_guidance`` of other than 1 without ``critic_guidance`` and ``critic_dropout`` reads a branch of the fake
+    score that nothing trains, of which a warning tells.
 
     Args:
         teacher: the pretrained model.
@@ -72,7 +80,7 @@ class SiD(AdversarialMethod):
         if noise_scale != 1.0 and self.sampler != "renoise":
             raise ValueError(f"noise_scale={noise_scale} needs sampler='renoise'; the ode sampler adds no noise.")
         self.alpha = alpha
-        self.weight = weight
+        self.weight = checked_weight(weight, FISHER_WEIGHTS)
         self.noise_scale = noise_scale
 
     def build_roles(self) -> None:
@@ -80,6 +88,17 @@ class SiD(AdversarialMethod):
         super().build_roles()
         if isinstance(self.process, EDM):
             self.matching_times = self._given_matching_times or bounded(self.process, 0.0, 0.8)
+
+    def check_configuration(self) -> None:
+        """As usual; warns where the fake score is read without conditions and never trained without them."""
+        super().check_configuration()
+        learns = self.critic_dropout or self.critic_guidance.needs_null or is_told(self.fake_score)
+        if self.fake_guidance.needs_null and not learns and not isinstance(self.fake_score.network, OracleNetwork):
+            rank_zero_warn(
+                f"fake_guidance={self.fake_guidance.scale:g} reads the fake score without conditions, but with "
+                "critic_guidance=1 and critic_dropout=0 nothing trains it so: give critic_guidance (Zero-CFG, LSG) or "
+                "critic_dropout (Anti-CFG)."
+            )
 
     def student_loss(self, batch: Batch) -> Terms:
         """The Fisher term at a random time, and the generator's side of the GAN."""

@@ -1,7 +1,7 @@
 """Rollouts that stop anywhere, and fake scores that are told where, as a part of ``FakeScoreMethod``."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class StepAware:
     rollout_step: str
     draws: Draws
     _rollouts: dict[tuple[int, int], Rollout]
+    #: steps that the fake score is told of, where they are not those of the slice's rollout
+    _other_steps: Rollout | None = None
 
     def simulate_student(self, batch: Batch, grad: bool) -> Rollout:  # noqa: D102
         shape, draws = (batch.size, *self.sample_shape), self.draws.of_slice()
@@ -66,9 +68,32 @@ class StepAware:
 
     def told_step(self) -> AbstractContextManager[None]:
         """Within it the fake score knows which steps made the samples of the current slice, if it is to know."""
-        condition = getattr(self.fake_score, "step_condition", None)
+        return self.told_to(self.fake_score, self.fake_score)
+
+    def told_to(self, network: Denoiser, learned: Denoiser, share: float = 1.0) -> AbstractContextManager[None]:
+        """Within it a network that is made of the fake score's weights knows these steps, as ``told_step``.
+
+        Args:
+            network: the one that is called.
+            learned: the one whose embedding of steps is used.
+            share: how much of it.
+        """
+        condition = getattr(learned, "step_condition", None)
         if condition is None:
             return nullcontext()
-        rollout = self._rollouts[(self.draws.slice_index, self.draws.first)]
+        rollout = self._other_steps or self._rollouts[(self.draws.slice_index, self.draws.first)]
         t_max = self.process.t_max
-        return condition.told(self.fake_score, rollout.steps, rollout.prediction.t / t_max, rollout.end / t_max)
+        return condition.told(network, rollout.steps, rollout.prediction.t / t_max, rollout.end / t_max, share)
+
+    @contextmanager
+    def other_steps(self, rollout: Rollout) -> Iterator[None]:
+        """Within it the fake score is told the steps of another rollout than the slice's.
+
+        Args:
+            rollout: of as many samples.
+        """
+        self._other_steps = rollout
+        try:
+            yield
+        finally:
+            self._other_steps = None

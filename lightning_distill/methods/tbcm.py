@@ -128,7 +128,7 @@ class TBCM(SCM):
         A batch of B noises makes K B training samples. Batches with stored ``states`` (a trajectory store) are used
         instead of solving; the teacher then only gives the directions.
         The released code solves on 16 points shifted by 2.5, with a time drawn within each, and leaves out the first
-        state, pure noise, which counts here. After the warm-up it lowers the tangent's share in one step; here it stays.
+        state, pure noise, which counts here. After the warm-up it lowers the tangent's share once; here it stays.
     """
 
     paper = "2511.20410"

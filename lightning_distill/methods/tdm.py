@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_distill.batch import Batch
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.losses.subinterval import importance_weight
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.rollout import Rollout
@@ -69,7 +70,7 @@ class TDM(SubintervalMethod):
             raise ValueError(f"times_within={times_within!r} is unknown; choose step or all.")
         self.critic_target = critic_target
         self.times_within = times_within
-        self.weight = weight
+        self.weight = checked_weight(weight)
 
     def highest(self, rollout: Rollout) -> Tensor:  # noqa: D102
         return super().highest(rollout) if self.times_within == "all" else rollout.prediction.t

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_distill.batch import Batch
+from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.networks.denoiser import Denoiser
@@ -53,7 +54,7 @@ class VSD(FakeScoreMethod):
             critic_space=critic_space,
             **kwargs,
         )
-        self.weight = weight
+        self.weight = checked_weight(weight)
 
     def student_loss(self, batch: Batch) -> Terms:
         """Score difference at a random time."""

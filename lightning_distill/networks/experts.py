@@ -1,6 +1,7 @@
 """A network of several experts, each for its own noise levels or its own conditions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class ExpertNetwork(nn.Module):
     Args:
         experts: networks with the same calling convention.
     """
+
+    #: while an expert runs on some of a call's samples: which (n,), and how many the call has; None if it has all
+    part: tuple[Tensor, int] | None = None
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -56,19 +60,31 @@ class ExpertNetwork(nn.Module):
             **kwargs: conditions; tensors of B rows are divided like the samples.
         """
         index = self.route(x, time, kwargs)
-        present = index.unique().tolist()  # waits for the device once
+        numbers = torch.arange(len(self.experts), device=index.device)
+        counts = (index[:, None] == numbers).sum(0).tolist()  # waits for the device once
+        present = [k for k, count in enumerate(counts) if count]
         if len(present) == 1:
             return self.experts[present[0]](x, time, **kwargs)
+        shares = index.argsort(stable=True).split(counts)
         out: Tensor | None = None
         for k in present:
-            rows = (index == k).nonzero().squeeze(1)
+            rows = shares[k]
             own = _rows(kwargs, rows, len(x))
-            part = self.experts[k](x[rows], time[rows], **own)
+            with self._at_work_on(rows, len(x)):
+                part = self.experts[k](x[rows], time[rows], **own)
             part = part[0] if isinstance(part, tuple) else getattr(part, "sample", part)
             if out is None:
                 out = part.new_zeros(len(x), *part.shape[1:])
             out = out.index_copy(0, rows, part)
         return out
+
+    @contextmanager
+    def _at_work_on(self, rows: Tensor, calls: int) -> Iterator[None]:
+        self.part = (rows, calls)
+        try:
+            yield
+        finally:
+            self.part = None
 
 
 def _rows(kwargs: dict[str, Any], rows: Tensor, total: int) -> dict[str, Any]:

@@ -40,13 +40,16 @@ def negative_prompts(
         conditions with both prompts, for any number of calls.
 
     Raises:
-        ValueError: the network has no cross-attention to text tokens, or a prompt lacks its tokens.
+        ValueError: the network has no cross-attention to text tokens, a prompt lacks its tokens, or ``scale`` is
+            negative.
 
     Notes:
         Both prompts travel as one sequence, so that whatever the network does to its tokens before attention happens to
         both; pooled embeddings and sizes stay those of ``cond``. The output projection W Z + b is linear, so the
         steered output is out+ - alpha (out- - b).
     """
+    if not scale >= 0.0:
+        raise ValueError(f"scale={scale} is no strength, or would steer towards the negative prompts; give 0 or more.")
     layers = [module for module in denoiser.network.modules() if _attends_to_text(module)]
     if not layers:
         raise ValueError(

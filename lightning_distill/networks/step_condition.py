@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import ExpertNetwork, single_experts
 from lightning_distill.networks.seeding import seeded
 
-__all__ = ["CONDITIONS", "StepCondition", "entrance"]
+__all__ = ["CONDITIONS", "ExpertStepConditions", "StepCondition", "build_step_condition", "entrance"]
 
 CONDITIONS = ("none", "step", "interval")
 
@@ -126,7 +127,7 @@ class StepCondition(nn.Module):
         return self.embedding(torch.cat([angles.cos(), angles.sin()], dim=1))
 
     @contextmanager
-    def told(self, denoiser: Denoiser, step: Tensor, start: Tensor, end: Tensor) -> Iterator[None]:
+    def told(self, denoiser: Denoiser, step: Tensor, start: Tensor, end: Tensor, share: float = 1.0) -> Iterator[None]:
         """Within it, calls of ``denoiser`` know the step of each sample; batches of two branches know it for both.
 
         Args:
@@ -134,23 +135,101 @@ class StepCondition(nn.Module):
             step: see ``vectors``.
             start: see ``vectors``.
             end: see ``vectors``.
+            share: factor on e_k, for a network that is only partly the one that learned it.
+        """
+        with self.hooked(denoiser.network, None, step, start, end, share):
+            yield
+
+    @contextmanager
+    def hooked(
+        self,
+        network: nn.Module,
+        router: ExpertNetwork | None,
+        step: Tensor,
+        start: Tensor,
+        end: Tensor,
+        share: float,
+    ) -> Iterator[None]:
+        """As ``told``, for a network that may be one of several.
+
+        Args:
+            network: the one whose layer is touched.
+            router: what sends some of a call's samples to it; None if it gets all.
+            step: see ``vectors``; of all samples.
+            start: see ``vectors``.
+            end: see ``vectors``.
+            share: see ``told``.
         """
 
         def add(_layer: nn.Module, _args: Any, out: Tensor) -> Tensor:
-            e = self.vectors(step, start, end).to(out.dtype)
-            if len(out) % len(e):
-                raise ValueError(
-                    f"a call with {len(out)} rows cannot be told the steps of {len(e)} samples; networks that fold "
-                    "frames into the batch need critic_condition_on=none."
-                )
-            e = e.repeat(len(out) // len(e), 1)
+            e = share * self.vectors(step, start, end).to(out.dtype)
+            if router is None or router.part is None:
+                e = _repeated(e, len(out))
+            else:
+                rows, calls = router.part
+                e = _repeated(_repeated(e, calls)[rows], len(out), only_once=True)
             # channels come second in maps and last in vectors and tokens
             channels_last = isinstance(_layer, nn.Linear)
             middle = [1] * (out.ndim - 2)
             return out + (e.view(len(e), *middle, -1) if channels_last else e.view(len(e), -1, *middle))
 
-        handle = denoiser.network.get_submodule(self.layer).register_forward_hook(add)
+        handle = network.get_submodule(self.layer).register_forward_hook(add)
         try:
             yield
         finally:
             handle.remove()
+
+
+class ExpertStepConditions(nn.Module):
+    """A ``StepCondition`` for each of several experts, which get the steps of the samples that they get.
+
+    Args:
+        conditions: of the experts, in their order.
+    """
+
+    def __init__(self, conditions: Sequence[StepCondition]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(conditions)
+
+    @contextmanager
+    def told(self, denoiser: Denoiser, step: Tensor, start: Tensor, end: Tensor, share: float = 1.0) -> Iterator[None]:
+        """As ``StepCondition.told``, for a denoiser whose network is an ``ExpertNetwork``."""
+        router = denoiser.network
+        assert isinstance(router, ExpertNetwork)
+        with ExitStack() as stack:
+            for condition, expert in zip(self.experts, router.experts, strict=True):
+                assert isinstance(condition, StepCondition)
+                stack.enter_context(condition.hooked(expert, router, step, start, end, share))
+            yield
+
+
+def _repeated(e: Tensor, rows: int, only_once: bool = False) -> Tensor:
+    if rows % len(e) or (only_once and rows != len(e)):
+        raise ValueError(
+            f"a call with {rows} rows cannot be told the steps of {len(e)} samples; networks that fold frames into the "
+            "batch need critic_condition_on=none."
+        )
+    return e.repeat(rows // len(e), 1)
+
+
+def build_step_condition(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    cond: Mapping[str, Any],
+    kind: Literal["step", "interval"],
+    num_steps: int,
+) -> StepCondition | ExpertStepConditions:
+    """What tells a network the student's step: one condition, or one for each of its experts.
+
+    Args:
+        denoiser: see ``entrance``.
+        shape: see ``entrance``.
+        cond: see ``entrance``.
+        kind: see ``StepCondition``.
+        num_steps: see ``StepCondition``.
+    """
+    if not isinstance(denoiser.network, ExpertNetwork):
+        return StepCondition(*entrance(denoiser, shape, cond), kind, num_steps)
+    return ExpertStepConditions(
+        [StepCondition(*entrance(single, shape, cond), kind, num_steps) for single in single_experts(denoiser)]
+    )

@@ -57,7 +57,8 @@ class GradientReducer:
 
     The first ``finish`` agrees on two things among the processes: which parameters take part at all (the others keep no
     gradient, so that optimizers leave them alone as in a single process), and in which order they become ready.
-    A parameter that gets its first gradient later joins then; one that later gets none has a zero gradient.
+    A parameter that gets its first gradient later joins then, in whichever backward pass since the last optimizer step
+    and on whichever process that was; one that later gets none has a zero gradient.
 
     Args:
         parameters: leaves that require gradients; all processes give the same, in the same order.
@@ -164,7 +165,7 @@ class GradientReducer:
 
     # ------------------------------------------------------------------------------------------------ agreement
     def _agree(self) -> None:
-        """Give a bucket to parameters that got a gradient, on any process, for the first time."""
+        """Give a bucket to parameters that have a gradient, on any process, for the first time."""
         if self._known and len(self._bucket) == len(self.parameters):
             return  # the usual case: nothing to ask
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
@@ -173,12 +174,13 @@ class GradientReducer:
         if self._ready:
             where = torch.tensor(self._ready, device=device)
             place[where] = torch.arange(1, len(self._ready) + 1, device=device)
-        used = (place > 0).to(torch.int64)
+        # not by the order: the gradient may be of an earlier backward pass, which was not reduced
+        used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.int64, device=device)
         dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
         dist.broadcast(place, src=dist.get_global_rank(self.group, 0) if self.group else 0, group=self.group)
         self._known = True
         places, useds = place.tolist(), used.tolist()
-        late = len(places) + 1  # ready on other processes only
+        late = len(places) + 1  # ready on other processes, or in earlier backward passes, only
         new = [i for i, u in enumerate(useds) if u and i not in self._bucket]
         order = sorted(new, key=lambda i: (places[i] or late, i))
         for members in buckets_of(self.parameters, order, self.bucket_bytes):

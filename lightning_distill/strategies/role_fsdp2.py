@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_distill import checkpoints
-from lightning_distill.checkpoint_files import write_checkpoint
+from lightning_distill.checkpoint_files import require_whole, write_checkpoint
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, enable_activation_checkpointing
@@ -279,14 +279,16 @@ class RoleFSDP2(ModelParallelStrategy):
 
     def _first(self, deed: Callable[[], None]) -> None:
         """Let the first process do something, and all wait for it; if it fails, it fails on all."""
-        failure = None
+        failure: Exception | None = None
         if self.is_global_zero:
             try:
                 deed()
-            except OSError as error:
-                failure = str(error)
-        if (failure := self.broadcast(failure)) is not None:
-            raise OSError(failure)
+            except Exception as error:  # the others wait for it, whatever it is
+                failure = error
+        told = self.broadcast(None if failure is None else _passed_on(failure))
+        if told is not None:
+            kind, text = told
+            raise kind(text) from failure
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder of shards or a single file, written by any number of processes."""
@@ -297,6 +299,8 @@ class RoleFSDP2(ModelParallelStrategy):
             checkpoints.check_header(module, checkpoint.get("lightning_distill"))
             checkpoints.strict_load(module, checkpoint["state_dict"])
             return self._restore(module, checkpoint)
+        if sharded_files.is_sharded(path):
+            self._first(lambda: require_whole(path))
         meta = sharded_files.read_meta(path)
         checkpoints.check_header(module, meta.get("lightning_distill"))
         stored = sharded_files.stored_tensors(path)
@@ -335,6 +339,14 @@ class RoleFSDP2(ModelParallelStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Make ``strategy: role_fsdp2`` work."""
         strategy_registry.register("role_fsdp2", cls, description="every network sharded for itself (FSDP2)")
+
+
+def _passed_on(error: Exception) -> tuple[type[Exception], str]:
+    """An error in a form that every process can raise."""
+    for kind in (OSError, ValueError):
+        if isinstance(error, kind):
+            return kind, str(error)
+    return RuntimeError, f"the first process failed with {type(error).__name__}: {error}"
 
 
 def _dtype(argument: str, name: str | None) -> torch.dtype | None:

@@ -11,6 +11,7 @@ so either form can be made from the other (``lightning-distill convert``) and be
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_distill.checkpoint_files import remove, take_place, told, write_checkpoint
+from lightning_distill.checkpoint_files import remove, restore, take_place, told, write_checkpoint
 
 __all__ = [
     "assemble",
@@ -31,6 +32,7 @@ __all__ = [
     "finish",
     "from_single",
     "is_sharded",
+    "metadata_damage",
     "optimizer_key",
     "part_of",
     "read_meta",
@@ -42,6 +44,8 @@ __all__ = [
 ]
 
 META = "meta.pt"
+#: what torch writes about the pieces of tensors, and where ``meta.pt`` keeps its SHA-256
+_INDEX, _DIGEST = ".metadata", "index_sha256"
 
 
 def is_sharded(path: str | Path) -> bool:
@@ -128,17 +132,30 @@ def read_meta(path: str | Path) -> dict[str, Any]:
             "strategy role_fsdp2 wrote."
         )
     meta: dict[str, Any] = torch.load(Path(path) / META, map_location="cpu", weights_only=True)
+    meta.pop(_DIGEST, None)
     return meta
 
 
 def write_meta(meta: Mapping[str, Any], path: str | Path) -> None:
     """Write what is not a tensor, which makes the folder a checkpoint."""
-    write_checkpoint(dict(meta), Path(path) / META)
+    write_checkpoint({**meta, _DIGEST: _sha256(Path(path) / _INDEX)}, Path(path) / META)
+
+
+def metadata_damage(path: str | Path) -> str | None:
+    """What is wrong with torch's list of the pieces; None if it is as written, or its folder has no checksum of it."""
+    recorded = torch.load(Path(path) / META, map_location="cpu", weights_only=True).get(_DIGEST)
+    whole = recorded is None or recorded == _sha256(Path(path) / _INDEX)
+    return None if whole else f"{_INDEX} has a wrong checksum"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def begin(path: Path) -> None:
     """Clear the place in which the folder of a checkpoint is written; called by one process."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    restore(path)  # what is removed here may be the only whole one
     remove(part_of(path))
 
 

@@ -20,6 +20,7 @@ FAMILIES = {
     "stable-diffusion-3.5": "sd3",
     "PixArt-Sigma": "pixart_sigma",
     "Sana_1600M": "sana",
+    "SANA_Sprint": "sana",
     "FLUX.1": "flux",
     "Qwen-Image": "qwen_image",
     "Wan2.1": "wan",
@@ -36,18 +37,43 @@ def stand_in(config: dict[str, Any]) -> list[str]:
     tensors = tiny.cond(RECORDS)
     if data["class_path"].endswith("CachedLatents"):
         tensors["x0"] = torch.randn(RECORDS, *tiny.shape)
-    store = Path(data["init_args"]["path"])
+    store = conditions_of(config)
     StoreWriter(store, {}, RECORDS).write(0, {k: v.contiguous() for k, v in tensors.items()})
-    if "regression_pairs" in model:
-        teacher = teacher_fingerprint(PretrainedDenoiser(**model["teacher"]["init_args"]).build())
-        cond = StoredConditions(str(store), list(tiny.cond(1))).identity()
-        key = {"kind": "trajectories", "teacher": teacher, "cond": cond, "num_classes": None}
-        scale = model["guidance"]["init_args"]["scale"]
-        key |= {"point_times": [], "shape": list(tiny.shape), "sigma_data": 1.0, "guidance": [scale, scale]}
-        pairs = {name: torch.randn(RECORDS, *tiny.shape) for name in ("noise", "x0")}
-        StoreWriter(model["regression_pairs"], key, RECORDS).write(0, pairs)
+    if (pairs := pairs_of(config)) is not None:
+        write_pairs(pairs, store, model, tiny)
     words = ["--model.init_args.accumulate_grad_batches=2"]
-    return words + ([f"--model.init_args.shape={json.dumps(list(tiny.shape))}"] if "shape" in model else [])
+    if "shape" in model:
+        words.append(f"--model.init_args.shape={json.dumps(list(tiny.shape))}")
+    taps = ((model.get("gan") or {}).get("init_args") or {}).get("taps", [])
+    known = dict(tiny.network.named_modules())
+    if any(tap not in known for tap in taps):  # blocks of a deeper network
+        words.append(f"--model.init_args.gan.init_args.taps={json.dumps([tiny.block, tiny.late])}")
+    return words
+
+
+def conditions_of(config: dict[str, Any]) -> Path:
+    """The store of conditions that a recipe reads."""
+    data = config["data"]["init_args"]
+    return Path(data.get("conditions", data["path"]))
+
+
+def pairs_of(config: dict[str, Any]) -> Path | None:
+    """The store of the teacher's pairs that a recipe reads, None where it reads none."""
+    if config["data"]["class_path"].endswith("Trajectories"):
+        return Path(config["data"]["init_args"]["path"])
+    pairs = config["model"]["init_args"].get("regression_pairs")
+    return None if pairs is None else Path(pairs)
+
+
+def write_pairs(folder: Path, store: Path, model: dict[str, Any], tiny: Tiny) -> None:
+    """Random pairs under the names of the teacher, the conditions and the guidance of a recipe."""
+    teacher = teacher_fingerprint(PretrainedDenoiser(**model["teacher"]["init_args"]).build())
+    cond = StoredConditions(str(store), list(tiny.cond(1))).identity()
+    key = {"kind": "trajectories", "teacher": teacher, "cond": cond, "num_classes": None}
+    scale = model["guidance"]["init_args"]["scale"]
+    key |= {"point_times": [], "shape": list(tiny.shape), "sigma_data": 1.0, "guidance": [scale, scale]}
+    pairs = {name: torch.randn(RECORDS, *tiny.shape) for name in ("noise", "x0")}
+    StoreWriter(folder, key, RECORDS).write(0, pairs)
 
 
 def write_model(tiny: Tiny, path: Path) -> None:

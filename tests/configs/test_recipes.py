@@ -15,7 +15,7 @@ from lightning_distill.data.store import Store
 from lightning_distill.trajectories import teacher_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-from recipe_stand_ins import FAMILIES, stand_in
+from recipe_stand_ins import FAMILIES, conditions_of, pairs_of, stand_in
 from shipped import FILES, ROOT, load
 from tiny_pipelines import MAKERS
 
@@ -56,7 +56,6 @@ def test_everything_that_is_read_is_made_by_a_command_of_the_comment(name):
     config = load(name)
     read = folders(config)
     model = read.pop(".model.init_args.teacher.init_args.path")
-    assert read[".data.init_args.path"] == config["data"]["init_args"]["path"]
     made = {option(words, "--out"): words for words in commands(name)}
     assert set(read.values()) == set(made), "no more and no less"
     for words in made.values():
@@ -66,9 +65,10 @@ def test_everything_that_is_read_is_made_by_a_command_of_the_comment(name):
             assert bool(given.images) == config["data"]["class_path"].endswith("CachedLatents")
         else:
             assert words[0] == "trajectories"
-            assert option(words, "--cond") == config["model"]["init_args"]["regression_conditions"]
+            assert option(words, "--cond") == str(conditions_of(config))
+            assert option(words, "--out") == str(pairs_of(config))
             assert float(option(words, "--guidance")) == config["model"]["init_args"]["guidance"]["init_args"]["scale"]
-    assert next(iter(made)) == config["data"]["init_args"]["path"], "pairs are made with the conditions of the store"
+    assert next(iter(made)) == str(conditions_of(config)), "pairs are made with the conditions of the store"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -95,19 +95,22 @@ def test_guided_text_models_say_where_the_unconditional_embedding_goes(name):
     assert ("guidance" in config) == (tiny.guidance is None)
 
 
-@pytest.mark.parametrize("name", ["recipe/sdxl_dmd2_1step.yaml", "recipe/sdxl_dmd2_1step_lora.yaml"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if pairs_of(load(name)) is not None])
 def test_the_teacher_of_the_pairs_is_that_of_the_recipe(name, tmp_path, monkeypatch):
     """The command of the comment makes pairs that the recipe takes: its teacher, its conditions, its guidance."""
     monkeypatch.chdir(tmp_path)
-    config = load(name)
+    config, pairs = load(name), str(pairs_of(load(name)))
     fitting = stand_in(config)
+    shape = Store(pairs).key["shape"]
     (words,) = (words for words in commands(name) if words[0] == "trajectories")
     Path("pairs").rename("stand_in_pairs")
     small = ["--num=4", "--steps=1", "--batch-size=4", "--device=cpu"]
+    if "--shape" in words:
+        small += ["--shape", *map(str, shape)]
     assert main([*words, *small]) == 0
     run = ["-c", str(config_path(name)), *fitting, "--trainer.accelerator=cpu", "--data.init_args.batch_size=2"]
     assert main(["fit", *run, "--trainer.fast_dev_run=true"]) == 0
     spec = teacher_spec(option(words, "--teacher"))
-    assert Store("pairs/sdxl").key["teacher"] == teacher_fingerprint(spec.build())
-    spec.dtype = "float32"
-    assert Store("pairs/sdxl").key["teacher"] != teacher_fingerprint(spec.build()), "another dtype, another teacher"
+    assert Store(pairs).key["teacher"] == teacher_fingerprint(spec.build())
+    spec.dtype = "float32" if spec.dtype == "bfloat16" else "bfloat16"
+    assert Store(pairs).key["teacher"] != teacher_fingerprint(spec.build()), "another dtype, another teacher"

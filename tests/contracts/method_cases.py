@@ -22,6 +22,7 @@ from torch import nn
 from lightning_distill import methods
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.data import InMemory, ResumableLoader
+from lightning_distill.data.loader import epoch_generator
 from lightning_distill.ema import ConstantEMA, PowerEMA
 from lightning_distill.guidance import Guidance, RandomGuidance
 from lightning_distill.losses.audio import SISDR
@@ -119,6 +120,7 @@ from lightning_distill.networks.analytic import ring4
 from lightning_distill.networks.beside import Beside
 from lightning_distill.networks.concatenated import concatenated
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import Experts
 from lightning_distill.networks.frozen_features import FrozenFeatures
 from lightning_distill.networks.guidance_adapters import GuidanceAdapters
 from lightning_distill.networks.roles import Lora
@@ -138,6 +140,8 @@ from lightning_distill.times import Karras, LogNormal, Uniform
 BATCH = 8
 #: updates of an epoch of every case
 EPOCH = 5
+#: of the order of samples
+LOADER_SEED = 3
 
 
 # ------------------------------------------------------------------------------------------------ networks and data
@@ -232,6 +236,14 @@ def points(labelled: bool = False) -> Batch:
     return Batch(x0=x0, cond={"class_labels": labels} if labelled else {})
 
 
+def rarely_labelled() -> Batch:
+    """Conditions alone: class 2 in the first place of each of the loader's batches in its first epoch, else 0 and 1."""
+    n = 2 * EPOCH * BATCH
+    labels = torch.arange(n) % 2
+    labels[torch.randperm(n, generator=epoch_generator(LOADER_SEED, 0))[::BATCH]] = 2
+    return Batch(cond={"class_labels": labels}, size=n)
+
+
 def images(num_classes: int = 0) -> Batch:
     n = 2 * EPOCH * BATCH
     x0 = 0.5 * torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -281,7 +293,7 @@ class Case:
         return module
 
     def loader(self, module: DistillationModule, batch_size: int = BATCH) -> ResumableLoader:
-        return ResumableLoader(InMemory(self.data()), batch_size, slices=module.slices_per_cycle, seed=3)
+        return ResumableLoader(InMemory(self.data()), batch_size, slices=module.slices_per_cycle, seed=LOADER_SEED)
 
 
 def decaying(optimizer: torch.optim.Optimizer) -> WarmupDecay:
@@ -379,6 +391,9 @@ CASES: list[Case] = [
         critic_schedule=UpdateSchedule(1, 2, every=2), guidance=Guidance(2.0)
     )),
     Case("accumulate", DMD2, flow_mlp, points, dmd2(gan=heads(), accumulate_grad_batches=2, num_steps=2)),
+    Case("rare_expert", DMD2, lambda: flow_mlp(4), rarely_labelled, dmd2(
+        student=lambda: Experts(classes=[[0, 1], [2, 3]]), accumulate_grad_batches=2, fake_score_steps=1
+    )),
     Case("regression", DMD2, flow_mlp, lambda: without_data(points()), lambda folder: {
         **with_pairs(folder), "regression_steps": 3
     }),
@@ -434,6 +449,9 @@ CASES: list[Case] = [
         critic_target="x0", guidance=Guidance(2.0), num_steps=2, rollout_step="batch", times_within="all"
     )),
     Case("subintervals", PhasedDMD, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
+    Case("subintervals_experts", PhasedDMD, flow_mlp, lambda: without_data(points()), dmd2(
+        num_steps=2, fake_score=lambda: Experts(boundaries=[0.75])
+    )),
     Case("two_schedules", DecoupledDMD, lambda: flow_mlp(4), lambda: points(labelled=True), dmd2(
         guidance=Guidance(2.0), gan=heads(), num_steps=2
     )),

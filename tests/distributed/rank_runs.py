@@ -25,7 +25,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1] / "contracts"))
 
-from method_cases import BATCH, CASES, Case, trainer  # noqa: E402
+from method_cases import BATCH, CASES, LOADER_SEED, Case, trainer  # noqa: E402
 
 from lightning_distill.data import InMemory, ResumableLoader  # noqa: E402
 from lightning_distill.methods import DistillationModule  # noqa: E402
@@ -70,7 +70,8 @@ def build(case: Case, folder: Path, **overrides: Any) -> DistillationModule:
 
 def loader(case: Case, module: DistillationModule, rank: int, world: int) -> ResumableLoader:
     source = InMemory(case.data())
-    return ResumableLoader(source, BATCH // world, slices=module.slices_per_cycle, seed=3, rank=rank, world_size=world)
+    order = {"seed": LOADER_SEED, "rank": rank, "world_size": world}
+    return ResumableLoader(source, BATCH // world, slices=module.slices_per_cycle, **order)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

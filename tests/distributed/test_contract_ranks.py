@@ -25,9 +25,9 @@ pytestmark = [
 STRATEGIES = ["role_ddp", "role_fsdp2"]
 PLAIN = "ddp_find_unused_parameters_true"
 CONTROL = "without_averaging"
-#: shared backbones, micro-batches, taps that end a forward, blocks
+#: shared backbones, micro-batches, parameters that only some of them reach, taps that end a forward, blocks
 SAMPLE = [
-    *(("role_ddp", name) for name in ("told_interval_lora", "accumulate")),
+    *(("role_ddp", name) for name in ("told_interval_lora", "accumulate", "rare_expert")),
     *(("role_fsdp2", name) for name in ("unet_gan", "dit_lora")),
     (PLAIN, "gan_fake_score"),
     ("replicated", "gan_fake_score"),

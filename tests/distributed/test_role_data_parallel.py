@@ -195,6 +195,42 @@ leave()
 """
 
 
+ACCUMULATED = """
+import json, os, sys
+sys.path.insert(0, {here!r})
+from rank_runs import *
+from lightning_distill.strategies.reducer import GradientReducer
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+dist.init_process_group("gloo")
+found = {{}}
+for label, ranks in (("all", (0, 1)), ("first", (0,)), ("second", (1,))):
+    used, early, never = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    reducer = GradientReducer([early, used, never])
+    factor = rank + 1.0
+    (factor * (used.sum() + (10.0 * early.sum() if rank in ranks else 0.0))).backward()
+    reducer.begin()
+    (factor * used.sum()).backward()
+    reducer.finish()
+    found[label] = [None if p.grad is None else p.grad.tolist() for p in (used, early, never)]
+    reducer.close()
+(folder / f"accumulated{{rank}}.json").write_text(json.dumps(found))
+leave()
+"""
+
+
+@pytest.mark.distributed
+def test_gradients_of_earlier_micro_batches_are_averaged(tmp_path):
+    """A parameter that only micro-batches before the last reach, on all processes or on one of them."""
+    script = tmp_path / "script.py"
+    script.write_text(ACCUMULATED.format(here=str(Path(__file__).parent)))
+    start(tmp_path, script=script)
+    first, second = (json.loads((tmp_path / f"accumulated{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    want = {"all": 15.0, "first": 5.0, "second": 10.0}  # means of 10 and 20, where they are
+    assert first == {label: [[3.0, 3.0], [early, early], None] for label, early in want.items()}
+
+
 @pytest.mark.distributed
 def test_start_skipping_and_refusals(tmp_path):
     script = tmp_path / "script.py"

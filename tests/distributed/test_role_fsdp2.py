@@ -283,6 +283,21 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(mesh, tmp_path, monkeypatch, 
             train(case, tmp_path, RoleFSDP2(), ckpt_path=found[0])
 
 
+def test_a_flipped_bit_is_found_on_resume(mesh, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    (case,) = named(["one_step"])
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, filename="x")
+    train(case, tmp_path, RoleFSDP2(), callbacks=[saving], enable_checkpointing=True)
+    file = next((tmp_path / "x.ckpt").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    entry = content.find(b"data/0")  # the values follow at the next multiple of 64 bytes
+    content[entry + 70] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.ckpt cannot be read .*\.distcp, \S+: .*"):
+        train(case, tmp_path, RoleFSDP2(), ckpt_path=tmp_path / "x.ckpt")
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -260,7 +260,7 @@ def test_tdm(monkeypatch):
 
 @pytest.mark.parametrize("beta", [0.0, 2.0])
 def test_rewarded_dmd(beta):
-    """The first update, before which the running mean of the weights is 1."""
+    """With a mean reward of 0 and a mean weight of 1, as in the released code, which has no means."""
     given, expected = fixture("RewardedDMD")
     module = scores(
         RewardedDMD,
@@ -270,6 +270,7 @@ def test_rewarded_dmd(beta):
         guidance=Guidance(given.guidance),
         matching_times=Uniform(0.0, 1.0),
     )
+    module.reward_state.copy_(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
     module.draws = Given(start=given.z, matching__time=given.t, matching__noise=given.noise)
     loss = module.student_loss(Batch(cond={"shift": torch.zeros(1, dtype=F64)})).losses["matching"]
     check(loss, module.student.network, expected[f"beta_{beta}"], value=beta == 0.0, rel=SINGLE)

@@ -28,6 +28,7 @@ from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.roles import Copy, Lora
 from lightning_distill.networks.second_time import add_guidance
 from lightning_distill.networks.two_time import TwoTime
+from lightning_distill.randomness import Draws
 
 N = 6
 
@@ -194,3 +195,72 @@ def test_a_told_fake_score_is_trained_at_the_scales_it_is_asked_for(method):
     module.fake_score_loss(batch)
     assert len(seen) == 2
     assert all(torch.equal(scale, torch.full((N,), 5.0)) for scale in seen)
+
+
+# ------------------------------------------------------------------------------------------------ fake scores
+@pytest.fixture
+def told_dmd2():
+    teacher = mlp(classes=3)
+    teacher.null_class = 3
+    role = TwoTime(kind=None, guidance=True)
+    module = DMD2(
+        teacher, student=role, fake_score=role, guidance=RandomGuidance(1.0, 6.0), num_steps=2, ema=[],
+        critic_condition_on="step", rollout_step="sample", fake_score_steps=2,
+    )  # fmt: skip
+    module = ready(module)
+    for network in (module.student, module.fake_score):
+        shift(network.network)
+    return module
+
+
+def test_student_teacher_and_fake_score_see_one_scale_per_sample(told_dmd2):
+    module, seen = told_dmd2, {"student": [], "fake_score": [], "teacher": []}
+    for name in ("student", "fake_score"):
+        network = getattr(module, name)
+        network.register_forward_pre_hook(lambda m, _, name=name: seen[name].append(m.family.guidance_scale))
+    scales = module.guidance.scales
+    module.guidance.scales = lambda t, u: seen["teacher"].append(scales(t, u)) or seen["teacher"][-1]
+    batch = Batch(cond={"class_labels": torch.arange(N) % 3})
+    module.student_loss(batch)
+    (wanted,) = seen["teacher"]
+    assert wanted.unique().numel() == N
+    assert len(seen["student"]) == 2
+    assert all(torch.equal(found, wanted) for found in seen["student"] + seen["fake_score"])
+    # the critic's first samples are the student's, its second ones have scales of their own
+    module.draws = Draws(module.streams, 0, 0, "fake_score0")
+    module.fake_score_loss(batch)
+    assert torch.equal(seen["fake_score"][-1], wanted)
+    module.draws = Draws(module.streams, 0, 0, "fake_score1", 1)
+    module.fake_score_loss(batch)
+    assert torch.equal(seen["fake_score"][-1], seen["student"][-1])
+    assert not torch.isclose(seen["fake_score"][-1], wanted).any()
+    assert module.student.family.guidance_scale == 3.5
+
+
+def test_both_branches_of_the_scale_are_trained(told_dmd2):
+    module, batch = told_dmd2, Batch(cond={"class_labels": torch.arange(N) % 3})
+    for phase in ("student", "fake_score"):
+        module.draws = Draws(module.streams, 0, 0, f"{phase}0")
+        sum(getattr(module, f"{phase}_loss")(batch).losses.values()).backward()
+        branch = {k: p for k, p in getattr(module, phase).network.named_parameters() if "second_time" in k}
+        assert branch
+        assert all(bool(p.grad.any()) for p in branch.values())
+
+
+def test_a_fake_score_that_is_not_told_is_refused():
+    teacher = mlp(classes=3)
+    role = TwoTime(kind=None, guidance=True)
+    module = DMD2(teacher, student=role, guidance=RandomGuidance(1.0, 6.0), ema=[])
+    with pytest.raises(ValueError, match="give fake_score=TwoTime"):
+        ready(module)
+    ready(DMD2(teacher, guidance=RandomGuidance(1.0, 6.0), ema=[]))  # nobody is told
+
+
+def test_random_scales_of_a_told_teacher_are_told_to_its_students():
+    module = ready(DMD2(tellable(), guidance=RandomGuidance(1.0, 6.0), ema=[]))
+    seen = []
+    module.student.register_forward_pre_hook(lambda m, _: seen.append(m.family.guidance_scale))
+    module.rollout(Batch(cond={"class_labels": torch.arange(N) % 3}))
+    assert seen[0].unique().numel() == N
+    fixed = ready(DMD2(tellable(), guidance=Guidance(5.0), ema=[]))
+    assert fixed.student.family.guidance_scale == 3.0  # the one that copies of the teacher are told, and sampled with

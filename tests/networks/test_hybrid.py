@@ -165,6 +165,16 @@ def test_a_module_samples_with_negative_prompts():
     assert (draw(negative=negative) - draw()).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("scale", [-0.5, float("nan")])
+def test_steering_towards_negative_prompts_is_refused(scale):
+    tiny = sd15()
+    with (
+        pytest.raises(ValueError, match="would steer towards the negative prompts; give 0 or more"),
+        negative_prompts(tiny.denoiser(), tiny.cond(1), tiny.cond(1), scale),
+    ):
+        pass
+
+
 def test_models_without_cross_attention_are_refused():
     tiny = sd3()
     with (

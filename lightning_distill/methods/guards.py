@@ -1,0 +1,120 @@
+"""Settings that would ruin a run in silence: refused before it begins, or told while it goes on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+__all__ = ["LossWeightWatch", "check_batch", "check_step_settings", "stop_when_stuck"]
+
+#: updates after which a term that no loss has returned is told of
+PATIENCE = 100
+
+
+def check_step_settings(gradient_clip_val: float | None, accumulate_grad_batches: int, max_skipped_steps: int) -> None:
+    """Refuse numbers with which an optimizer step would do harm, or nothing.
+
+    Args:
+        gradient_clip_val: largest gradient norm, above 0, or None.
+        accumulate_grad_batches: micro-batches, at least 1.
+        max_skipped_steps: skipped steps in a row after which training stops, at least 1.
+
+    Raises:
+        ValueError: one of them is none of that.
+    """
+    if gradient_clip_val is not None and not gradient_clip_val > 0.0:  # NaN is not above 0 either
+        raise ValueError(f"gradient_clip_val={gradient_clip_val}: give a positive norm, or null for no clipping.")
+    if accumulate_grad_batches < 1:
+        raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: give 1 or more.")
+    if max_skipped_steps < 1:
+        raise ValueError(
+            f"max_skipped_steps={max_skipped_steps}: give the number of updates in a row that may fail, 1 or more."
+        )
+
+
+def check_batch(method: str, samples: int, slices: int, micro_batches: int) -> None:
+    """Refuse a batch that cannot be cut into equal parts.
+
+    Args:
+        method: its name.
+        samples: in the loader's batch.
+        slices: per cycle.
+        micro_batches: per slice.
+
+    Raises:
+        ValueError: ``samples`` is no multiple of ``slices`` times ``micro_batches``.
+    """
+    if samples % (slices * micro_batches):
+        raise ValueError(
+            f"the loader yields {samples} samples, but a cycle of {method} cuts its batch into {slices} slices of "
+            f"{micro_batches} micro-batches; give a multiple of {slices * micro_batches} samples per batch (this "
+            "package's data modules multiply by the slices themselves)."
+        )
+
+
+def stop_when_stuck(phase: str, in_a_row: float, most: int) -> None:
+    """Raise when too many updates of a phase in a row were skipped.
+
+    Args:
+        phase: whose updates.
+        in_a_row: how many of the last ones were skipped.
+        most: ``max_skipped_steps``.
+
+    Raises:
+        RuntimeError: ``in_a_row`` has reached ``most``.
+    """
+    if in_a_row >= most:
+        raise RuntimeError(
+            f"the last {int(in_a_row)} {phase} updates had a loss or gradient that is not finite and were skipped; "
+            "training stops, and the last checkpoint is intact. Lower the learning rate, check the data, or use "
+            "precision=bf16-mixed instead of 16-mixed."
+        )
+
+
+class LossWeightWatch:
+    """Tells once of given ``loss_weights`` for terms that no loss returns.
+
+    Nothing lists the terms of a method: some depend on its parts, and some begin after a warm-up. So this warns, and
+    never refuses: at the first logging step after ``PATIENCE`` updates, and at the end of a shorter run.
+
+    Args:
+        given: keys of ``loss_weights`` that the user gave, ``"phase/term"``.
+    """
+
+    def __init__(self, given: Iterable[str]) -> None:
+        self._missing = set(given)
+        self._found: set[str] = set()
+        self._updates = 0
+
+    def saw(self, phase: str, terms: Iterable[str]) -> None:
+        """Remember the terms that a phase has returned."""
+        if self._missing:
+            self._updates += phase == "student"
+            self._found.update(f"{phase}/{term}" for term in terms)
+            self._missing -= self._found
+
+    def tell(self, at_end: bool = False) -> None:
+        """Warn of the keys that have had no effect, if it is time to."""
+        if self._updates < (1 if at_end else PATIENCE):
+            return
+        phases = {name.split("/", 1)[0] for name in self._found}
+        idle = sorted(key for key in self._missing if key.split("/", 1)[0] in phases)
+        self._missing -= set(idle)
+        for key in idle:
+            phase = key.split("/", 1)[0]
+            known = sorted(name for name in self._found if name.startswith(f"{phase}/"))
+            rank_zero_warn(
+                f"loss_weights has {key!r}, which has done nothing in {self._updates} updates: the {phase} phase has "
+                f"returned {_listed(known)} only{_meant(key, known)}"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(repr(name) for name in names)
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return f"; did you mean {close[0]!r}?" if close else " (correct if the term begins later)."

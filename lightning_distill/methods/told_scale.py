@@ -1,0 +1,93 @@
+"""Students and fake scores that are told a guidance scale, as a part of ``FakeScoreMethod``."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_distill.batch import Batch
+from lightning_distill.guidance import Guidance, RandomGuidance, is_told
+from lightning_distill.methods.rollout import Rollout
+from lightning_distill.networks.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import DistillationModule
+    from lightning_distill.methods.step_aware import StepAware
+
+    class _Base(StepAware, DistillationModule):
+        """Where the mixin stands."""
+else:
+    _Base = object
+
+__all__ = ["ToldScale", "telling"]
+
+
+@contextmanager
+def telling(network: Denoiser, scale: float | Tensor | None) -> Iterator[None]:
+    """Within it a network that embeds a guidance scale is told this one by every call that names none.
+
+    Args:
+        network: with a branch for the scale.
+        scale: w, a number or one of each sample, (B,); None tells nothing.
+    """
+    before = network.family
+    now: Any = scale  # a family has a number; calls take a tensor, too
+    network.family = replace(before, guidance_scale=now)
+    try:
+        yield
+    finally:
+        network.family = before
+
+
+class ToldScale(_Base):
+    """The scale by which the teacher is guided at a sample is told to the student that makes it and to the fake score.
+
+    A fake score that is told nothing learns the mixture over scales, as one that is told no step learns that of all
+    steps.
+    """
+
+    guidance: Guidance
+    _tells_scale: bool
+    _scales: dict[tuple[int, int], float | Tensor]
+
+    def find_told(self) -> None:
+        """Find who embeds a scale, once the roles are there; they are sampled with that of ``guidance``."""
+        self._scales = {}
+        # copies of a teacher that embeds a scale are told its default, unless the scale is one of each sample
+        fixed = is_told(self.require_teacher()) and not isinstance(self.guidance, RandomGuidance)
+        self._tells_scale = self.student.embeds_guidance and not fixed
+        if not self._tells_scale:
+            return
+        for network in (self.student, self.fake_score):
+            if network.embeds_guidance:
+                network.family = replace(network.family, guidance_scale=self.guidance.scale)
+
+    def check_told(self) -> None:
+        """Raise where the student is told scales that the fake score is not."""
+        if self._tells_scale and isinstance(self.guidance, RandomGuidance) and not self.fake_score.embeds_guidance:
+            raise ValueError(
+                "the student is told guidance scales and the fake score is not, which would learn the mixture over all "
+                "scales; give fake_score=TwoTime(kind=None, guidance=True), too."
+            )
+
+    def rollout(self, batch: Batch, grad: bool = True) -> Rollout:
+        """As usual; a student that embeds a scale is told that of each sample."""
+        if not self._tells_scale:
+            return super().rollout(batch, grad)
+        key = (self.draws.slice_index, self.draws.first)
+        if grad or key not in self._rollouts:
+            # the draw with which scores guide the teacher
+            self._scales[key] = self.guidance.label(self.draws.uniform("guidance", batch.size))
+        with telling(self.student, self._scales[key]):
+            return super().rollout(batch, grad)
+
+    @contextmanager
+    def told_step(self) -> Iterator[None]:
+        """Within it the fake score knows steps and scales of the current slice, those that it is to know."""
+        with ExitStack() as stack:
+            stack.enter_context(super().told_step())
+            if self._tells_scale and self.fake_score.embeds_guidance:
+                stack.enter_context(telling(self.fake_score, self._scales[self.draws.slice_index, self.draws.first]))
+            yield

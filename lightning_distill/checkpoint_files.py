@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from torch.distributed.checkpoint import FileSystemReader
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -247,7 +246,7 @@ def _first_line(error: Exception) -> str:
 
 @lru_cache(maxsize=256)
 def _folder_damage(path: str, contents: bool, *_state: Any) -> str | None:
-    from lightning_distill.strategies.sharded_files import META, is_sharded, metadata_damage
+    from lightning_distill.strategies.sharded_files import META, is_sharded, metadata_damage, read_index
 
     folder = Path(path)
     if not is_sharded(folder):
@@ -257,7 +256,7 @@ def _folder_damage(path: str, contents: bool, *_state: Any) -> str | None:
     try:
         if found := metadata_damage(folder):
             return found
-        for name, item in FileSystemReader(folder).read_metadata().storage_data.items():
+        for name, item in read_index(folder).storage_data.items():
             if (folder / item.relative_path).stat().st_size < item.offset + item.length:
                 return f"{item.relative_path} is truncated"
             if contents and (found := _item_damage(folder / item.relative_path, item.offset, item.length)):

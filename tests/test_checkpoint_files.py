@@ -132,6 +132,28 @@ def test_sharded_checkpoints_are_looked_at(tmp_path):
     assert "meta.pt is missing" in damage(folder)
 
 
+class Command:
+    """Something whose unpickling would run code."""
+
+    ran: list = []
+
+    def __reduce__(self):
+        return (Command.ran.append, (1,))
+
+
+def test_an_index_of_shards_that_would_run_code_is_refused(tmp_path):
+    folder = tmp_path / "last.ckpt"
+    sharded_files.from_single(SHARDED, folder)
+    before = sharded_files.read_index(folder)
+    assert before.state_dict_metadata.keys() == sharded_files.stored_tensors(folder).keys()
+    (folder / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Command()}))
+    with pytest.raises(pickle.UnpicklingError, match="which is no part of an index"):
+        sharded_files.to_single(folder)
+    assert damage(folder) is not None
+    assert last_good(tmp_path, told_of=False) is None
+    assert Command.ran == []
+
+
 def test_a_flipped_bit_in_a_folder_of_shards_is_found(tmp_path):
     """In any piece of any tensor, and in torch's list of the pieces."""
     folder = tmp_path / "last.ckpt"

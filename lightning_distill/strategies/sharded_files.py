@@ -12,6 +12,7 @@ so either form can be made from the other (``lightning-distill convert``) and be
 from __future__ import annotations
 
 import hashlib
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_distill.checkpoint_files import remove, restore, take_place, told, write_checkpoint
 
@@ -35,6 +35,7 @@ __all__ = [
     "metadata_damage",
     "optimizer_key",
     "part_of",
+    "read_index",
     "read_meta",
     "split",
     "stored_tensors",
@@ -110,9 +111,45 @@ def assemble(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str
     return {**meta, "state_dict": state_dict, "optimizer_states": states}
 
 
+#: names in an index of shards beside its own classes and types of numbers
+_INDEX_NAMES = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads an index of shards and nothing that runs code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        own = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        number = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
+        if own or number or (module, name) in _INDEX_NAMES:
+            found = super().find_class(module, name)
+            if not own or isinstance(found, type):
+                return found
+        raise pickle.UnpicklingError(f"the index of shards names {module}.{name}, which is no part of an index")
+
+
+def read_index(path: str | Path) -> Metadata:
+    """Which tensors a sharded checkpoint holds and where; torch itself would unpickle whatever the file names.
+
+    Raises:
+        pickle.UnpicklingError: the file is no index.
+    """
+    with open(Path(path) / ".metadata", "rb") as file:
+        index = _IndexUnpickler(file).load()
+    if not isinstance(index, Metadata):
+        raise pickle.UnpicklingError(f"{path}/.metadata holds a {type(index).__name__} and no index of shards")
+    return index
+
+
 def stored_tensors(path: str | Path) -> dict[str, Tensor]:
     """Name, shape and dtype of every tensor in a sharded checkpoint, as tensors without values."""
-    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = read_index(path).state_dict_metadata
     return {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in metadata.items()

@@ -49,8 +49,9 @@ def table(result: Mapping[str, Any] | None) -> str:
         cells += [f"{REFERENCE[name]:.3f}" if name in REFERENCE else "", f"{mean(rows, 'cpu_seconds'):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = max(len(rows) for rows in groups.values())
+    made = (result or {})["meta"]["samples"]
     lines += [
         "",
-        f"Mean and range of {seeds} seeds; {result['samples']:,} points; CPU seconds of one thread, with start.",
+        f"Mean and range of {seeds} seeds; {made:,} points; CPU seconds of one thread, with start.",
     ]
     return "\n".join(lines)

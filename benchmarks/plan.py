@@ -154,6 +154,13 @@ MODELS = {
         1.604,
         text(300, 2304, masked=True),
     ),
+    "SANA_Sprint_1.6B_1024px_teacher_diffusers": Published(
+        "SanaPipeline",
+        {"_class_name": "SanaTransformer2DModel", "qk_norm": "rms_norm_across_heads"},
+        {**WAN_SCHEDULER, "_class_name": "DPMSolverMultistepScheduler"},
+        1.604,
+        text(300, 2304, masked=True),
+    ),
     "FLUX.1-dev": Published(
         "FluxPipeline",
         {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
@@ -295,11 +302,12 @@ def recipe(name: str, folder: Path) -> dict:
     samples = config["data"]["init_args"]["batch_size"]
     micro = samples // settings["accumulate_grad_batches"]
     run = single if micro == 1 else plan_config(config)
-    published = MODELS[model].billions
-    assert abs(single.roles[0].parameters / 1e9 - published) < 0.002, (model, single.roles[0].parameters)
     with weightless():
         spec = settings["teacher"]["init_args"]
         teacher = PretrainedDenoiser(spec["path"], dtype=spec.get("dtype") or "float32").build()
+    # not those of the plan's teacher, in whose network the students' adapters may have installed parts
+    parameters = sum(p.numel() for p in teacher.network.parameters())
+    assert abs(parameters / 1e9 - MODELS[model].billions) < 0.002, (model, parameters)
     fits = {}
     found = variants(run, single, teacher)
     for device, (memory, number) in DEVICES.items():
@@ -307,15 +315,16 @@ def recipe(name: str, folder: Path) -> dict:
         fits[device] = {"needs_gib": needs, "fits": next((c for c, need in needs.items() if need <= memory), None)}
     steps = len(settings.get("student_times") or ()) or settings.get("num_steps") or 1
     student, *critics = single.phases
-    repeats = settings.get("fake_score_steps", 0)  # of methods with a critic, whose students are rolled out
+    judged = any(phase.name == "discriminator" for phase in critics)  # on the student's samples, without rollouts
+    repeats = settings.get("discriminator_steps", 1) if judged else settings.get("fake_score_steps", 0)
     # the critic's first update takes the student's samples; a rollout has (steps + 1) / 2 steps on average, and the
     # counted ones have one
-    forwards = repeats * (steps - 1) / 2 - 1 if critics else 0
+    forwards = repeats * (steps - 1) / 2 - 1 if critics and not judged else 0
     critic = sum(phase.flop for phase in critics)
     gflop = samples * (student.flop + repeats * critic + forwards * single.forward_flop) / 1e9
     return {
         "model": model,
-        "parameters": single.roles[0].parameters,
+        "parameters": parameters,
         "trained": sum(role.trained for role in single.roles),
         "samples_per_update": samples,
         "micro_batch": micro,

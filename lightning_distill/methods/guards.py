@@ -77,7 +77,8 @@ class LossWeightWatch:
     """Tells once of given ``loss_weights`` for terms that no loss returns.
 
     Nothing lists the terms of a method: some depend on its parts, and some begin after a warm-up. So this warns, and
-    never refuses: at the first logging step after ``PATIENCE`` updates, and at the end of a shorter run.
+    never refuses: at the first logging step after ``PATIENCE`` updates, and at the end of a shorter run where a name is
+    almost that of a term.
 
     Args:
         given: keys of ``loss_weights`` that the user gave, ``"phase/term"``.
@@ -101,6 +102,8 @@ class LossWeightWatch:
             return
         phases = {name.split("/", 1)[0] for name in self._found}
         idle = sorted(key for key in self._missing if key.split("/", 1)[0] in phases)
+        if self._updates < PATIENCE:
+            idle = [key for key in idle if difflib.get_close_matches(key, self._found, n=1, cutoff=0.8)]
         self._missing -= set(idle)
         for key in idle:
             phase = key.split("/", 1)[0]

@@ -1,5 +1,6 @@
 """SANA-Sprint: continuous-time consistency with latent adversarial distillation (arXiv:2503.09641)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -29,7 +30,8 @@ class SANASprint(TrajectoryMethod, LADD):
 
     Args:
         teacher: a model whose time derivative is of order one (the paper tunes SANA for it first).
-        times: distribution of TrigFlow times of both terms, None for ``LogNormal(.2, 1.6)``.
+        times: distribution of TrigFlow times of both terms, None for the paper's, ``LogNormal(.893, 1.6)`` for data of
+            unit std (its mean .2 is that of data of std .5).
         largest_share: share of the adversarial samples that start from pure noise.
         tangent: ``jvp`` (exact), ``central``, ``one_sided`` or ``semi``.
         tangent_step: step of differences, None for the default.
@@ -67,7 +69,12 @@ class SANASprint(TrajectoryMethod, LADD):
         if not 0.0 <= largest_share <= 1.0:
             raise ValueError(f"largest_share={largest_share}: give a share from 0 to 1.")
         self.consistency = ContinuousConsistency(
-            times or LogNormal(0.2, 1.6), False, tangent, tangent_step, warmup_updates, constant=constant
+            times or LogNormal(0.2 + math.log(2.0), 1.6),
+            False,
+            tangent,
+            tangent_step,
+            warmup_updates,
+            constant=constant,
         )
         self.log_variance = LogVariance() if adaptive else None
         self.largest_share = largest_share

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.merging import merged_network
+from lightning_distill.networks.merging import added_parts, merged_network
 from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role, with_network
 
 __all__ = ["ExtendedRole"]
@@ -46,7 +46,9 @@ class ExtendedRole(Role):
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         if isinstance(self.role, Lora):
+            before = set(source.network.state_dict())
             self.install(source)
+            added_parts(source.network).update(set(source.network.state_dict()) - before)
             adapter = copy.copy(self.role)
             targets: Sequence[str] = self.role.target_modules or source.family.lora_targets
             # no targets at all means every layer

@@ -12,7 +12,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
 from lightning_distill.networks.quantisation import dequantise, plain_tensors
 
-__all__ = ["base_state_dict", "merged_network", "widen", "without_adapters"]
+__all__ = ["added_parts", "base_state_dict", "merged_network", "widen", "without_adapters"]
 
 
 def without_adapters(network: nn.Module) -> nn.Module:
@@ -43,6 +43,7 @@ def merged_network(denoiser: Denoiser, widened: bool = False) -> nn.Module:
 
 def _plain_copy(network: nn.Module, name: str | None, widened: bool = False) -> nn.Module:
     network = copy.deepcopy(network)
+    added_parts(network).clear()  # they are the copy's own
     dequantise(network, torch.float32 if widened else None)
     if widened:
         widen(network)
@@ -76,21 +77,29 @@ def widen(network: nn.Module) -> None:
             module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
 
 
+def added_parts(network: nn.Module) -> set[str]:
+    """Names of weights that students have installed on a shared frozen network; to be added to."""
+    found: set[str] = network.__dict__.setdefault("_lightning_distill_added", set())
+    return found
+
+
 def base_state_dict(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state under its original names, adapters left out: what identifies a frozen source.
+    """The network's state under its original names, without what students added: what identifies a frozen source.
 
     Quantised weights are listed as the tensors they consist of.
 
     Args:
         network: any network, with or without adapters.
     """
-    bank = adapter_bank(network) or AdapterBank()
+    bank, added = adapter_bank(network) or AdapterBank(), added_parts(network)
     state: dict[str, Tensor] = {}
     for key, value in network.state_dict().items():
         path, _, rest = key.rpartition(".base_layer.")
         if path in bank.layers:
             key = f"{path}.{rest}"
         elif any(key.startswith(f"{layer}.lora_") for layer in bank.layers):
+            continue
+        if key in added:
             continue
         state |= {f"{key}.{part}" if part else key: tensor for part, tensor in plain_tensors(value).items()}
     return state

@@ -166,7 +166,9 @@ def test_the_switch_of_flash_dmd_is_a_share_of_the_matching_scale():
 
 
 # ------------------------------------------------------------------------------------------------ predictions compared
-@pytest.mark.parametrize("option", [{"critic_dropout": 0.7}, {"critic_guidance": Guidance(3.0)}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"critic_dropout": 0.7}, {"critic_guidance": Guidance(3.0)}], ids=["dropout", "guidance"]
+)
 def test_consistency_compares_predictions_of_one_kind(option):
     """At equal points the three predictions are one, whatever is dropped or guided."""
     module = ready(ACDMD(mlp(classes=3), num_steps=2, eta=0.0, consistency_span=1e-6, ema=[], **option), "fake_score0")

@@ -233,13 +233,15 @@ def test_copies_averages_and_checkpoints(tmp_path):
 def test_adapters_on_a_shared_backbone(name, kind):
     tiny = MAKERS[name]()
     teacher = tiny.denoiser()
-    before = call(teacher, tiny)
+    before, original = call(teacher, tiny), fingerprint(base_state_dict(teacher.network).values())
     student = TwoTime(Lora(rank=4), kind, guidance=True).build(teacher, "student")
     assert isinstance(second_time_of(teacher.network), SecondTime)
     assert torch.equal(call(teacher, tiny), before)
     assert torch.equal(call(student, tiny), before)
     fake = TwoTime(Lora(rank=4), kind, guidance=True).build(teacher, "fake")  # a second role of the same backbone
     mark = fingerprint(base_state_dict(teacher.network).values())
+    assert mark == original  # stored trajectories know their teacher by it
+    assert any("second_time" in key for key in base_state_dict(merged_network(student)))  # there they are its own
     trained = [key for key, _ in trainable_parameters(student) if "second_time" in key]
     assert len(trained) == len([key for key, _ in trainable_parameters(fake) if "second_time" in key])
     assert any(".time." in key for key in trained)

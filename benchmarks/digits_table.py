@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from cells import cell, mean
 
-__all__ = ["plot", "table"]
+__all__ = ["plot", "table", "variants"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = "docs/images/digits.png"
@@ -75,6 +75,39 @@ def table(result: Mapping[str, Any] | None) -> str:
         f"{f'; * {chr(44).join(others)}, which makes fewer updates' if others else ''}); 5,000 "
         f"samples against the held-out half of the digits. The teacher's fd_cnn is {own} steps."
     )
+    return "\n".join(lines)
+
+
+def _begun(word: str) -> str:
+    """``cmt_ring form=flow_map (20 s)`` of an earlier stage."""
+    name, _, seconds = word.rstrip("~").partition("@")
+    config, *settings = name.split(":")
+    return " ".join([Path(config).stem, *settings, *([f"({seconds} s)"] if seconds else [])])
+
+
+def variants(result: Mapping[str, Any] | None) -> str:
+    """Rows with other settings than the configurations', or with stages before them.
+
+    Args:
+        result: record ``compare_digits``, None where there is none.
+    """
+    rows = [
+        row for row in (result or {"rows": []})["rows"] if "seconds" in row and ("settings" in row or "after" in row)
+    ]
+    if not rows:
+        return "(none)"
+    lines = [
+        "| configuration | begins as | settings | CPU s | progress | recall | updates |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        begins = ", ".join(_begun(word) for word in row.get("after", ()))
+        settings = "; ".join(
+            f"{key.replace('.init_args', '')} {value}" for key, value in row.get("settings", {}).items()
+        )
+        cells = [f"[`{Path(row['config']).stem}`](../{row['config']})", begins, settings, f"{row['seconds']:.0f}"]
+        cells += [f"{row['progress']:.3f}", f"{row['recall']:.2f}", str(row["student_updates"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -402,7 +402,10 @@ def main() -> None:
         ROOT / "docs" / "text_to_emoji.md": {"emoji": emoji},
         ROOT / "docs" / "super_resolution.md": {"super_resolution": super_resolution},
         ROOT / "docs" / "trajectories.md": {"stored": stored},
-        ROOT / "docs" / "digits.md": {"digits": lambda: digits_table.table(_load("compare_digits"))},
+        ROOT / "docs" / "digits.md": {
+            "digits": lambda: digits_table.table(_load("compare_digits")),
+            "variants": lambda: digits_table.variants(_load("compare_digits")),
+        },
         ROOT / "docs" / "dials.md": {"dials": lambda: dials_table.table(_load("dials"))},
         ROOT / "docs" / "flow_maps.md": {"tangents": tangents, "capabilities": capabilities}
         | {"ring": lambda: ring_table.table(_load("compare_ring"))},

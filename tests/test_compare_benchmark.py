@@ -133,6 +133,16 @@ def test_rows_are_sorted_by_track_steps_and_progress():
     assert text.count("| yes |") == 1
 
 
+def test_other_settings_and_starts_have_a_table_of_their_own():
+    figures = {"seed": 0, "progress": 0.9, "recall": 0.7, "student_updates": 265, "method": "SCM", "nfe": 1}
+    begun = compare.parse("method/cmt_ring.yaml:form=flow_map@20~method/scm_ring.yaml@10")
+    rows = [begun | figures | {"seconds": 30.0}, {"config": "configs/method/dmd2_digits.yaml", "settings": {"a": "1"}}]
+    assert digits_table.grouped(rows) == {}
+    lines = digits_table.variants({"rows": rows}).splitlines()
+    config = "[`scm_ring`](../configs/method/scm_ring.yaml)"
+    assert lines[2:] == [f"| {config} | cmt_ring form=flow_map (20 s) |  | 30 | 0.900 | 0.70 | 265 |"]
+
+
 @pytest.mark.slow
 def test_a_run_from_the_plane_to_the_figures(tmp_path):
     words = ["configs/method/knowledge_distillation_ring.yaml", "--trainer.enable_progress_bar=false"]

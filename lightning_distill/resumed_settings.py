@@ -110,7 +110,6 @@ def _shown(value: Any) -> str:
 def _arguments(module: DistillationModule) -> dict[str, Any]:
     values = {
         "num_steps": module._num_steps,
-        "student_times": module._given_times,
         "sampler": module.sampler,
         "loss_weights": module.loss_weights,
         "gradient_clip_val": module.gradient_clip_val,

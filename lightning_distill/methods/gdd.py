@@ -37,10 +37,10 @@ class GDD(LADD):
         game are means over the batch, of which the released code takes the sum.
         The network of ``features`` must not be one that evaluates the samples.
         D sees pictures and not their conditions, so that a student of classes or prompts may ignore them: all that is
-        asked of it is the distribution of all pictures together. A warning tells of it; the method is meant for
-        unconditional teachers.
+        asked of it is the distribution of all pictures together: the method is meant for unconditional teachers.
     """
 
+    of_samples_alone = True
     paper = "2405.20750"
     learns_from = "data"
     default_freeze: ClassVar[tuple[str, ...]] = ()

@@ -74,11 +74,10 @@ def stop_when_stuck(phase: str, in_a_row: float, most: int) -> None:
 
 
 class LossWeightWatch:
-    """Tells once of given ``loss_weights`` for terms that no loss returns.
+    """Tells once of given ``loss_weights`` whose name is almost that of a term.
 
-    Nothing lists the terms of a method: some depend on its parts, and some begin after a warm-up. So this warns, and
-    never refuses: at the first logging step after ``PATIENCE`` updates, and at the end of a shorter run where a name is
-    almost that of a term.
+    Nothing lists the terms of a method: some depend on its parts, and some begin after a warm-up. So this warns of
+    what is likely a slip, and never refuses: at the first logging step after ``PATIENCE`` updates, or at the end.
 
     Args:
         given: keys of ``loss_weights`` that the user gave, ``"phase/term"``.
@@ -101,23 +100,17 @@ class LossWeightWatch:
         if self._updates < (1 if at_end else PATIENCE):
             return
         phases = {name.split("/", 1)[0] for name in self._found}
-        idle = sorted(key for key in self._missing if key.split("/", 1)[0] in phases)
-        if self._updates < PATIENCE:
-            idle = [key for key in idle if difflib.get_close_matches(key, self._found, n=1, cutoff=0.8)]
-        self._missing -= set(idle)
-        for key in idle:
+        for key in sorted(key for key in self._missing if key.split("/", 1)[0] in phases):
             phase = key.split("/", 1)[0]
             known = sorted(name for name in self._found if name.startswith(f"{phase}/"))
-            rank_zero_warn(
-                f"loss_weights has {key!r}, which has done nothing in {self._updates} updates: the {phase} phase has "
-                f"returned {_listed(known)} only{_meant(key, known)}"
-            )
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            if close:
+                self._missing.remove(key)
+                rank_zero_warn(
+                    f"loss_weights has {key!r}, which has done nothing in {self._updates} updates: the {phase} phase "
+                    f"has returned {_listed(known)} only; did you mean {close[0]!r}?"
+                )
 
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(repr(name) for name in names)
-
-
-def _meant(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    return f"; did you mean {close[0]!r}?" if close else " (correct if the term begins later)."

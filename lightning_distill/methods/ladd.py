@@ -56,6 +56,8 @@ class LADD(Discriminating, DistillationModule):
     """
 
     phases = {"student": ("student",), "discriminator": ("discriminator",)}
+    #: the method compares samples without their conditions, as its docstring says
+    of_samples_alone: ClassVar[bool] = False
     paper = "2403.12015"
     learns_from = "teacher, data"
     default_loss_weights: ClassVar[Mapping[str, float]] = {"student/distillation": 0.0, "discriminator/r1": 1e-4}
@@ -104,7 +106,7 @@ class LADD(Discriminating, DistillationModule):
         assert self.gan is not None
         alone = type(self).student_loss is LADD.student_loss and not self.loss_weights["student/distillation"]
         known = sorted(default_cond(self.require_teacher(), 1))
-        if alone and known and not self.gan.network_taps:
+        if alone and known and not self.gan.network_taps and not self.of_samples_alone:
             rank_zero_warn(
                 f"the teacher takes the conditions {known}, but the discriminator of {type(self).__name__} sees samples"
                 " alone: real and student samples are compared as a whole, and the student may ignore its conditions. "

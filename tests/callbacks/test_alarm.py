@@ -411,6 +411,7 @@ def test_warn_writes_no_checkpoint(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ resume
+@pytest.mark.filterwarnings("ignore:resuming with other settings")  # rates that the alarm has cut
 def test_a_resumed_run_knows_its_alarms_and_its_cut_rates(tmp_path):
     given = {1: {"recall_cnn": 0.8}, 3: {"recall_cnn": 0.0}, 7: {"recall_cnn": 0.0}}
 

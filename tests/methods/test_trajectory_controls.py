@@ -43,6 +43,7 @@ def sprint(ring_problem, **weights):  # noqa: F811
         "gan": lambda: Adversary(taps=["input"], width=32, kind="hinge", features="teacher"),
         "times": LogNormal(-1.0, 1.4),
         "warmup_updates": 80,
+        "constant": 0.1,
         "discriminator_optimizer": lambda: heads,
         "loss_weights": {f"student/{name}": weight for name, weight in {"gan": 0.25, **weights}.items()},
         **ONE_SIDED,

@@ -337,6 +337,7 @@ def planned_prompts(tokens, family="sd15", **settings):
     return plan(lambda: guided(tokens, family), 2, "32-true", device="cpu", **settings).phases
 
 
+@pytest.mark.slow
 def test_prompts_are_as_long_as_the_unconditional_embedding():
     short, long = planned_prompts(6), planned_prompts(24)
     assert all(a.kept < b.kept for a, b in zip(short, long))

@@ -97,6 +97,7 @@ def _reduce(rank, folder, found):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_flags_of_two_processes_are_added_without_a_barrier(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     found = context.SimpleQueue()

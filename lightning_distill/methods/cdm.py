@@ -121,7 +121,8 @@ class CDM(DecoupledDMD):
         top = rollout.prediction.t
         r = restricted(bounded(self.process, 0.0, 1.0), v, torch.zeros_like(top), top, self.process)
         x_r = transport(rollout.detached().prediction, r)
-        prediction = self.student(x_r, r, batch.cond)
+        with self.told_student():
+            prediction = self.student(x_r, r, batch.cond)
         return Rollout(prediction.x0, rollout.step, prediction, torch.where(rollout.end < r, rollout.end, 0.0))
 
     @torch.no_grad()

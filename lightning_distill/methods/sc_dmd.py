@@ -47,7 +47,7 @@ class SCDMD(DMD2):
         middle, end = times[rollout.steps + 1], times[rollout.steps + 2]
         # a step of length 0 for the last: the defect is then 0, and every update costs the same
         middle = torch.where(middle > 0, middle, rollout.prediction.t)
-        with torch.no_grad():
+        with torch.no_grad(), self.told_student():
             x_m = transport(rollout.prediction, middle)
             composed = transport(self.student(x_m, middle, batch.cond), end)
         return (transport(rollout.prediction, end) - composed).square().mean()

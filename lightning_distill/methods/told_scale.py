@@ -1,7 +1,7 @@
 """Students and fake scores that are told a guidance scale, as a part of ``FakeScoreMethod``."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +77,19 @@ class ToldScale(_Base):
         if not self._tells_scale:
             return super().rollout(batch, grad)
         key = (self.draws.slice_index, self.draws.first)
+        if not self._rollouts:
+            self._scales.clear()  # of an earlier cycle
         if grad or key not in self._rollouts:
             # the draw with which scores guide the teacher
             self._scales[key] = self.guidance.label(self.draws.uniform("guidance", batch.size))
-        with telling(self.student, self._scales[key]):
+        with self.told_student():
             return super().rollout(batch, grad)
+
+    def told_student(self) -> AbstractContextManager[None]:
+        """Within it the student knows the scales of the current slice, if it is to know: for calls beside a rollout."""
+        if not self._tells_scale:
+            return nullcontext()
+        return telling(self.student, self._scales[self.draws.slice_index, self.draws.first])
 
     @contextmanager
     def told_step(self) -> Iterator[None]:

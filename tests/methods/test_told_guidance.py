@@ -13,7 +13,9 @@ from lightning_distill.batch import Batch
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance, check_guidance, guided, is_told
 from lightning_distill.methods import (
+    CDM,
     DMD2,
+    SCDMD,
     ConsistencyDistillation,
     DecoupledDMD,
     GuidanceDistillation,
@@ -264,3 +266,19 @@ def test_random_scales_of_a_told_teacher_are_told_to_its_students():
     assert seen[0].unique().numel() == N
     fixed = ready(DMD2(tellable(), guidance=Guidance(5.0), ema=[]))
     assert fixed.student.family.guidance_scale == 3.0  # the one that copies of the teacher are told, and sampled with
+
+
+@pytest.mark.parametrize("method", [CDM, SCDMD])
+def test_calls_beside_the_rollout_are_told_its_scales(method):
+    role = TwoTime(kind=None, guidance=True)
+    module = method(
+        mlp(classes=3), student=role, fake_score=role, guidance=RandomGuidance(1.0, 6.0), num_steps=2, ema=[]
+    )
+    module, seen = ready(module), []
+    module.student.register_forward_pre_hook(lambda m, _: seen.append(m.family.guidance_scale))
+    module.student_loss(Batch(cond={"class_labels": torch.arange(N) % 3}))
+    assert len(seen) > 1
+    assert all(torch.equal(scale, seen[0]) for scale in seen)
+    module._rollouts.clear()  # the next cycle
+    module.rollout(Batch(cond={"class_labels": torch.arange(N) % 3}))
+    assert len(module._scales) == 1

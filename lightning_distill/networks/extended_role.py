@@ -46,9 +46,7 @@ class ExtendedRole(Role):
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         if isinstance(self.role, Lora):
-            before = set(source.network.state_dict())
-            self.install(source)
-            added_parts(source.network).update(set(source.network.state_dict()) - before)
+            self._install_on_shared(source)
             adapter = copy.copy(self.role)
             targets: Sequence[str] = self.role.target_modules or source.family.lora_targets
             # no targets at all means every layer
@@ -57,7 +55,13 @@ class ExtendedRole(Role):
         if isinstance(self.role, FromCheckpoint) and self.role.holds(self.marker):
             if self.role.merge or not self.role.holds("adapter."):  # not shared: the source stays without the parts
                 source = with_network(source, merged_network(source))
-            self.install(source)
+            self._install_on_shared(source)
         made = self.role.build(source, name)
         self.install(made)
         return made
+
+    def _install_on_shared(self, source: Denoiser) -> None:
+        """Install on a network that others use too, which is known without the parts."""
+        before = set(source.network.state_dict())
+        self.install(source)
+        added_parts(source.network).update(set(source.network.state_dict()) - before)

@@ -235,11 +235,14 @@ SIDES = {"FastGen": train_peer, "lightning_distill": train_ours, "lightning_dist
 def quality(library: SimpleNamespace, args: argparse.Namespace, results: Path = RESULTS) -> dict[str, Any]:
     """Run the grid on both sides and write ``quality_fastgen``."""
     judge = Judge(args.samples)
-    rows = []
+    rows: list[dict[str, Any]] = []
     # point by point, so that the two sides meet the same moods of the machine
     for rate, ratio in args.points:
         for name, train in SIDES.items():
-            curve = Curve(args.out, f"{name}_{rate:g}_{ratio}".replace(", ", "_"), args.budget, args.every)
+            # what has not reached the last goal by then cannot be this side's best point
+            reached = (row[f"seconds_to_{GOALS[-1]}"] for row in rows if row["implementation"] == name)
+            budget = min([args.budget, *(seconds for seconds in reached if seconds is not None)])
+            curve = Curve(args.out, f"{name}_{rate:g}_{ratio}".replace(", ", "_"), budget, args.every)
             if not curve.finished:
                 train(library, curve, judge, rate, ratio)
             row = {"implementation": name, "rate": rate, "fake_score_steps": ratio, "points": curve.points}

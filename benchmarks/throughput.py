@@ -46,6 +46,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.compiling import compile_roles
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
 from lightning_distill.networks.quantisation import KINDS, check_quantisation, require_torchao
@@ -196,8 +197,7 @@ def method(size: Size, way: dict[str, Any], args: argparse.Namespace) -> DMD2:
     )
     module.configure_model()
     if way["compile"]:
-        for role in {id(r.network): r.network for r in (module.student, module.fake_score, teacher)}.values():
-            role.compile()
+        compile_roles(module)
     return module
 
 

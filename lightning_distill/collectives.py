@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["max_over_processes", "mean_over_processes"]
+__all__ = ["max_over_processes", "mean_over_processes", "sum_over_processes"]
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
@@ -20,10 +20,16 @@ def mean_over_processes(value: Tensor) -> Tensor:
     """
     if _several():
         if dist.get_backend() == "gloo":  # which has no mean
-            dist.all_reduce(value)
-            value.div_(dist.get_world_size())
+            sum_over_processes(value).div_(dist.get_world_size())
         else:
             dist.all_reduce(value, op=dist.ReduceOp.AVG)
+    return value
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, written into it; unchanged where there is one process."""
+    if _several():
+        dist.all_reduce(value)
     return value
 
 

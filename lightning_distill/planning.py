@@ -102,6 +102,7 @@ def plan(
         module = build()
         if checkpointing is not None:
             module.activation_checkpointing = checkpointing
+        module.compile_blocks = False  # shapes alone are followed here
         with Shapes():  # a discriminator asks the network for the shapes of its features
             module.configure_model()
             if processes.teacher_dtype is not None and module.teacher is not None:

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_distill.attention import differentiable_attention
 from lightning_distill.forward_rules import forward_rules
+from lightning_distill.networks.compiling import eager_blocks
 
 __all__ = ["DEFAULT_STEPS", "TangentMode", "discrepancy", "tangent", "value_and_tangent"]
 
@@ -200,6 +201,7 @@ def _exact(f: _Function, primals: Sequence[Tensor], directions: Sequence[Tensor 
         if torch.compiler.is_compiling():  # which makes no dual numbers of views (torch 2.15)
             start, along = tuple(p.clone() for p in start), tuple(d.clone() for d in along)
         else:
+            stack.enter_context(eager_blocks())
             stack.enter_context(_plain_caches())
             stack.enter_context(forward_rules())
         value, change = torch.func.jvp(of_moving, start, along)  # type: ignore[misc]
@@ -211,6 +213,7 @@ def _beside_graph(
 ) -> tuple[Tensor, Tensor]:
     """Value with graph and tangent without one from one pass."""
     with ExitStack() as stack:
+        stack.enter_context(eager_blocks())
         stack.enter_context(forward_ad.dual_level())
         duals = [p if d is None else forward_ad.make_dual(p, d) for p, d in zip(primals, directions)]
         stack.enter_context(differentiable_attention())

@@ -31,6 +31,7 @@ from lightning_distill.methods.probing import Probing
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
 from lightning_distill.methods.terms import Terms, mean_terms
+from lightning_distill.networks.compiling import compile_roles
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import enable_activation_checkpointing
 from lightning_distill.networks.merging import base_state_dict
@@ -61,6 +62,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         accumulate_grad_batches: each phase's batch is split into this many micro-batches.
         activation_checkpointing: trained networks recompute their blocks in the backward pass instead of keeping
             activations, for about a third more time.
+        compile_blocks: compile the blocks of all networks with ``torch.compile``, once per block class and role.
         ema: averages of the student, None for one ``PowerEMA()``, an empty list for none; the first is sampled by
             default.
         max_skipped_steps: non-finite steps in a row after which training stops, at least 1.
@@ -101,6 +103,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         gradient_clip_val: float | None = 10.0,
         accumulate_grad_batches: int = 1,
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
         ema: list[EMAProfile] | None = None,
         max_skipped_steps: int = 50,
         seed: int = 0,
@@ -130,6 +133,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile_blocks
         self.ema_profiles: list[EMAProfile] = [PowerEMA()] if ema is None else list(ema)
         names = [profile.name for profile in self.ema_profiles]
         if len(set(names)) < len(names):
@@ -170,6 +174,8 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
                     enable_activation_checkpointing(network)
         for profile in self.ema_profiles:
             self.student_ema[profile.name] = averaged_copy(self.student, profile.name)
+        if self.compile_blocks:
+            compile_roles(self)
         self._trained.clear()
         self._built = True
         self.check_configuration()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch, slice_cond
+from lightning_distill.collectives import mean_over_processes
 from lightning_distill.losses.consistency import distance
 from lightning_distill.losses.rectified import best_knots, jump_costs
 from lightning_distill.methods.base import Terms
@@ -138,10 +139,8 @@ class BOSS(Straightening):
         # an Euler trajectory says its velocities itself
         slopes = points.diff(dim=0) / expand(flow.diff(), points[1:])
         costs = jump_costs(points, slopes, flow)
-        if self._trainer is not None:
-            finite = costs.isfinite()
-            reduced = self.trainer.strategy.reduce(costs.where(finite, 0.0), reduce_op="mean")
-            costs = reduced.where(finite, math.inf)
+        finite = costs.isfinite()
+        costs = mean_over_processes(costs.where(finite, 0.0)).where(finite, math.inf)
         found = [float(times[k]) for k in best_knots(costs, self._num_steps)[:-1]]
         self.knots.copy_(torch.tensor(found, dtype=torch.float64))
         self._given_times = found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_distill.collectives import sum_over_processes
 from lightning_distill.prediction import Prediction
 from lightning_distill.randomness import Draws
 
@@ -194,7 +195,7 @@ class ScheduledCritic(_Base):
             move = self.critic_error(new, old.x0, old.eps, part.weight)
             fresh += len(old.t) * torch.stack([before - after, move, before])
         self.draws = draws
-        fresh = self.trainer.strategy.reduce(fresh, reduce_op="sum")
+        fresh = sum_over_processes(fresh)
         usable = fresh.isfinite().all() & (fresh[1] > 1e-12 * fresh[2])  # what rounding alone makes is none
         taken = self.critic_schedule.decay * self.critic_moves + fresh[:2]
         self.critic_moves.copy_(torch.where(usable, taken, self.critic_moves))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
+from lightning_distill.collectives import mean_over_processes
 from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.losses.consistency import consistency_loss, pair_weight, solver_step
 from lightning_distill.losses.score_matching import denoising_loss
@@ -189,9 +190,7 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
         super().after_phase(phase)
         if phase != "student" or not self.adaptive:
             return
-        squares = self.gradient_squares
-        if self.trainer.world_size > 1:
-            squares = self.trainer.strategy.reduce(squares.clone(), reduce_op="mean")
+        squares = mean_over_processes(self.gradient_squares)
         self.balance.copy_(gradient_ratio(squares[:1], squares[1:]))
         self.gradient_squares.zero_()
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_distill.collectives import sum_over_processes
+
 if TYPE_CHECKING:
     from lightning_distill.methods.base import DistillationModule
 
@@ -61,6 +63,6 @@ class RunningMeans(_Base):
             return
         for name, decay in self._running.items():
             state, pending = self.get_buffer(f"{name}_state"), self.get_buffer(f"{name}_pending")
-            fresh = self.trainer.strategy.reduce(pending, reduce_op="sum")
+            fresh = sum_over_processes(pending)
             state.copy_(torch.where(self._skipped.bool(), state, decay * state + fresh))
             pending.zero_()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -102,6 +103,10 @@ class AdapterCheckpoint:
         bank = self.bank
         if bank is None:
             return checkpoint(module, *args, use_reentrant=False, **kwargs)
+        return self._with_bank(bank, module, *args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)  # a compiler knows no contexts of the second forward
+    def _with_bank(self, bank: AdapterBank, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         again = bank.reenter()
         return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
 

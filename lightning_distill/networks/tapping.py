@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_distill.networks.compiling import pause_around
+
 if TYPE_CHECKING:
     from lightning_distill.networks.denoiser import Denoiser
 
@@ -51,3 +53,4 @@ def tap(denoiser: Denoiser, taps: Sequence[str], into: dict[str, Tensor], stop: 
                 raise AllTapsSeen
 
         stack.callback(block.register_forward_hook(hook).remove)
+        pause_around(network, name, stack)

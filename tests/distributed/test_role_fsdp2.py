@@ -24,6 +24,7 @@ from rank_runs import STEPS, build, named, train
 from tiny_pipelines import MAKERS
 
 from lightning_distill.checkpoint_files import damage, remove_parts
+from lightning_distill.networks import compiling
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter, enable_activation_checkpointing
 from lightning_distill.networks.quantisation import QuantisedLinear
@@ -178,6 +179,20 @@ def test_options_change_no_figure(mesh, alone, tmp_path, name, options):
         for network in networks_of(part):
             assert isinstance(network, FSDPModule)
     assert all(isinstance(p, DTensor) for p in module.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet_gan", "dit_lora"])
+def test_compiled_blocks_change_no_figure(mesh, alone, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(compiling, "_BACKEND", "eager")
+    monkeypatch.setattr(compiling, "_compiled", {})
+    (case,) = named([name])
+    module = build(case, tmp_path)
+    compiling.compile_roles(module)
+    torch._dynamo.reset()
+    got = train(case, tmp_path, RoleFSDP2(), module=module)
+    assert far(got, alone[name]) < 1e-5
+    assert compiling._compiled
 
 
 @pytest.mark.parametrize("name", ["unet_gan", "dit_lora"])

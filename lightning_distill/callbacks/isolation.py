@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.modes import evaluation_mode
 
 __all__ = ["as_distillation", "run_folder", "undisturbed"]
 
@@ -16,14 +17,8 @@ __all__ = ["as_distillation", "run_folder", "undisturbed"]
 @contextmanager
 def undisturbed(module: LightningModule) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every mode and every global generator is as before."""
-    modes = [(part, part.training) for part in module.modules()]
-    with isolate_rng(), torch.no_grad():
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, mode in modes:
-                part.training = mode
+    with isolate_rng(), torch.no_grad(), evaluation_mode(module):
+        yield
 
 
 def run_folder(trainer: Trainer) -> Path | None:

@@ -10,6 +10,7 @@ from lightning_distill.batch import as_batch
 from lightning_distill.generation import default_cond, draw_noise, generate
 from lightning_distill.hybrid import hybrid
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.modes import evaluation_mode
 from lightning_distill.networks.negative_prompts import negative_prompts
 from lightning_distill.parameterisations import Capability
 from lightning_distill.processes import NoiseProcess
@@ -109,10 +110,11 @@ class StudentSampling:
         conditions = default_cond(network, n) if cond is None else cond
         options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
         options["noise_scale"] = self.noise_scale if noise_scale is None else noise_scale
-        if negative is None:
-            return generate(network, start, conditions, times, self.sampler, **options)
-        with negative_prompts(network, conditions, negative, negative_scale) as both:
-            return generate(network, start, both, times, self.sampler, **options)
+        with evaluation_mode(network):
+            if negative is None:
+                return generate(network, start, conditions, times, self.sampler, **options)
+            with negative_prompts(network, conditions, negative, negative_scale) as both:
+                return generate(network, start, both, times, self.sampler, **options)
 
     def sample_hybrid(
         self,
@@ -143,20 +145,21 @@ class StudentSampling:
         network = self.sampling_network(weights)
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher, so there is nothing to begin with; use sample().")
-        return hybrid(
-            self.teacher,
-            network,
-            draw_noise((n, *self.sample_shape), generator) if noise is None else noise,
-            default_cond(network, n) if cond is None else cond,
-            self.student_times,
-            first=first,
-            teacher_steps=teacher_steps,
-            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-            sampler=self.sampler,
-            generator=generator,
-            batch_size=batch_size,
-            noise_scale=self.noise_scale,
-        )
+        with evaluation_mode(network):
+            return hybrid(
+                self.teacher,
+                network,
+                draw_noise((n, *self.sample_shape), generator) if noise is None else noise,
+                default_cond(network, n) if cond is None else cond,
+                self.student_times,
+                first=first,
+                teacher_steps=teacher_steps,
+                guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+                sampler=self.sampler,
+                generator=generator,
+                batch_size=batch_size,
+                noise_scale=self.noise_scale,
+            )
 
     @property
     def guidance_scale(self) -> float:

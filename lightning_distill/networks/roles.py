@@ -4,7 +4,7 @@ A method states the roles it needs (student, fake score); a ``Role`` builds one 
 initialisation a role made from a teacher has the teacher's weights bit for bit (``Explicit`` excepted), hence
 its output; a trained copy may differ in the last digit, where torch multiplies a weight that requires
 gradients in another order. Every role is in the mode of its source, eval for teachers: distillation runs
-without dropout.
+without the dropout of the teacher's training, but with that of ``Lora(dropout=...)``.
 """
 
 import copy
@@ -95,7 +95,8 @@ class Lora(Role):
         rank: inner dimension of the low-rank product, >= 1.
         alpha: scale numerator, None for ``rank`` (scale 1).
         target_modules: endings of layer names, None for the defaults of the model class.
-        dropout: dropout on the adapter's input, [0, 1).
+        dropout: dropout on the adapter's input while it trains, [0, 1). Its masks come from torch's own generator: runs
+            repeat and resume bit for bit, but several processes draw others than one.
         seed: of the adapter's random half.
         dora: learn the norm of every row of the weights beside their direction (DoRA, arXiv:2402.09353); not with
             dropout.
@@ -124,7 +125,7 @@ class Lora(Role):
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         _check_source(source, name)
-        return add_adapter(
+        made = add_adapter(
             source,
             name,
             rank=self.rank,
@@ -134,6 +135,7 @@ class Lora(Role):
             dora=self.dora,
             seed=self.seed,
         )
+        return made.train() if self.dropout else made
 
 
 class Explicit(Role):

@@ -6,6 +6,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from lightning_distill.methods import DMD2
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import (
     AdapterCheckpoint,
@@ -19,7 +20,9 @@ from lightning_distill.networks.lora import (
     trainable_parameters,
 )
 from lightning_distill.networks.merging import base_state_dict, merged_network, without_adapters
+from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.small import ResidualMLP
+from lightning_distill.networks.specs import ZooDenoiser
 from lightning_distill.processes import FlowMatching
 
 
@@ -347,6 +350,17 @@ def test_dropout_follows_the_role_not_the_teacher():
     assert not torch.equal(student(x, t).raw, student(x, t).raw)
     student.eval()
     assert torch.equal(student(x, t).raw, student(x, t).raw)
+
+
+def test_a_student_trains_with_dropout_and_is_sampled_without():
+    module = DMD2(ZooDenoiser("digits"), student=Lora(rank=4, dropout=0.5), fake_score=Lora(rank=4), ema=[])
+    module.configure_model()
+    fill(module.student, 1)
+    x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 0.5, dtype=torch.float64)
+    for _ in range(2):  # before and after a look at samples
+        assert not torch.equal(module.student(x, t).raw, module.student(x, t).raw)
+        assert torch.equal(module.fake_score(x, t).raw, module.fake_score(x, t).raw)
+        assert torch.equal(module.sample(3, noise=x), module.sample(3, noise=x))
 
 
 def test_role_state_round_trip_and_refusals():

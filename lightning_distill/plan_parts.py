@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_distill.plan_shards import Processes
 
-__all__ = ["GIB", "RESERVE", "PhasePlan", "Plan", "RolePlan"]
+__all__ = ["GIB", "RESERVE", "PhasePlan", "Plan", "RolePlan", "larger"]
 
 GIB = 2**30
 #: context of the device, workspaces of its libraries, fragmentation
@@ -74,6 +75,12 @@ class PhasePlan:
     peak: int
     gradients: int
     flop: int = 0
+
+
+def larger(phases: Sequence[PhasePlan]) -> PhasePlan:
+    """One phase at several times of a run: the largest of each figure."""
+    figures = [field.name for field in fields(PhasePlan) if field.name != "name"]
+    return PhasePlan(phases[0].name, *(max(getattr(phase, figure) for phase in phases) for figure in figures))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.weightless import Shapes, weightless
 from lightning_distill.optim import AdamW8bit
-from lightning_distill.plan_parts import PhasePlan, Plan, RolePlan
+from lightning_distill.plan_parts import PhasePlan, Plan, RolePlan, larger
 from lightning_distill.plan_shards import Processes, gathered_bytes
 
 __all__ = ["PRECISIONS", "plan"]
@@ -69,6 +69,7 @@ def plan(
     device: str = "cuda",
     count: bool = False,
     processes: Processes | None = None,
+    updates: int = 1,
 ) -> Plan:
     """Plan a run of a method.
 
@@ -82,6 +83,8 @@ def plan(
         device: ``cuda`` or ``cpu``, which differ in what they compute in float32 under mixed precision.
         count: count floating-point operations too, of rollouts that stop at the first step.
         processes: that train together, None for one.
+        updates: student updates of the run. A phase has the larger figures of the first and the last: terms may begin
+            late, and warm-ups end.
 
     Raises:
         ValueError: unknown precision, prompts of a length that does not fit, or a method that decides something by the
@@ -121,9 +124,13 @@ def plan(
     batch = _batch(module, fakes, batch_size, text_tokens)
     if processes.bfloat16 and narrow is None:  # shards are gathered, and multiplied, in bfloat16
         options = {"text_tokens": text_tokens, "checkpointing": checkpointing, "device": device, "count": count}
-        phases = plan(build, batch_size, "bf16-true", **options).phases  # type: ignore[arg-type]
+        phases = plan(build, batch_size, "bf16-true", updates=updates, **options).phases  # type: ignore[arg-type]
     else:
-        phases = tuple(_phases(module, fakes, batch, autocast, device, count))
+        module.streams = EmptyStreams(module.streams, fakes)
+        module.train()
+        looked_at = dict.fromkeys((0, max(0, updates - 1)))
+        of_updates = [_phases(module, batch, autocast, device, count, update) for update in looked_at]
+        phases = tuple(larger(same) for same in zip(*of_updates, strict=True))
     names = tuple(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
     on = module.activation_checkpointing
     forward = _forward_flop(module, batch, autocast, device) if count else 0
@@ -228,15 +235,8 @@ def _state_bytes(optimizer: Optimizer, fakes: EmptyTensors) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------------------------ phases
 def _phases(
-    module: DistillationModule,
-    fakes: EmptyTensors,
-    batch: Batch,
-    autocast: torch.dtype | None,
-    device: str,
-    count: bool,
+    module: DistillationModule, batch: Batch, autocast: torch.dtype | None, device: str, count: bool, update: int
 ) -> Iterator[PhasePlan]:
-    module.streams = EmptyStreams(module.streams, fakes)
-    module.train()
     for phase in module.phases:
         parameters = [p for role in module.phases[phase] for p in module.role_parameters(role)]
         live = LiveMemory()
@@ -244,7 +244,7 @@ def _phases(
         work = Work() if count else None
         try:
             with (
-                module.probing("plan"),
+                module.probing("plan", update=update),
                 module._only(phase),
                 mixed_precision(autocast, device),
                 live,

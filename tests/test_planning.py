@@ -3,6 +3,7 @@
 import json
 import sys
 import weakref
+from functools import partial
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from lightning_distill.commands.plan import plan_config, suggestions
 from lightning_distill.generation import default_cond
 from lightning_distill.guidance import Guidance
 from lightning_distill.live_memory import LiveMemory, mixed_precision
-from lightning_distill.methods import DMD2, TeacherTraining
+from lightning_distill.methods import DMD2, RCM, TeacherTraining
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.roles import Lora
@@ -460,6 +461,16 @@ def test_processes_share_what_the_strategy_shards(config):
         planned(replicas=3)
 
 
+def test_terms_that_begin_late_are_planned():
+    def build(matching_from=10):
+        return RCM(spec(mlp), matching_from=matching_from)
+
+    early, late = (plan(build, 8, "32-true", updates=updates).phases[0] for updates in (10, 11))
+    assert early.name == late.name == "student"
+    assert early.peak < late.peak
+    assert late.peak == plan(partial(build, 0), 8, "32-true").phases[0].peak
+
+
 def test_what_follows_a_warm_up_is_planned(config):
     import lightning_distill.cli
 
@@ -471,6 +482,7 @@ def test_what_follows_a_warm_up_is_planned(config):
     assert content["model"]["init_args"]["regression_steps"] == 5
 
 
+@pytest.mark.slow
 def test_suggestions_save_memory_one_after_the_other(config):
     import lightning_distill.cli
 

@@ -152,6 +152,7 @@ def plan_config(
         checkpointing=checkpointing,
         count=count,
         processes=processes_of(trainer),
+        updates=max(1, trainer.get("max_steps") or 1),
     )
 
 

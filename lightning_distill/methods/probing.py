@@ -32,7 +32,7 @@ class Probing:
     _rollouts: dict[Any, Any]
 
     @contextmanager
-    def probing(self, name: str, first: int = 0) -> Iterator[None]:
+    def probing(self, name: str, first: int = 0, update: int | None = None) -> Iterator[None]:
         """Within it rollouts and losses may be evaluated.
 
         Draws come from streams of their own at the current update; the draws, the samples of the cycle and the buffers
@@ -42,11 +42,13 @@ class Probing:
         Args:
             name: of the streams.
             first: global index of the first sample.
+            update: student update whose terms and stages are meant, None for the current one.
         """
         draws, rollouts = self.draws, self._rollouts
         buffers = {key: value.clone() for key, value in self.named_buffers(recurse=False)}
         # slice -1: no cycle has it
-        self.draws, self._rollouts = Draws(self.streams, self.global_step, first, name, -1, self.device), {}
+        update = self.global_step if update is None else update
+        self.draws, self._rollouts = Draws(self.streams, update, first, name, -1, self.device), {}
         try:
             yield
         finally:

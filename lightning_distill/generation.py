@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_distill.guidance import guided, is_told
+from lightning_distill.guidance import Guidance, guided, is_told
 from lightning_distill.losses.oftsr import perturbed_source
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
@@ -67,7 +67,7 @@ def index_noise(n: int, shape: Sequence[int], seed: int, first: int = 0) -> Tens
 
 
 def bound(
-    denoiser: Denoiser, cond: Mapping[str, Any], sampler: str, guidance_scale: float = 1.0
+    denoiser: Denoiser, cond: Mapping[str, Any], sampler: str, guidance_scale: float | Guidance = 1.0
 ) -> Callable[..., Prediction]:
     """What samplers call: a network with its conditions and guidance.
 
@@ -81,20 +81,23 @@ def bound(
         cond: conditions on the network's device.
         sampler: name in ``samplers.SAMPLERS``.
         guidance_scale: w of classifier-free guidance, for networks of one time and those that embed a scale; 1 leaves
-            them to their own ``sampling_guidance``, or scale, where they have one.
+            them to their own ``sampling_guidance``, or scale, where they have one. Or a policy, of whose random scales
+            the median is taken.
 
     Raises:
         ValueError: ``flow_map`` for a network without a target time, or guidance of a flow map.
     """
+    policy = guidance_scale if isinstance(guidance_scale, Guidance) else None
+    scale = guidance_scale.scale if isinstance(guidance_scale, Guidance) else guidance_scale
     two_times = takes_target(denoiser)
     maps = sampler == "flow_map" or not denoiser.family.needs_target
-    if two_times and maps and (guidance_scale == 1.0 or is_told(denoiser)):
-        return TrajectoryMap(denoiser, cond, None if guidance_scale == 1.0 else torch.tensor(guidance_scale))
+    if two_times and maps and (scale == 1.0 or is_told(denoiser)):
+        return TrajectoryMap(denoiser, cond, None if scale == 1.0 else torch.tensor(scale))
     if sampler == "flow_map":
         name = type(denoiser.network).__name__
         if two_times:
             raise ValueError(
-                f"guidance_scale={guidance_scale:g} has no meaning for the flow map of this {name}, whose jumps were "
+                f"guidance_scale={scale:g} has no meaning for the flow map of this {name}, whose jumps were "
                 "trained with their guidance; use guidance_scale=1."
             )
         raise ValueError(
@@ -104,10 +107,10 @@ def bound(
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
         t = t.to(x.device).expand(len(x)) if t.ndim == 0 else t
-        policy = denoiser.sampling_guidance
-        if policy is None or guidance_scale != 1.0:
-            return guided(denoiser, x, t, cond, guidance_scale)
-        return policy(denoiser, x, t, cond, t.new_full((len(x),), 0.5))
+        own = denoiser.sampling_guidance if policy is None and scale == 1.0 else policy
+        if own is None:
+            return guided(denoiser, x, t, cond, scale)
+        return own(denoiser, x, t, cond, t.new_full((len(x),), 0.5))
 
     if sampler == "adams" and denoiser.coefficients is not None:
         denoise.coefficients = denoiser.coefficients  # type: ignore[attr-defined]
@@ -146,7 +149,7 @@ def generate(
     times: Sequence[float],
     sampler: str = "renoise",
     *,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Guidance = 1.0,
     generator: torch.Generator | None = None,
     noise_scale: float = 1.0,
     batch_size: int | None = None,
@@ -165,7 +168,7 @@ def generate(
         cond: conditions, tensors of N rows.
         times: descending native times without the final 0.
         sampler: name in ``samplers.SAMPLERS``.
-        guidance_scale: w of classifier-free guidance; 1 is none.
+        guidance_scale: w of classifier-free guidance, or a policy; 1 is none.
         generator: source of the fresh noise.
         noise_scale: factor on the fresh noise of the renoise sampler.
         batch_size: samples per network call; None means all at once. Stochastic samplers draw per chunk.

@@ -136,6 +136,10 @@ class Guidance:
         """
         return self.scale
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], u: Tensor) -> Prediction:
         """Guided prediction; see ``guided``."""
         return guided(denoiser, x_t, t, cond, self.scales(t, u))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.generation import generate
+from lightning_distill.guidance import Guidance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.sources import same_path
 from lightning_distill.times import few_step_times
@@ -51,7 +52,7 @@ def hybrid(
     *,
     first: int = 1,
     teacher_steps: int = 20,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Guidance = 1.0,
     sampler: str = "renoise",
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
@@ -67,7 +68,7 @@ def hybrid(
         student_times: the student's descending native times, without the final 0.
         first: number of student steps that the teacher replaces; 0 is the student alone, all of them the teacher alone.
         teacher_steps: steps of the teacher's whole grid.
-        guidance_scale: w of the teacher's classifier-free guidance.
+        guidance_scale: w of the teacher's classifier-free guidance, or a policy.
         sampler: how the student's steps are chained.
         generator: source of the student's fresh noise.
         batch_size: samples per network call; None means all at once.

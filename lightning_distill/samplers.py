@@ -39,6 +39,7 @@ __all__ = [
     "renoise",
     "simulate",
     "start_noise",
+    "to_clean",
     "transport",
 ]
 
@@ -56,7 +57,7 @@ def _gaussian(_step: int, x: Tensor) -> Tensor:
     return torch.randn_like(x)
 
 
-def _to_clean(denoise: Denoise) -> Denoise:
+def to_clean(denoise: Denoise) -> Denoise:
     """The prediction of clean data: that of a two-time student is its jump to 0."""
     if getattr(denoise, "capability", None) != "two_time":
         return denoise
@@ -169,7 +170,7 @@ def simulate(
     check_capability(denoise, kind, times, process)
     noise = noise or _gaussian
     if kind == "renoise":
-        denoise = _to_clean(denoise)
+        denoise = to_clean(denoise)
     for i in range(stop):
         prediction = denoise(x, _time(times[i], x))
         eps = None if kind == "ode" else noise_scale * noise(i + 1, x)
@@ -200,7 +201,7 @@ def renoise(
         x0, (B, ...).
     """
     x = simulate(denoise, x, times, process, len(times) - 1, "renoise", noise, noise_scale)
-    return _to_clean(denoise)(x, _time(times[-1], x)).x0
+    return to_clean(denoise)(x, _time(times[-1], x)).x0
 
 
 def ode(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.callbacks.isolation import as_distillation, undisturbed
 from lightning_distill.generation import default_cond, generate, index_noise
+from lightning_distill.guidance import Guidance
 from lightning_distill.losses.diagnostics import (
     critic_state,
     gradient_cosines,
@@ -331,7 +332,7 @@ class TrainingHealth(Callback):
         times: Sequence[float],
         sampler: str,
         batch: Batch,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Guidance = 1.0,
     ) -> Tensor:
         """Samples from the same noise at every update."""
         known = set(batch.cond) <= {"class_labels"}
@@ -358,7 +359,7 @@ class TrainingHealth(Callback):
         if self._teacher_samples is None and self.reference_steps:
             teacher = module.require_teacher()
             times = few_step_times(teacher.process, self.reference_steps)
-            made = self._generate(trainer, module, teacher, times, "ode", batch, module.guidance_scale)
+            made = self._generate(trainer, module, teacher, times, "ode", batch, module.teacher_guidance)
             self._teacher_samples = made.cpu()
         return self._teacher_samples
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from lightning_distill.callbacks.isolation import as_distillation, run_folder, undisturbed
 from lightning_distill.evaluation.sampling import sample_many
-from lightning_distill.generation import default_cond, index_noise
-from lightning_distill.guidance import guided
+from lightning_distill.generation import bound, default_cond, index_noise
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.plots import save_comparison, save_strips
-from lightning_distill.samplers import transport
+from lightning_distill.samplers import to_clean, transport
 from lightning_distill.times import few_step_times
 
 __all__ = ["SampleGrid", "trajectory_strips"]
@@ -148,7 +147,7 @@ class SampleGrid(Callback):
             panels[f"student, {_steps(nfe)}"] = _by_class(samples, labels)
         if module.teacher is not None and self.teacher_steps:
             if not self._teacher:
-                scale = module.guidance_scale
+                scale = module.teacher_guidance
                 for nfe in sorted({self.teacher_steps, *(self.steps or [own])}, reverse=True):
                     samples, labels = sample_many(
                         module.teacher,
@@ -186,16 +185,18 @@ def trajectory_strips(
         ``teacher`` and ``student``, each (samples, times, C, H, W) in [-1, 1], on the CPU.
     """
     teacher, student = module.require_teacher(), module.sampling_network(weights)
-    process, scale = teacher.process, module.guidance_scale
+    process = teacher.process
     cond = {k: v.to(teacher.device) for k, v in default_cond(teacher, samples).items()}
     grid = few_step_times(process, times)
     x = process.prior(index_noise(samples, module.sample_shape, seed).to(teacher.device), grid[0])
+    directions = bound(teacher, cond, "ode", module.teacher_guidance)
+    ends = to_clean(bound(student, cond, "flow_map" if module.capability == "two_time" else "renoise"))
     seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
     for t, r in pairwise([*grid, 0.0]):
         now = torch.full((samples,), t, dtype=torch.float64, device=x.device)
-        prediction = guided(teacher, x, now, cond, scale)
+        prediction = directions(x, now)
         seen["teacher"].append(prediction.x0)
-        seen["student"].append(student(x, now, cond).x0)
+        seen["student"].append(ends(x, now).x0)
         x = transport(prediction, r)
     return {name: torch.stack(parts, dim=1).float().clamp(-1, 1).cpu() for name, parts in seen.items()}
 

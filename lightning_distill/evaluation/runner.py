@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_distill.evaluation.evaluator import Evaluator, Features
 from lightning_distill.evaluation.sampling import sample_many
 from lightning_distill.evaluation.teacher import TeacherCache, baseline_key, card_rows
+from lightning_distill.guidance import Guidance
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.records import EvaluationRow
@@ -63,7 +64,7 @@ class EvaluationRunner:
         times: Sequence[float],
         sampler: str,
         shape: Sequence[int],
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Guidance = 1.0,
         noise_scale: float = 1.0,
     ) -> tuple[dict[str, float], float]:
         """Figures of a network, equal on every rank, and the seconds they took.
@@ -73,7 +74,7 @@ class EvaluationRunner:
             times: descending native times without the final 0.
             sampler: name of the sampler.
             shape: of one sample.
-            guidance_scale: w.
+            guidance_scale: w, or a policy.
             noise_scale: factor on the fresh noise of the renoise sampler.
         """
         ranks, start = self.ranks, time.perf_counter()
@@ -128,7 +129,7 @@ class EvaluationRunner:
         """
         if module.teacher is None:
             return []
-        teacher, scale = module.teacher, module.guidance_scale
+        teacher, scale = module.teacher, module.teacher_guidance
         wanted = sorted(set(steps))
         if (shipped := card_rows(teacher, self.evaluator, wanted, scale)) is not None:
             return shipped

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.generation import bound, default_cond, index_noise
+from lightning_distill.guidance import Guidance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.randomness import RandomStreams
 from lightning_distill.samplers import SAMPLERS
@@ -24,7 +25,7 @@ def sample_many(
     seed: int,
     *,
     first: int = 0,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Guidance = 1.0,
     batch_size: int = 500,
     bf16: bool = False,
     shape: Sequence[int] | None = None,
@@ -39,7 +40,7 @@ def sample_many(
         sampler: name of a sampler.
         seed: seed of starting and fresh noise.
         first: index of the first sample, so that processes can share the work.
-        guidance_scale: w.
+        guidance_scale: w, or a policy.
         batch_size: samples per network call.
         bf16: run the network under bfloat16 autocast.
         shape: of one sample; None asks the network.

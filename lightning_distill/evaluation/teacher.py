@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning_distill.environment import cache_folder
 from lightning_distill.evaluation.evaluator import Evaluator
+from lightning_distill.guidance import Guidance
 from lightning_distill.metrics.extractors import ZooClassifier
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.records import EvaluationRow
@@ -25,14 +26,16 @@ from lightning_distill.zoo import zoo_card
 __all__ = ["TeacherCache", "baseline_key", "card_rows"]
 
 
-def baseline_key(fingerprint: str, teacher: Denoiser, steps: int, guidance: float, n: int, seed: int, what: str) -> str:
+def baseline_key(
+    fingerprint: str, teacher: Denoiser, steps: int, guidance: float | Guidance, n: int, seed: int, what: str
+) -> str:
     """Key of a row: everything that the teacher's figures depend on.
 
     Args:
         fingerprint: SHA-256 of the teacher's weights.
         teacher: for its process, prediction type and the dtype of its weights.
         steps: number of Euler steps.
-        guidance: w.
+        guidance: w, or a policy.
         n: number of samples.
         seed: of their noise.
         what: key of the evaluator.
@@ -44,7 +47,7 @@ def baseline_key(fingerprint: str, teacher: Denoiser, steps: int, guidance: floa
 
 
 def card_rows(
-    teacher: Denoiser, evaluator: Evaluator, steps: Sequence[int], guidance_scale: float = 1.0
+    teacher: Denoiser, evaluator: Evaluator, steps: Sequence[int], guidance_scale: float | Guidance = 1.0
 ) -> list[EvaluationRow] | None:
     """Rows from the card of a shipped teacher; None where the settings do not match the card's.
 
@@ -52,7 +55,7 @@ def card_rows(
         teacher: the teacher.
         evaluator: must measure with nothing but the classifier of the teacher's own zoo entry.
         steps: numbers of Euler steps wanted.
-        guidance_scale: w of the rows.
+        guidance_scale: w of the rows, or a policy.
     """
     entry = teacher.zoo_name
     own = all(isinstance(e, ZooClassifier) and e.data == entry for e in evaluator.extractors)

@@ -26,7 +26,13 @@ from lightning_distill.collectives import mean_over_processes
 from lightning_distill.data.base import check_scaling
 from lightning_distill.ema import EMAProfile, PowerEMA, check_horizon, update_average
 from lightning_distill.methods.clock import PhaseClock
-from lightning_distill.methods.guards import LossWeightWatch, check_batch, check_step_settings, stop_when_stuck
+from lightning_distill.methods.guards import (
+    LossWeightWatch,
+    check_batch,
+    check_step_settings,
+    check_target_time,
+    stop_when_stuck,
+)
 from lightning_distill.methods.probing import Probing
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
@@ -187,6 +193,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     def check_configuration(self) -> None:
         """Raise for settings that contradict each other; called when the networks exist, before any step."""
         validate_times(self.student_times, self.process)
+        check_target_time(self)
         if self.teacher is not None and self.teacher.family.start is not None and not self.from_sources:
             raise ValueError(
                 f"the teacher's samples begin at the condition {self.teacher.family.start[0]!r}, and "

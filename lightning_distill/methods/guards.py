@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-__all__ = ["LossWeightWatch", "check_batch", "check_step_settings", "stop_when_stuck"]
+from lightning_distill.networks.second_time import second_time_of
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import DistillationModule
+
+__all__ = [
+    "LossWeightWatch",
+    "check_batch",
+    "check_schedule",
+    "check_step_settings",
+    "check_target_time",
+    "stop_when_stuck",
+]
 
 #: updates after which a term that no loss has returned is told of
 PATIENCE = 100
@@ -51,6 +64,40 @@ def check_batch(method: str, samples: int, slices: int, micro_batches: int) -> N
             f"the loader yields {samples} samples, but a cycle of {method} cuts its batch into {slices} slices of "
             f"{micro_batches} micro-batches; give a multiple of {slices * micro_batches} samples per batch (this "
             "package's data modules multiply by the slices themselves)."
+        )
+
+
+def check_target_time(module: DistillationModule) -> None:
+    """Refuse a student with a branch for target times in a method that trains it without one.
+
+    Raises:
+        ValueError: it would be trained at r = t, and sampled at r = 0.
+    """
+    installed = second_time_of(module.student.network)
+    if installed is None or installed.kind is None:
+        return
+    if getattr(module, "takes_target", False) or module.capability == "two_time":
+        return
+    raise ValueError(
+        f"the student has a branch for target times, which {type(module).__name__} does not train: it would be sampled "
+        "at other ones than it has seen. Leave TwoTime(...) out (TwoTime(kind=None, guidance=True) embeds a guidance "
+        "scale alone), or use a method of flow maps, such as MeanFlow or AnyFlow."
+    )
+
+
+def check_schedule(module: DistillationModule, name: str, updates: int, consequence: str) -> None:
+    """Warn of a schedule that is longer than the run.
+
+    Args:
+        module: in a run.
+        name: of the setting.
+        updates: student updates that it needs.
+        consequence: what the student has missed by then.
+    """
+    if 0 < module.trainer.max_steps < updates:
+        rank_zero_warn(
+            f"{name}={updates} student updates, and the run ends after {module.trainer.max_steps}: {consequence}; "
+            f"lower {name}, or raise max_steps."
         )
 
 

@@ -39,8 +39,9 @@ class GuidanceDistillation(TeacherPaths):
         metric: distance of predictions, see ``losses.consistency.distance``.
         space: prediction type that is compared; the default is the velocity eps - x0.
         huber: constant of pseudo-Huber, None for the default.
+        num_steps: those of sampling; the student needs as many as its teacher.
         sampler: ``ode``, ``heun`` or ``dpmpp_2m``.
-        **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``; ``num_steps`` are those of sampling.
+        **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``.
 
     Raises:
         ValueError: no guidance, or a random scale that the student is not told.
@@ -62,10 +63,11 @@ class GuidanceDistillation(TeacherPaths):
         metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "mse",
         huber: float | None = None,
         space: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "flow_prediction",
+        num_steps: int = 50,
         sampler: Literal["ode", "heun", "dpmpp_2m"] = "ode",
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, sampler=sampler, **kwargs)
+        super().__init__(teacher, num_steps=num_steps, sampler=sampler, **kwargs)
         if space not in PREDICTION_TYPES:
             raise ValueError(f"space={space!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}.")
         self._given_distribution = times

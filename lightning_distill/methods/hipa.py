@@ -1,7 +1,7 @@
 """HiPA: one step by an adapter that restores high frequencies (arXiv:2311.18158)."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class HiPA(InstaFlow):
         teacher: the pretrained model.
         student: None for ``Lora(rank=8)`` on the teacher's own weights.
         radius: of H, in cycles per pixel, see ``losses.high_frequency.high_pass``.
+        metric: see ``InstaFlow``. The distance of the high frequencies is a mean over elements, and so is ``mse``; the
+            norm of the whole vector (``pseudo_huber``) is sqrt(D) times as heavy.
         **kwargs: see ``InstaFlow``; default weight of ``student/high_frequency``: 1.
 
     Notes:
@@ -42,9 +44,10 @@ class HiPA(InstaFlow):
         *,
         student: Role | None = None,
         radius: float = 0.1,
+        metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "mse",
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, student=student or Lora(rank=8), **kwargs)
+        super().__init__(teacher, student=student or Lora(rank=8), metric=metric, **kwargs)
         if not 0.0 < radius < 0.5 * 2**0.5:
             raise ValueError(f"radius={radius}: give cycles per pixel, above 0 and below .707.")
         self.radius = radius
@@ -58,9 +61,9 @@ class HiPA(InstaFlow):
                 f"{self.sample_shape}; use InstaFlow with student=Lora(...)."
             )
 
-    def terms_of(self, made: Tensor, goal: Tensor, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    def terms_of(self, made: Tensor, goal: Tensor, cond: Mapping[str, Any], n: int) -> dict[str, Tensor]:
         """The distances, that of the high frequencies among them."""
         return {
-            **super().terms_of(made, goal, cond),
+            **super().terms_of(made, goal, cond, n),
             "high_frequency": high_frequency_distance(made, goal, self.radius).mean(),
         }

@@ -40,6 +40,9 @@ class KnowledgeDistillation(TeacherPaths):
         A later step is trained on the teacher's states and sampled from what the student's own steps leave, which lies
         on the line to its prediction: several steps are a start for other methods rather than a better sampler.
         Squared distances blur what the student cannot represent; pseudo-Huber and perceptual ones do so less.
+        ``pseudo_huber`` is a norm of the whole sample and grows with sqrt(D), ``perceptual`` does not: set
+        ``loss_weights: {student/perceptual: ...}`` by what ``TrainingHealth`` shows of their gradients, or take
+        ``pseudo_huber_elementwise``.
     """
 
     paper = "2101.02388"
@@ -90,13 +93,20 @@ class KnowledgeDistillation(TeacherPaths):
         cond = slice_cond(batch.cond, row)
         made = self.student(inputs.flatten(0, 1), t, cond, guidance=scale).x0
         goal = x0[row]
-        return Terms(self.terms_of(made, goal, cond), {"mse": (made.detach() - goal).square().mean()})
+        return Terms(self.terms_of(made, goal, cond, n), {"mse": (made.detach() - goal).square().mean()})
 
-    def terms_of(self, made: Tensor, goal: Tensor, cond: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss terms of predictions (N, ...) with conditions ``cond`` whose ends are known, by name."""
+    def terms_of(self, made: Tensor, goal: Tensor, cond: Mapping[str, Any], n: int) -> dict[str, Tensor]:
+        """Loss terms of predictions whose ends are known, by name.
+
+        Args:
+            made: predictions of all steps of n samples, (K n, ...).
+            goal: their ends.
+            cond: their conditions.
+            n: number of samples.
+        """
         terms = {"regression": distance(made, goal, self.metric, self.huber).mean()}
         if self.perceptual is not None:
-            terms["perceptual"] = perceived(self.perceptual, self, made, goal, cond).mean()
+            terms["perceptual"] = perceived(self.perceptual, self, made, goal, cond, len(made) // n).mean()
         return terms
 
     def forward_counts(self) -> dict[str, dict[str, int]]:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import default_cond
-from lightning_distill.guidance import Guidance, check_guidance
+from lightning_distill.guidance import Guidance, check_guidance, is_told
 from lightning_distill.losses.adversarial import approximate_r1, discriminator_loss, r1_penalty
 from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.methods.discriminating import Discriminating
@@ -103,6 +103,11 @@ class LADD(Discriminating, DistillationModule):
         """Guidance must be possible; warns where nothing would tie samples to their conditions."""
         super().check_configuration()
         check_guidance(self.require_teacher(), self.guidance)
+        if self.student.embeds_guidance and not is_told(self.require_teacher()):
+            raise ValueError(
+                f"the student embeds a guidance scale, which {type(self).__name__} tells nobody; leave "
+                "TwoTime(guidance=True) out, or use DMD2 with an adversarial term, which tells it."
+            )
         assert self.gan is not None
         alone = type(self).student_loss is LADD.student_loss and not self.loss_weights["student/distillation"]
         known = sorted(default_cond(self.require_teacher(), 1))

@@ -34,20 +34,37 @@ def check_perceptual(distance: Perceptual | None, module: "DistillationModule") 
 
 
 def perceived(
-    distance: Perceptual, module: "DistillationModule", made: Tensor, goal: Tensor, cond: Mapping[str, Any]
+    distance: Perceptual,
+    module: "DistillationModule",
+    made: Tensor,
+    goal: Tensor,
+    cond: Mapping[str, Any],
+    versions: int = 1,
 ) -> Tensor:
-    """Distance of samples (B, ...) with the conditions ``cond`` by the module's current draws: (B,)."""
+    """Distance of samples (V B, ...) with the conditions ``cond`` by the module's current draws: (V B,).
+
+    Args:
+        distance: of pictures.
+        module: owner of the draws.
+        made: samples.
+        goal: what they should be.
+        cond: conditions, V B rows.
+        versions: V, predictions of each of B samples one after the other, which share their draws.
+    """
+    n = len(made) // versions
     if isinstance(distance, PerceptualDistance):
-        return distance(made, goal, _crop(distance, module, made))
-    u, noise = module.draws.uniform("perceptual/t", len(made)), module.draws.normal("perceptual/noise", made.shape)
-    return distance(module.require_teacher(), made, goal, cond, u, noise)
+        return distance(made, goal, _crop(distance, module, made, versions))
+    u, noise = module.draws.uniform("perceptual/t", n), module.draws.normal("perceptual/noise", (n, *made.shape[1:]))
+    noise = noise.repeat(versions, *(1 for _ in made.shape[1:]))
+    return distance(module.require_teacher(), made, goal, cond, u.repeat(versions), noise)
 
 
-def _crop(distance: PerceptualDistance, module: "DistillationModule", made: Tensor) -> Tensor | None:
+def _crop(distance: PerceptualDistance, module: "DistillationModule", made: Tensor, versions: int) -> Tensor | None:
     """Corners at which both pictures are cut, a place of its own for every sample; None where nothing is."""
     if distance.decoder is None or distance.decoder.crop is None:
         return None
-    u, v = (module.draws.uniform(f"perceptual/{side}", len(made)) for side in ("top", "left"))
+    places = (module.draws.uniform(f"perceptual/{side}", len(made) // versions) for side in ("top", "left"))
+    u, v = (place.repeat(versions) for place in places)
     return distance.decoder.offsets(u, v, made)
 
 

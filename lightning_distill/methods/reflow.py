@@ -43,7 +43,9 @@ class Reflow(TeacherPaths):
     Notes:
         Pairs that are solved in training cost ``solver_steps`` teacher calls each; stored ones are made once by
         ``lightning-distill trajectories``.
-        The start of a process without zero terminal SNR is taken for pure noise, as its samplers do.
+        The start of a process without zero terminal SNR is taken for pure noise, as its samplers do. With Stable
+        Diffusion's betas, where x_T has a share of .064 of x0, the exact student's sample in one step lacks 2 % of its
+        scale, and each further round as much again; a teacher in flow matching lacks nothing.
     """
 
     paper = "2209.03003"
@@ -84,7 +86,7 @@ class Reflow(TeacherPaths):
         """Distance of the velocity from the chord."""
         noise, x0 = self.coupled(batch)
         u = self.draws.uniform("t", batch.size)
-        t = self.training_times.quantile(u, FlowMatching()).clamp_max(self._flow_max)
+        t = self.training_times.quantile(u, FlowMatching()).clamp(self._flow_min, self._flow_max)
         x, time = self.native(FlowMatching().add_noise(x0, noise, t), t)
         prediction = self.student(x, time, batch.cond, guidance=self.pair_scale(batch, time))
         velocity = prediction.flow_prediction

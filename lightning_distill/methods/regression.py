@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_distill.batch import Batch
 from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import Source
 from lightning_distill.data.pairs import open_pairs
 from lightning_distill.data.store import Store
 from lightning_distill.data.trajectories import StoredTrajectories, check_teacher
+from lightning_distill.guidance import is_told
 from lightning_distill.methods.perceiving import Perceptual, check_perceptual, perceived
 from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.metrics.lpips_diversity import PerceptualDistance
@@ -105,7 +107,7 @@ class PairRegression:
         cond = {k: v.to(module.device) for k, v in pairs.cond.items()}
         start = module.process.prior(pairs.noise.to(module.device), module.student_times[0])
         t = torch.full((n,), module.student_times[0], dtype=torch.float64, device=module.device)
-        x = module.student(start, t, cond).x0
+        x = module.student(start, t, cond, guidance=self._scale(module, pairs, n)).x0
         reference = pairs.x0.to(x)
         if isinstance(self.distance, PerceptualDistance):
             return perceived(self.distance, module, x, reference, cond).mean()
@@ -113,3 +115,15 @@ class PairRegression:
         if self.distance is None:
             return error
         return error + perceived(self.distance, module, x, reference, cond).mean()
+
+    def _scale(self, module: "DistillationModule", pairs: Batch, n: int) -> Tensor | None:
+        """Scales with which the pairs were made, (n,), for a student that embeds one; None for its default."""
+        if not module.student.embeds_guidance:
+            return None
+        if isinstance(self.source, SolvedPairs):
+            scale = self.source.scale(module)
+            if scale == 1.0 and is_told(module.require_teacher()):  # which was told its default
+                return None
+            return torch.full((n,), scale, dtype=torch.float64, device=module.device)
+        stored = pairs.predictions.get("scale")
+        return None if stored is None else stored.to(module.device, torch.float64)

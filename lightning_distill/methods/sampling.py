@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_distill.batch import as_batch
 from lightning_distill.generation import default_cond, draw_noise, generate
+from lightning_distill.guidance import Guidance
 from lightning_distill.hybrid import hybrid
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.modes import evaluation_mode
@@ -123,7 +124,7 @@ class StudentSampling:
         *,
         first: int = 1,
         teacher_steps: int = 20,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Guidance | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         weights: str | None = None,
@@ -136,7 +137,7 @@ class StudentSampling:
             cond: conditions, tensors of n rows; None as in ``sample``.
             first: student steps that the teacher replaces.
             teacher_steps: steps of the teacher's whole grid.
-            guidance_scale: w of the teacher; None for that of the training.
+            guidance_scale: w of the teacher, or a policy; None for that of the training.
             generator: source of all noise.
             noise: starting noise (n, *shape) instead of the generator's.
             weights: which network; see ``sampling_network``.
@@ -154,7 +155,7 @@ class StudentSampling:
                 self.student_times,
                 first=first,
                 teacher_steps=teacher_steps,
-                guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+                guidance_scale=self.teacher_guidance if guidance_scale is None else guidance_scale,
                 sampler=self.sampler,
                 generator=generator,
                 batch_size=batch_size,
@@ -165,6 +166,12 @@ class StudentSampling:
     def guidance_scale(self) -> float:
         """Guidance scale w of the teacher in this method, 1 where it has none."""
         return float(getattr(getattr(self, "guidance", None), "scale", 1.0))
+
+    @property
+    def teacher_guidance(self) -> float | Guidance:
+        """How the teacher is sampled beside the student: with the scale w, or with a policy that depends on time."""
+        policy = getattr(self, "guidance", None)
+        return self.guidance_scale if policy is None or type(policy) is Guidance else policy
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing per batch: callbacks such as ``GenerativeEvaluation`` measure the samples at the end."""

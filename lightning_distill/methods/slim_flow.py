@@ -9,6 +9,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import distance
 from lightning_distill.losses.rectified import Annealing, annealed_noise, annealing
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.knowledge_distillation import InstaFlow
 from lightning_distill.methods.perceiving import perceiving_calls
 from lightning_distill.methods.reflow import Reflow
@@ -57,13 +58,27 @@ class SlimFlow(Reflow):
         self.annealing_kind: Annealing = annealing_kind
         self.flip = flip
 
+    def check_configuration(self) -> None:
+        """Only images have a left and a right."""
+        super().check_configuration()
+        if self.flip and len(self.sample_shape) != 3:
+            raise ValueError(
+                f"flip={self.flip:g} mirrors images (C, H, W), and samples have the shape {self.sample_shape}; set "
+                "flip=0."
+            )
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before pairs are what is learned."""
+        super().on_fit_start()
+        check_schedule(self, "annealing_updates", self.annealing_updates, "noise and data are paired anew till the end")
+
     def coupled(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's pairs with a share of fresh noise."""
         noise, x0 = self.pairs(batch)
         share = annealing(self.draws.update, self.annealing_updates, self.annealing_kind)
         if share:
             noise = annealed_noise(noise, self.draws.normal("fresh", noise.shape), share)
-        if self.flip and x0.ndim == 4:
+        if self.flip:
             mirrored = (self.draws.uniform("flip", batch.size) < self.flip)[:, None, None, None]
             noise, x0 = (torch.where(mirrored, x.flip(-1), x) for x in (noise, x0))
         return noise, x0

@@ -71,7 +71,7 @@ class SolvedPairs:
             ValueError: it needs conditions other than classes, its guidance has no fixed scale, or it cannot be guided.
         """
         teacher, stored = module.require_teacher(), self._conditions(module)
-        check_guidance(teacher, Guidance(self._scale(module)))
+        check_guidance(teacher, Guidance(self.scale(module)))
         known = ["class_labels"] if stored is None else stored.names
         if needed := [key for key in teacher.family.required if key not in known]:
             raise ValueError(
@@ -85,7 +85,7 @@ class SolvedPairs:
         Args:
             module: owner of the teacher.
         """
-        teacher, scale, stored = module.require_teacher(), self._scale(module), self._conditions(module)
+        teacher, scale, stored = module.require_teacher(), self.scale(module), self._conditions(module)
         recipe = Recipe(
             "pairs",
             tuple(few_step_times(teacher.process, self.steps)),
@@ -111,7 +111,8 @@ class SolvedPairs:
             return None
         return StoredConditions.chosen(self.conditions, self.cond_keys, module.require_teacher().family.cond_keys)
 
-    def _scale(self, module: "DistillationModule") -> float:
+    def scale(self, module: "DistillationModule") -> float:
+        """Guidance scale w of the pairs; 1 is none, or the default of a teacher that embeds one."""
         guidance = getattr(module, "guidance", None)
         if self.guidance_scale is not None or guidance is None:
             return 1.0 if self.guidance_scale is None else self.guidance_scale

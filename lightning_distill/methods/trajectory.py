@@ -16,7 +16,7 @@ from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.parameterisations import Capability, takes_target
 from lightning_distill.prediction import Prediction
-from lightning_distill.processes import FlowMatching, change_process, expand
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving, change_process, expand
 from lightning_distill.samplers import check_capability
 from lightning_distill.tangents import TangentMode
 from lightning_distill.times import TimeDistribution, Uniform, few_step_times, t_min
@@ -49,14 +49,17 @@ class TrajectoryMethod(DistillationModule):
         super().__init__(teacher, **kwargs)
         self.guidance = guidance or Guidance(1.0)
         self._tells_scale = False
-        #: flow-matching time of the process' noisiest one
-        self._flow_max = 1.0
+        #: flow-matching times of the process' noisiest one and of the least that its networks know
+        self._flow_max, self._flow_min = 1.0, 0.0
 
     def build_roles(self) -> None:
         """The student; one that embeds a guidance scale is sampled with that of ``guidance``."""
         super().build_roles()
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
         self._flow_max = float(change_process(end, self.process, FlowMatching())[0].max())
+        if isinstance(self.process, (VariancePreserving, EDM)):
+            least = torch.tensor(t_min(self.process), dtype=torch.float64)
+            self._flow_min = float(change_process(least, self.process, FlowMatching())[0])
         # a teacher that embeds a scale tells its default where nothing else is asked for, and so does its student
         told = is_told(self.require_teacher()) and not self.guidance.needs_null
         self._tells_scale = self.student.embeds_guidance and not told
@@ -161,7 +164,7 @@ class FlowMethod(TrajectoryMethod):
     def flow_times(self, name: str, n: int) -> Tensor:
         """Flow-matching times drawn from ``training_times``, (n,), float64."""
         u = self.draws.uniform(name, n)
-        return self.training_times.quantile(u, FlowMatching()).clamp_max(self._flow_max)
+        return self.training_times.quantile(u, FlowMatching()).clamp(self._flow_min, self._flow_max)
 
     def flow_state(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """Noised data and the velocity eps - x0 of the pair, (B, ...) each.

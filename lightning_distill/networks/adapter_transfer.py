@@ -6,10 +6,14 @@ same to the student: W' = W + scale (alpha / rank) B A, layer by layer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,12 +34,13 @@ def adapter_changes(source: AdapterDenoiser | Mapping[str, Tensor] | str | Path)
 
     Args:
         source: adapter role; or a LoRA file of diffusers (or its tensors), ``<layer>.lora_A.weight`` and ``lora_B``,
-            with ``<layer>.alpha`` where the scale is not 1.
+            with ``<layer>.alpha``, or the configuration in the file's header, where the scale is not 1.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: tensors that belong to no adapter, or magnitudes (DoRA), whose change depends on the weights.
     """
+    header: dict[str, Any] = {}
     if isinstance(source, AdapterDenoiser):
         if source.config.use_dora:
             raise ValueError(_MAGNITUDES)
@@ -46,7 +51,7 @@ def adapter_changes(source: AdapterDenoiser | Mapping[str, Tensor] | str | Path)
         file = Path(source).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; give the safetensors file of an adapter.")
-        source = load_file(file)
+        source, header = load_file(file), _header(file)
     tensors = {_without_prefix(key): value for key, value in source.items()}
     if any("lora_magnitude_vector" in key or key.endswith(".dora_scale") for key in tensors):
         raise ValueError(_MAGNITUDES)
@@ -58,13 +63,32 @@ def adapter_changes(source: AdapterDenoiser | Mapping[str, Tensor] | str | Path)
         up = tensors.get(f"{path}.lora_B.weight")
         if up is None:
             raise ValueError(f"the adapter has {key} but no {path}.lora_B.weight; give a complete file.")
-        scale = float(tensors[f"{path}.alpha"]) / len(down) if f"{path}.alpha" in tensors else 1.0
+        if f"{path}.alpha" in tensors:
+            scale = float(tensors[f"{path}.alpha"]) / len(down)
+        else:
+            scale = _header_scale(header, path, len(down))
         # a convolution's B is 1 x 1, so its product is the one of the flattened kernels
         change = up.flatten(1).float() @ down.flatten(1).float()
         changes[path] = scale * change.view(len(up), *down.shape[1:])
     if not changes:
         raise ValueError("no layer of a low-rank adapter (<layer>.lora_A.weight) is among the tensors.")
     return changes
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The adapter's configuration that diffusers writes into the header of a LoRA file; empty where there is none."""
+    with safe_open(file, "pt") as opened:
+        entry = (opened.metadata() or {}).get("lora_adapter_metadata")
+    return {} if entry is None else {_without_prefix(key): value for key, value in json.loads(entry).items()}
+
+
+def _header_scale(header: Mapping[str, Any], path: str, rank: int) -> float:
+    """By a configuration of peft alpha / rank of a layer, or alpha / sqrt(rank) (rsLoRA); 1 without one."""
+    if "lora_alpha" not in header:
+        return 1.0
+    pattern = header.get("alpha_pattern") or {}
+    alpha = float(pattern.get(get_pattern_key(list(pattern), path), header["lora_alpha"]))
+    return alpha / (rank**0.5 if header.get("use_rslora") else rank)
 
 
 def _without_prefix(key: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.discriminators import INPUT_TAP, tapped_features
-from lightning_distill.times import TimeDistribution, Uniform
+from lightning_distill.times import TimeDistribution, bounded
 
 __all__ = ["TeacherFeatures", "feature_distance"]
 
@@ -39,7 +39,8 @@ class TeacherFeatures:
 
     Args:
         taps: blocks of the teacher; those behind the last one are not run.
-        times: distribution of the noise levels, None for ``Uniform(.02, .5)``.
+        times: distribution of the noise levels, None for uniform ones from .02 to .5 of the range (on Karras' scale in
+            EDM).
 
     Notes:
         LPIPS has learned weights of channels, which are 1 here, and features of clean images; a denoiser has seen
@@ -48,7 +49,7 @@ class TeacherFeatures:
 
     def __init__(self, taps: Sequence[str] = ("mid_block",), times: TimeDistribution | None = None) -> None:
         self.taps = tuple(taps)
-        self.times = times or Uniform(0.02, 0.5)
+        self.times = times
         if not self.taps or INPUT_TAP in self.taps:
             raise ValueError(
                 f"TeacherFeatures(taps={list(taps)}): name blocks of the teacher, such as ['mid_block']; the sample "
@@ -68,7 +69,8 @@ class TeacherFeatures:
             u: one uniform number per sample, (B,), for the noise level.
             noise: unit noise for both, (B, ...).
         """
-        t, add_noise = self.times.quantile(u, teacher.process), teacher.process.add_noise
+        times, add_noise = self.times or bounded(teacher.process, 0.02, 0.5), teacher.process.add_noise
+        t = times.quantile(u, teacher.process)
         seen = tapped_features(teacher, add_noise(made, noise, t), t, cond, self.taps)
         with torch.no_grad():
             wanted = tapped_features(teacher, add_noise(goal, noise, t), t, cond, self.taps)

@@ -134,7 +134,7 @@ def test_slim_flow_starts_as_flow_matching_and_ends_as_reflow():
 
 
 def test_flips_are_those_of_noise_and_data():
-    module = ready(SlimFlow(gaussian(), student=Given(StraightMap()), shape=[1], ema=[], annealing_updates=0, flip=1.0))
+    module = ready(SlimFlow(gaussian(), student=Given(StraightMap()), shape=[1, 2, 2], ema=[], annealing_updates=0, flip=1.0))
     pairs = Batch(noise=torch.randn(3, 1, 2, 2), x0=torch.randn(3, 1, 2, 2))
     noise, x0 = module.coupled(pairs)
     assert torch.equal(noise, pairs.noise.flip(-1))
@@ -334,7 +334,9 @@ def test_a_guided_solver_samples_with_its_guidance(coefficients, policy, tmp_pat
     )
     plain = generate(module.teacher, noise, batch.cond, module.student_times, module.sampler)
     assert (plain - x0).square().mean().item() > 1.5 * loss.item()
-    reason = {"none": "need more than its network", "all": "adams"}[coefficients]
+    reason = {"none": "has no stock diffusers pipeline", "all": "adams"}[coefficients]
+    if coefficients == "none" and type(policy) is IntervalGuidance:
+        reason = "guide every step by one"
     with pytest.raises(ValueError, match=reason):
         export_module(module, tmp_path / "exported")
 
@@ -382,9 +384,9 @@ def test_hipa_needs_images():
 def test_hipa_weighs_fine_detail_and_no_constant():
     module = HiPA(mlp(), student=Given(torch.nn.Identity()), shape=[1, 8, 8], ema=[])
     goal = torch.randn(3, 1, 8, 8)
-    assert module.terms_of(goal + 0.5, goal, {})["high_frequency"].item() < 1e-12
+    assert module.terms_of(goal + 0.5, goal, {}, 3)["high_frequency"].item() < 1e-12
     checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2 - 0.5
-    assert module.terms_of(goal + checks, goal, {})["high_frequency"].item() == pytest.approx(0.25, rel=1e-4)
+    assert module.terms_of(goal + checks, goal, {}, 3)["high_frequency"].item() == pytest.approx(0.25, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ key points
@@ -605,7 +607,7 @@ LEARNS = {
         0.9,
     ),
 }
-FAST = ("reflow", "insta_flow", "boss")
+FAST = ("reflow", "insta_flow")
 
 
 @pytest.mark.learn

@@ -4,12 +4,14 @@ r"""Super-resolution of Fashion-MNIST: bicubic, a many-step teacher and its one-
 
 ``ROOT`` is the folder of Fashion-MNIST's IDX files. What is missing below ``--runs`` is trained with the shipped
 configurations (configs/teacher/fashion_sr.yaml and configs/method/*_fashion.yaml of ``STUDENTS``), runs that are there
-are read, and interrupted ones go on. All are measured on test pictures, which no network has seen.
+are read, and interrupted ones go on. All are measured on test pictures, which no network has seen. With ``--keep``,
+configurations of the last record that have no run are not trained: their rows stay, and the picture is without them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,8 @@ from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.commands.run_folder import find_checkpoint, find_run, load_run
 from lightning_distill.data.fashion import DATA_VARIABLE, load_fashion, pad_to_32
 from lightning_distill.data.super_resolution import degrade
-from lightning_distill.generation import generate, index_noise
+from lightning_distill.environment import machine
+from lightning_distill.generation import beginning, generate, index_noise
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.methods.oftsr import OFTSR
 from lightning_distill.metrics.extractors import ZooClassifier
@@ -39,8 +42,18 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.times import few_step_times
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER = "teacher/fashion_sr.yaml"
-STUDENTS = ("method/oftsr_fashion.yaml", "method/tad_sr_fashion.yaml", "method/ctmsr_fashion.yaml")
+#: told the low-resolution picture, starting from noise or from that picture
+TEACHER, PATH_TEACHER = "teacher/fashion_sr.yaml", "teacher/fashion_sr_path.yaml"
+#: told a picture of twice the resolution; restores no picture of the table
+PRIVILEGED = "teacher/fashion_sr_half.yaml"
+STUDENTS = (
+    "method/oftsr_fashion.yaml",
+    "method/oftsr_path_fashion.yaml",
+    "method/tad_sr_fashion.yaml",
+    "method/yonos_fashion.yaml",
+    "method/ctmsr_fashion.yaml",
+)
+CONFIGS = (TEACHER, PATH_TEACHER, PRIVILEGED, *STUDENTS)
 TEACHER_STEPS = (20, 4, 2, 1)
 REALISM = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: noise of the reported pictures
@@ -48,6 +61,11 @@ SEED = 20_000
 
 
 # ------------------------------------------------------------------------------------------------ training
+def begun(config: str, args: argparse.Namespace) -> bool:
+    """Whether a configuration has a run with a checkpoint."""
+    return any((args.runs / Path(config).stem).glob("version_*/checkpoints/*.ckpt"))
+
+
 def train(config: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train a configuration, or what is missing of it.
 
@@ -59,19 +77,22 @@ def train(config: str, args: argparse.Namespace) -> dict[str, Any]:
         what was done: ``updates``, and ``cpu_seconds`` where the run has counted them.
     """
     file, folder = ROOT / "configs" / config, args.runs / Path(config).stem
-    text = file.read_text()
-    wanted = args.updates or yaml.safe_load(text)["trainer"]["max_steps"]
-    begun = any(folder.glob("version_*/checkpoints/*.ckpt"))
-    content = read_checkpoint(find_checkpoint(find_run(folder))) if begun else None
+    settings = yaml.safe_load(file.read_text())
+    wanted = args.updates or settings["trainer"]["max_steps"]
+    content = read_checkpoint(find_checkpoint(find_run(folder))) if begun(config, args) else None
     if content is None or content["global_step"] < wanted:
         words = ["-c", str(file), f"--trainer.max_steps={wanted}"]
         words += [f"--{key}={args.seed}" for key in ("seed_everything", "model.init_args.seed", "data.init_args.seed")]
         words += [f"--trainer.logger.init_args.save_dir={args.runs}", "--trainer.enable_progress_bar=false"]
         words += ["--trainer.enable_model_summary=false"]
+        if args.precision:
+            words.append(f"--trainer.precision={args.precision}")
         if args.batch_size:
             words.append(f"--data.init_args.batch_size={args.batch_size}")
-        if "class_path: RunDenoiser" in text:
-            words.append(f"--model.init_args.teacher.init_args.path={args.runs / Path(TEACHER).stem}")
+        teacher = settings["model"]["init_args"].get("teacher", {})
+        if teacher.get("class_path") == "RunDenoiser":
+            path = args.runs / Path(teacher["init_args"]["path"]).name
+            words.append(f"--model.init_args.teacher.init_args.path={path}")
         if content is not None:
             run = find_run(folder)
             words += [f"--trainer.logger.init_args.version={run.name}", f"--ckpt_path={find_checkpoint(run)}"]
@@ -88,7 +109,8 @@ class Restorer:
     """One row of the table.
 
     Attributes:
-        who: ``bicubic``, ``teacher``, or a student's class.
+        who: ``bicubic``, ``teacher``, or a student's class; of flows that begin at the low-resolution picture
+            ``teacher from low`` and so on.
         nfe: network calls for a picture.
         call: restored pictures of starting noise and conditions, n rows each.
         realism: of students with that knob, else None.
@@ -102,7 +124,7 @@ class Restorer:
     @property
     def name(self) -> str:
         """``teacher, 20 steps``."""
-        if self.who == "teacher":
+        if self.who.startswith("teacher"):
             return f"{self.who}, {self.nfe} step{'s' if self.nfe > 1 else ''}"
         return self.who if self.realism is None else f"{self.who}, realism {self.realism:g}"
 
@@ -131,17 +153,26 @@ def bicubic() -> Restorer:
 def of_teacher(network: Denoiser, steps: int) -> Restorer:
     """Euler steps of the teacher on the uniform grid."""
     times = few_step_times(network.process, steps)
-    return Restorer("teacher", steps, lambda noise, cond: generate(network, noise, cond, times, "ode"))
+    who = f"teacher{_start(network)}"
+    return Restorer(who, steps, lambda noise, cond: generate(network, noise, cond, times, "ode"))
+
+
+def _start(network: Denoiser) -> str:
+    """What a row says of where samples begin; nothing of noise."""
+    return "" if network.family.start is None else f" from {network.family.start[0]}"
 
 
 def of_student(module: DistillationModule) -> list[Restorer]:
     """One step of a student, at every realism where it has that knob."""
-    who = type(module).__name__
+    who = f"{type(module).__name__}{_start(module.sampling_network())}"
     if not isinstance(module, OFTSR):
         return [Restorer(who, 1, lambda noise, cond: module.sample(len(noise), cond, noise=noise))]
 
     def at(realism: float) -> Restorer:
-        return Restorer(who, 1, lambda noise, cond: module.restore(noise, cond, realism), realism)
+        def restored(noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            return module.restore(beginning(module.sampling_network(), noise, cond), cond, realism)
+
+        return Restorer(who, 1, restored, realism)
 
     return [at(realism) for realism in REALISM]
 
@@ -217,39 +248,65 @@ def unseen(root: str, count: int, factor: int) -> tuple[Tensor, dict[str, Tensor
     return x0, {"class_labels": labels[:count], "low": degrade(x0, factor)}
 
 
-def evaluate(args: argparse.Namespace, trained: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def restorers(config: str, args: argparse.Namespace) -> list[Restorer]:
+    """The rows of a configuration's run."""
+    module = load_run(args.runs / Path(config).stem)
+    if config.startswith("teacher/"):
+        return [of_teacher(module.sampling_network(), steps) for steps in args.teacher_steps]
+    return of_student(module)
+
+
+def evaluate(
+    args: argparse.Namespace, trained: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Rows of the table and its picture.
 
     Args:
         args: of the command line.
         trained: what ``train`` returned, by configuration.
+        kept: record whose rows are taken for every other configuration.
     """
     factor = yaml.safe_load((ROOT / "configs" / TEACHER).read_text())["data"]["init_args"]["factor"]
     x0, cond = unseen(args.data, args.samples, factor)
     noise = index_noise(len(x0), tuple(x0.shape[1:]), SEED)
     measures = Measures(factor, lpips=perceptual_distance())
-    teacher = load_run(args.runs / Path(TEACHER).stem).sampling_network()
-    everyone: list[tuple[Restorer, str | None]] = [(bicubic(), None)]
-    everyone += [(of_teacher(teacher, steps), TEACHER) for steps in args.teacher_steps]
-    for config in STUDENTS:
-        everyone += [(restorer, config) for restorer in of_student(load_run(args.runs / Path(config).stem))]
     rows: list[dict[str, Any]] = [{"who": "real", "nfe": 0, "realism": None, **measures(x0, x0, cond["low"])}]
     first = torch.stack([(cond["class_labels"] == label).nonzero()[0, 0] for label in cond["class_labels"].unique()])
     panels = {}
-    for restorer, source in everyone:
-        made = restorer.restore(noise, cond)
-        row = {"who": restorer.who, "nfe": restorer.nfe, "realism": restorer.realism}
-        rows.append(row | measures(made, x0, cond["low"]) | {"config": source})
-        panels[restorer.name] = made[first]
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    for config in (None, TEACHER, PATH_TEACHER, *STUDENTS):
+        if kept is not None and config is not None and config not in trained:
+            rows += [row for row in kept["rows"] if row.get("config") == config]
+            continue
+        for restorer in [bicubic()] if config is None else restorers(config, args):
+            made = restorer.restore(noise, cond)
+            row = {"who": restorer.who, "nfe": restorer.nfe, "realism": restorer.realism}
+            rows.append(row | measures(made, x0, cond["low"]) | {"config": config})
+            panels[restorer.name] = made[first]
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     draw({**panels, "truth": x0[first]}, args.picture)
+    here = {config: {**done, "cpu": machine()["cpu"]} for config, done in trained.items()}
     return {
         "rows": rows,
         "factor": factor,
         "samples": len(x0),
         "reference": {name: statistics.n for name, statistics in measures.reference.items()},
-        "training": {config: dict(done) for config, done in trained.items()},
+        "training": {**({} if kept is None else kept["training"]), **here},
     }
+
+
+def last_record(args: argparse.Namespace) -> dict[str, Any]:
+    """The record to keep rows of, every training with the processor it ran on.
+
+    Raises:
+        ValueError: there is none, or of other pictures or another seed.
+    """
+    file = args.results / "latest" / "super_resolution.json"
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if record.get("samples") != args.samples or record["meta"]["seeds"] != [args.seed]:
+        raise ValueError(f"--keep: {file} has no rows of {args.samples} pictures and seed {args.seed}; leave it out.")
+    for done in record["training"].values():
+        done.setdefault("cpu", record["meta"]["machine"]["cpu"])
+    return record
 
 
 def draw(panels: Mapping[str, Tensor], file: Path) -> None:
@@ -278,6 +335,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the record")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "super_resolution.png")
+    parser.add_argument("--precision", help="of training, such as 32-true, where bfloat16 is slow")
+    parser.add_argument("--keep", action="store_true", help="keep recorded rows of configurations without a run")
     parser.add_argument("--smoke", action="store_true", help="a few updates and samples: does every part run?")
     args = parser.parse_args(words)
     args.data, args.runs = str(Path(args.data).absolute()), args.runs.absolute()
@@ -296,7 +355,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ[DATA_VARIABLE] = args.data
     unseen(args.data, 1, 1)  # before any training
-    figures = evaluate(args, {config: train(config, args) for config in (TEACHER, *STUDENTS)})
+    kept = last_record(args) if args.keep else None
+    wanted = [c for c in CONFIGS if kept is None or c not in kept["training"] or begun(c, args)]
+    figures = evaluate(args, {config: train(config, args) for config in wanted}, kept)
     path = write_result("super_resolution", figures, results=args.results, seeds=[args.seed], threads=1)
     print(f"wrote {path.name} and {args.picture.name}")
     return figures

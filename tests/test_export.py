@@ -66,9 +66,11 @@ class Case:
     labels: bool = False
     vae: nn.Module | None = None
 
+    given: list[float] | None = None
+
     @property
     def times(self) -> list[float]:
-        return few_step_times(self.process, self.steps)
+        return few_step_times(self.process, self.steps) if self.given is None else self.given
 
     def cond(self) -> dict[str, Any]:
         return {"class_labels": torch.tensor([3, 0, 7])} if self.labels else {}
@@ -110,6 +112,12 @@ def _cases() -> dict[str, Case]:
         "dit-ddim-2": Case(zero_snr(), "v_prediction", 2, "ode", dit(), "DiTPipeline", "DDIMScheduler", True, vae),
         "dit-flow-4": Case(flow, "flow_prediction", 4, "ode", dit(), "DiTPipeline", flow_map, True, vae),
     }
+    # times of the user's own, which the call states
+    cases["lcm-given"] = Case(zero_snr(), "v_prediction", 3, "renoise", unet(10), cm, lcm, True, None, [1.0, 0.8, 0.3])
+    cases["lcm-late"] = Case(zero_snr(), "v_prediction", 1, "renoise", unet(), cm, lcm, given=[0.5])
+    cases["euler-given"] = Case(
+        SigmaStart(), "epsilon", 2, "ode", unet(), cm, "EulerDiscreteScheduler", given=[1.0, 0.3]
+    )
     ddpm, euler, fresh = "DDPMPipeline", "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
     for sampler, n, shift in [
         *(("renoise", 1, 1.0), ("renoise", 2, 3.0), ("renoise", 4, 5.0), ("renoise", 8, 1.0)),
@@ -159,6 +167,8 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         call: dict[str, Any] = {"num_inference_steps": case.steps}
         if case.labels:
             call["class_labels"] = case.cond()["class_labels"].tolist()
+        if case.given is not None:
+            call = {"timesteps": [round(1000 * t) - 1 for t in case.given], **call}
         if case.vae is None:
             call["batch_size"] = 3
         else:
@@ -303,11 +313,10 @@ FLOW, VP = FlowMatching(), zero_snr()
     ("network", "process", "kind", "times", "sampler", "message"),
     [
         (nn.Linear(2, 2), FLOW, "flow_prediction", [1.0], "ode", "Linear has no stock .*export_weights"),
-        (unet(), VP, "v_prediction", [1.0, 0.8, 0.5, 0.25], "renoise", r"steps is \[999, 749, 499, 249\]"),
+        (unet(), VP, "v_prediction", [1.0, 0.8, 0.5, 0.25], "ode", r"steps is \[999, 749, 499, 249\]"),
         (unet(), VP, "v_prediction", [1.0, 0.7505], "renoise", "749.5"),
         (unet(), VP, "v_prediction", [1.0, 0.001], "renoise", "timestep 0, where the stock LCMSch"),
         (unet(), VP, "v_prediction", few_step_times(VP, 3), "ode", "DDIMScheduler.*divisor of 1000"),
-        (unet(), VP, "v_prediction", [0.5], "renoise", r"1 steps is \[999\]"),
         (unet(), SigmaStart(), "epsilon", [1.0, 0.5], "renoise", "x noise, but stock LCM schedulers from unit noise"),
         (unet(), SigmaStart(), "epsilon", [1.0, 0.5], "renoise", r"0\.99\d+ x noise"),
         (unet(), SigmaStart(), "epsilon", [0.5], "ode", r"0\.\d+ x noise"),

@@ -8,6 +8,7 @@ import math
 import re
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from small_problems import ready, shift
 
 from lightning_distill.data.fashion import DATA_VARIABLE
 from lightning_distill.data.super_resolution import degrade
-from lightning_distill.methods import CTMSR, OFTSR
+from lightning_distill.losses.oftsr import perturbed_source
+from lightning_distill.methods import CTMSR, OFTSR, YONOS
 from lightning_distill.metrics.features import extract, load_classifier
 from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_distill.metrics.reference import load_reference
@@ -34,6 +36,7 @@ from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.processes import FlowMatching, ResidualShift
 
 FASHION = {"train": 64, "t10k": 32}
+OFTSR_PATH = "method/oftsr_path_fashion.yaml"
 
 
 def write_fashion(folder):
@@ -153,6 +156,34 @@ def test_the_knob_has_a_row_for_each_position():
     assert not torch.equal(rows[0].restore(noise, cond), rows[4].restore(noise, cond))
 
 
+def test_a_flow_from_the_low_resolution_picture_begins_there_at_every_position():
+    _, noise, cond = pictures(size=8)
+    module = student(OFTSR, FlowMatching(), source="low", perturbation=0.2)
+    rows = super_resolution.of_student(module)
+    assert [row.name for row in rows][:2] == ["OFTSR from low, realism 0", "OFTSR from low, realism 0.25"]
+    source = perturbed_source(cond["low"], noise, 0.2)
+    for row in rows:
+        with torch.autocast("cpu", torch.bfloat16):
+            want = module.restore(source, cond, row.realism).clamp(-1, 1)
+        torch.testing.assert_close(row.restore(noise, cond, batch_size=len(noise)), want)
+    teacher = module.teacher
+    teacher.family = replace(teacher.family, start=("low", 0.2))
+    row = super_resolution.of_teacher(teacher, 1)
+    assert (row.who, row.name) == ("teacher from low", "teacher from low, 1 step")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        one = source - teacher(source, torch.tensor(1.0), cond).flow_prediction
+    torch.testing.assert_close(row.restore(noise, cond, batch_size=len(noise)), one.clamp(-1, 1), atol=2e-2, rtol=0)
+
+
+def test_a_student_of_a_privileged_teacher_sees_the_low_picture_alone():
+    _, noise, cond = pictures(size=8)
+    module = student(YONOS, FlowMatching(), easier=[{"low": "low_2"}], num_steps=1)
+    (row,) = super_resolution.of_student(module)
+    assert (row.who, row.nfe) == ("YONOS", 1)
+    assert torch.equal(row.restore(noise, cond), row.restore(noise, {**cond, "low": cond["low"].clone()}))
+    assert not torch.allclose(row.restore(noise, cond), row.restore(noise, {"low": cond["low"].flip(0)}), atol=1e-2)
+
+
 def test_a_student_is_sampled_from_the_given_noise_whatever_the_batches_are():
     _, noise, cond = pictures(size=8)
     module = student(CTMSR, ResidualShift(1.0, "linear"))
@@ -179,10 +210,27 @@ def test_unseen_pictures_are_those_of_the_test_files(tmp_path, monkeypatch):
 
 def test_all_configurations_restore_from_the_same_resolution():
     factors = set()
-    for config in (super_resolution.TEACHER, *super_resolution.STUDENTS):
-        settings = yaml.safe_load((super_resolution.ROOT / "configs" / config).read_text())
-        factors.add(settings["data"]["init_args"]["factor"])
+    read = {c: yaml.safe_load((super_resolution.ROOT / "configs" / c).read_text()) for c in super_resolution.CONFIGS}
+    for config, settings in read.items():
+        if config != super_resolution.PRIVILEGED:
+            factors.add(settings["data"]["init_args"]["factor"])
     assert factors == {4}
+    # the privileged teacher sees in its training what the student's batches call low_2
+    factor = read[super_resolution.PRIVILEGED]["data"]["init_args"]["factor"]
+    yonos = read["method/yonos_fashion.yaml"]
+    assert yonos["data"]["init_args"]["easier"] == [factor]
+    assert yonos["model"]["init_args"]["easier"] == [{"low": f"low_{factor}"}]
+    # both begin at the same source
+    path, student = (read[c]["model"]["init_args"] for c in (super_resolution.PATH_TEACHER, OFTSR_PATH))
+    assert (path["source"], path["perturbation"]) == (student["source"], student["perturbation"])
+    # every teacher is one of those that are trained before
+    named = [
+        c["model"]["init_args"]["teacher"]["init_args"].get("path")
+        for c in read.values()
+        if "teacher" in c["model"]["init_args"]
+    ]
+    teachers = {f"runs/{Path(c).stem}" for c in super_resolution.CONFIGS if c.startswith("teacher/")}
+    assert {path for path in named if path} == teachers
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -193,7 +241,7 @@ def test_finished_runs_are_read_and_their_seconds_are_found(tmp_path, monkeypatc
     (checkpoints.parent / "config.yaml").write_text("model: {}\n")
     content = {"state_dict": {}, "global_step": 7, "callbacks": {"CpuSeconds": {"seconds": 12.5}}}
     torch.save(content, checkpoints / "last.ckpt")
-    args = argparse.Namespace(runs=tmp_path, updates=7, seed=0, batch_size=None)
+    args = argparse.Namespace(runs=tmp_path, updates=7, seed=0, batch_size=None, precision=None)
     assert super_resolution.train(super_resolution.TEACHER, args) == {"updates": 7, "cpu_seconds": 12.5}
     torch.save({**content, "callbacks": {}}, checkpoints / "last.ckpt")
     assert super_resolution.train(super_resolution.TEACHER, args)["cpu_seconds"] is None
@@ -209,6 +257,64 @@ def test_finished_runs_are_read_and_their_seconds_are_found(tmp_path, monkeypatc
     assert super_resolution.train(super_resolution.TEACHER, args)["updates"] == 9
     assert f"--ckpt_path={checkpoints / 'last.ckpt'}" in words
     assert "--trainer.logger.init_args.version=version_0" in words
+    assert not any(word.startswith("--trainer.precision") for word in words)
+
+
+@pytest.mark.parametrize("config", [c for c in super_resolution.CONFIGS if c.startswith("method/")])
+def test_every_student_is_told_its_own_teacher(config, tmp_path, monkeypatch):
+    words = []
+
+    def fit(given):
+        words.extend(given)
+        folder = tmp_path / Path(config).stem / "version_0" / "checkpoints"
+        folder.mkdir(parents=True)
+        (folder.parent / "config.yaml").write_text("model: {}\n")
+        torch.save({"state_dict": {}, "global_step": 3}, folder / "last.ckpt")
+
+    monkeypatch.setattr(super_resolution, "fit", fit)
+    args = argparse.Namespace(runs=tmp_path, updates=3, seed=0, batch_size=None, precision="32-true")
+    super_resolution.train(config, args)
+    told = [word.partition("=")[2] for word in words if "teacher.init_args.path" in word]
+    expected = {
+        "oftsr_fashion": "fashion_sr", "tad_sr_fashion": "fashion_sr",
+        "oftsr_path_fashion": "fashion_sr_path", "yonos_fashion": "fashion_sr_half",
+    }  # fmt: skip
+    name = expected.get(Path(config).stem)
+    assert told == ([] if name is None else [str(tmp_path / name)])
+    assert "--trainer.precision=32-true" in words
+
+
+def test_rows_without_a_run_are_kept_as_they_were_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv(DATA_VARIABLE, "nowhere")
+    write_fashion(tmp_path)
+    latest = tmp_path / "results" / "latest"
+    latest.mkdir(parents=True)
+    record(latest)
+    words = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--samples", "24", "--keep"]
+    words += ["--results", str(tmp_path / "results"), "--picture", str(tmp_path / "picture.png")]
+    with pytest.raises(ValueError, match=r"has no rows of 24 pictures and seed 0; leave it out"):
+        super_resolution.main(words)
+    file = latest / "super_resolution.json"
+    old = json.loads(file.read_text())
+    old |= {"samples": 24, "meta": {"machine": {"cpu": "an older one"}, "seeds": [0]}}
+    file.write_text(json.dumps(old))
+    trained = []
+    monkeypatch.setattr(
+        super_resolution, "train", lambda config, args: trained.append(config) or {"updates": 1, "cpu_seconds": 2.0}
+    )
+    monkeypatch.setattr(
+        super_resolution, "restorers", lambda config, args: [replace(super_resolution.bicubic(), who=config)]
+    )
+    figures = super_resolution.main(words)
+    assert trained == [c for c in super_resolution.CONFIGS if c not in old["training"]]
+    rows = {row["who"]: row for row in figures["rows"]}
+    assert [rows["teacher"], rows["OFTSR"]] == [old["rows"][2], old["rows"][4]]
+    assert rows["method/yonos_fashion.yaml"]["psnr"] == pytest.approx(rows["bicubic"]["psnr"])
+    assert figures["training"]["teacher/fashion_sr.yaml"] == {"updates": 9, "cpu_seconds": 99.6, "cpu": "an older one"}
+    monkeypatch.setattr(make_tables, "LATEST", latest)
+    text = make_tables.super_resolution()
+    assert "an older one for teacher, OFTSR; " in text
+    assert len(re.findall(r"^\| ", text, re.M)) == len(figures["rows"]) + 1
 
 
 def record(folder, lpips=None):
@@ -255,8 +361,10 @@ def test_everything_is_trained_measured_and_drawn(tmp_path, monkeypatch):
     figures = super_resolution.main(words)
     rows = [(row["who"], row["nfe"], row["realism"]) for row in figures["rows"]]
     assert rows[:4] == [("real", 0, None), ("bicubic", 0, None), ("teacher", 2, None), ("teacher", 1, None)]
-    assert rows[4:9] == [("OFTSR", 1, realism) for realism in super_resolution.REALISM]
-    assert rows[9:] == [("TADSR", 1, None), ("CTMSR", 1, None)]
+    assert rows[4:6] == [("teacher from low", 2, None), ("teacher from low", 1, None)]
+    assert rows[6:11] == [("OFTSR", 1, realism) for realism in super_resolution.REALISM]
+    assert rows[11:16] == [("OFTSR from low", 1, realism) for realism in super_resolution.REALISM]
+    assert rows[16:] == [("TADSR", 1, None), ("YONOS", 1, None), ("CTMSR", 1, None)]
     assert all(math.isfinite(row["fd_cnn"]) and row["lpips"] is None for row in figures["rows"])
     assert {done["updates"] for done in figures["training"].values()} == {2}
     assert all(done["cpu_seconds"] > 0 for done in figures["training"].values())

@@ -89,6 +89,8 @@ def export_lora(
             "this adapter also learned magnitudes (DoRA), which diffusers drops from files with kohya's names; export "
             "the LoRA file with diffusers' names, or the pipeline, whose weights hold the adapter."
         )
+    if denoiser.sampling_guidance is not None:
+        raise ValueError("this adapter is sampled with classifier-free guidance in two passes; export the pipeline.")
     check_no_policy(denoiser.network)
     check_target(Path(out_dir), overwrite)
     root = source_of(denoiser.network) if source is None else Path(source).expanduser()

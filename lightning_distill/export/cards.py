@@ -16,6 +16,7 @@ from lightning_distill import __version__
 from lightning_distill.export.folders import CONFIG, SourceFacts
 from lightning_distill.export.stock import StockParts
 from lightning_distill.networks.second_time import second_time_of
+from lightning_distill.networks.sources import NULL_FILE
 from lightning_distill.processes import NoiseProcess
 
 __all__ = ["combine_usage", "finish", "pipeline_usage", "student_config", "text_usage", "weights_usage"]
@@ -152,7 +153,12 @@ def pipeline_usage(config: Mapping[str, Any], network: Any, null_class: int | No
         seed = "torch.manual_seed(0)"
         notes.append("Seed it globally: this pipeline's generator reaches the starting noise only.")
     if config["pipeline"] == "DiTPipeline":
-        notes.append("Guidance is distilled into the student or not used: keep guidance_scale=1.0.")
+        scale = config["call"]["guidance_scale"]
+        notes.append(
+            "Guidance is distilled into the student or not used: keep guidance_scale=1.0."
+            if scale == 1.0
+            else f"The student is guided in two passes, as it was trained: keep guidance_scale={scale}."
+        )
     channels = 3 if config["pipeline"] == "DiTPipeline" else network.config.in_channels
     if channels not in (1, 3):
         arguments.append('output_type="np"')
@@ -184,8 +190,9 @@ def text_usage(config: Mapping[str, Any], parts: StockParts, load: str) -> str:
     """
     entry = parts.entry
     assert entry is not None
+    call = {**config["call"], **(entry.negative_prompt if parts.guided else {})}
     arguments = ['prompt="a red fox in the snow"']
-    arguments += [f"{k}={v!r}" for k, v in {**config["size"], **config["call"]}.items()]
+    arguments += [f"{k}={v!r}" for k, v in {**config["size"], **call}.items()]
     notes = _steps(config)
     if not config["size"]:
         notes.append("Give the height and width that the student was trained at.")
@@ -200,6 +207,12 @@ def text_usage(config: Mapping[str, Any], parts: StockParts, load: str) -> str:
         notes.append(
             f"guidance_scale={config['call']['guidance_scale']} is an input of the network: the scale it was trained "
             "with. No other guidance is used."
+        )
+    elif parts.guided:
+        scale = ", ".join(f"{k}={call[k]}" for k in (*entry.guidance_off, *(entry.guided or {})))
+        notes.append(
+            f"The student is guided in two passes, as it was trained: keep {scale}. The other pass has the empty "
+            f"prompt; calls with embeddings take those of `{NULL_FILE}`, or zeros where there is no such file."
         )
     elif off:
         notes.append(f"Classifier-free guidance is distilled into the student or not used: keep {off}.")

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_distill.export import stock_run
 from lightning_distill.export.entries import ENTRIES, StockPipeline, stock_inputs, to_pipeline_layout
 from lightning_distill.export.folders import CONFIG
+from lightning_distill.export.two_passes import negative_inputs
 from lightning_distill.generation import draw_noise
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond, family_of
@@ -49,6 +50,7 @@ def verify_export(
         base: pipeline folder of the base model, for LoRA files.
         fresh: run the pipeline in a new process that knows nothing of this package.
         tolerance: largest accepted difference: on images in [0, 1]; of latents relative to the largest value above 1.
+            Guidance in two passes multiplies rounding, hence this, by 2 w - 1.
 
     Returns:
         the largest difference.
@@ -76,8 +78,9 @@ def verify_export(
     if entry is None:
         tensors = _labelled(job, config, folder, expected, class_labels)
     else:
-        tensors = _embedded(job, config, entry, Path(job["folder"]), expected, cond or {}, seed)
+        tensors = _embedded(job, config, entry, folder, Path(job["folder"]), expected, cond or {}, seed)
     difference = _in_fresh_process(job, tensors) if fresh else stock_run.difference(job, tensors)
+    tolerance *= 2.0 * config.get("guidance_scale", 1.0) - 1.0
     if not difference <= tolerance:
         raise ValueError(
             f"the pipeline in {folder.name} makes other images than the student (largest difference "
@@ -105,6 +108,7 @@ def _embedded(
     job: dict[str, Any],
     config: Mapping[str, Any],
     entry: StockPipeline,
+    out_dir: Path,
     folder: Path,
     expected: Tensor,
     cond: Mapping[str, Any],
@@ -115,7 +119,8 @@ def _embedded(
     if not size:
         raise ValueError(f"{CONFIG} does not say the size of a sample; export with shape=[channels, height, width].")
     network = network_without_weights(folder, entry)
-    tensors = tensors_of_inputs(job, stock_inputs(entry, network, cond, size), config["dtype"])
+    inputs = stock_inputs(entry, network, cond, size) | negative_inputs(out_dir, entry, network, cond, size)
+    tensors = tensors_of_inputs(job, inputs, config["dtype"])
     tensors["expected"] = to_pipeline_layout(entry, network, expected).contiguous()
     if entry.latents_first is not None:
         noise = draw_noise(expected.shape, torch.Generator().manual_seed(seed))
@@ -166,6 +171,8 @@ def _in_fresh_process(job: Mapping[str, Any], tensors: dict[str, Tensor]) -> flo
 def probe_cond(denoiser: Denoiser, n: int, size: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
     """Random embeddings for the comparison, padded where there is a mask, with the sizes the pipeline computes.
 
+    They have the length of the null condition where one is stored, since guided calls have both.
+
     Args:
         denoiser: the student.
         n: number of samples.
@@ -175,6 +182,9 @@ def probe_cond(denoiser: Denoiser, n: int, size: Mapping[str, int], seed: int = 
     generator = torch.Generator().manual_seed(seed)
     network = denoiser.network
     made = example_cond(network, n)
+    for key, value in denoiser.family.null.items():
+        if key in made and isinstance(value, Tensor):
+            made[key] = value.expand(n, *value.shape[1:])
     for key, value in made.items():
         if key == "time_ids":
             row: list[float] = [size["height"], size["width"], 0, 0, size["height"], size["width"]]

@@ -54,6 +54,7 @@ class StockPipeline:
         grid_argument: argument of the call with other times, ``sigmas`` or ``timesteps``; None where there is none.
         step_generator: the call's generator reaches ``scheduler.step``; else fresh noise is the global generator's.
         guidance_off: arguments that switch classifier-free guidance off.
+        guided: arguments besides the scale with which a call computes  y_u + w (y_c - y_u); None where it cannot.
         fixed: further arguments of every call.
         inputs: arguments by condition.
         with_embeddings: further arguments of a call with embeddings instead of prompts.
@@ -72,6 +73,7 @@ class StockPipeline:
     grid_argument: str | None = None
     step_generator: bool = False
     guidance_off: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    guided: Mapping[str, Any] | None = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=lambda: _TEXT)
     with_embeddings: Mapping[str, Any] = field(default_factory=dict)
@@ -80,6 +82,11 @@ class StockPipeline:
     latents_first: tuple[int, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     kohya: bool = False
+
+    @property
+    def negative_prompt(self) -> dict[str, str]:
+        """Argument of guided calls with prompts, where the pipeline does not take the empty negative prompt itself."""
+        return {"negative_prompt": ""} if "true_cfg_scale" in self.guidance_off else {}
 
 
 _UNBINNED = {"use_resolution_binning": False}
@@ -139,11 +146,17 @@ ENTRIES: tuple[StockPipeline, ...] = (
         grid_argument="timesteps",
         step_generator=True,
         guidance_off={},
+        guided=None,
         fixed=_UNBINNED,
         inputs=_MASKED,
     ),
     StockPipeline(
-        "Lumina2Pipeline", "Lumina2Transformer2DModel", even_grid=True, grid_argument="sigmas", inputs=_MASKED
+        "Lumina2Pipeline",
+        "Lumina2Transformer2DModel",
+        even_grid=True,
+        grid_argument="sigmas",
+        guided={"cfg_normalization": False},
+        inputs=_MASKED,
     ),
     StockPipeline(
         "ZImagePipeline",
@@ -168,6 +181,7 @@ ENTRIES: tuple[StockPipeline, ...] = (
         even_grid=True,
         grid_argument="sigmas",
         guidance_off={},
+        guided=None,
         folded=2,
     ),
     StockPipeline(
@@ -176,6 +190,7 @@ ENTRIES: tuple[StockPipeline, ...] = (
         even_grid=True,
         grid_argument="sigmas",
         guidance_off={"true_cfg_scale": 1.0},
+        guided=None,
         inputs={**_TEXT, "encoder_attention_mask": "prompt_embeds_mask"},
         kohya=True,
     ),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_distill.export.cards import (
     combine_usage,
@@ -41,6 +41,8 @@ from lightning_distill.export.folders import (
 from lightning_distill.export.stock import StockParts, check_no_policy, check_sampler, start_scale, stock_parts
 from lightning_distill.export.stock_run import quiet
 from lightning_distill.export.target_times import fold_into, record_steps, stock_sampler
+from lightning_distill.export.two_passes import constant_scale, null_values, write_null
+from lightning_distill.guidance import is_told
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import family_of
 from lightning_distill.processes import NoiseProcess, change_process
@@ -66,6 +68,8 @@ def export_pipeline(
     source: str | Path | None = None,
     shape: Sequence[int] | None = None,
     guidance: float | None = None,
+    guidance_scale: float = 1.0,
+    null_cond: Mapping[str, Tensor | float] | None = None,
     second: nn.Module | None = None,
     boundary_ratio: float | None = None,
     folded: bool = False,
@@ -93,6 +97,9 @@ def export_pipeline(
         source: pipeline folder of the teacher; None for the one the network was read from, if any.
         shape: of one sample, which gives the call its height, width and frames; None for the network's own.
         guidance: scale told to a network that embeds it; None for its family's.
+        guidance_scale: w of classifier-free guidance in two passes, with which the student is sampled; 1 for none.
+        null_cond: what stands for "no condition" there, see ``two_passes.null_values``; the rows are written beside the
+            network.
         second: the low-noise expert of a Wan 2.2 student, sampled below the boundary.
         boundary_ratio: time in (0, 1) from which on ``network`` is sampled rather than ``second``.
         folded: target times are part of the weights (``target_times``), which the card then says.
@@ -123,6 +130,8 @@ def export_pipeline(
         start_scale,
         source=root,
         guidance=guidance,
+        guidance_scale=guidance_scale,
+        null_class=null_class,
     )
     network = _cast(network, dtype)
     modules: dict[str, Any] = {parts.network_name: network, "scheduler": parts.scheduler}
@@ -149,6 +158,10 @@ def export_pipeline(
         drop_local_paths(folder)
         if root is not None:
             copy_components(root, folder)
+        if parts.guided:
+            config["guidance_scale"] = guidance_scale
+        if parts.guided and parts.entry is not None:
+            config["null_cond"] = write_null(folder, null_cond or {})
         if parts.entry is None:
             usage = pipeline_usage(config, network, null_class)
         else:
@@ -187,6 +200,10 @@ def export_denoiser(
     options.setdefault("null_class", denoiser.null_class)
     options.setdefault("guidance", denoiser.family.guidance_scale)
     options.setdefault("shape", denoiser.sample_shape)
+    if denoiser.sampling_guidance is not None:
+        scale = constant_scale(denoiser.sampling_guidance, times)
+        options |= {"guidance": scale} if is_told(denoiser) else {"guidance_scale": scale}
+        options.setdefault("null_cond", null_values(denoiser))
 
     def folded(role: Denoiser) -> nn.Module:
         steps = record_steps(role, times, sampler, options["shape"], options["guidance"])

@@ -14,6 +14,7 @@ from lightning_distill.export.check import network_without_weights, tensors_of_i
 from lightning_distill.export.entries import ENTRIES, from_pipeline_layout, stock_inputs
 from lightning_distill.export.folders import CONFIG, read_index
 from lightning_distill.export.stock_run import run
+from lightning_distill.export.two_passes import negative_inputs
 
 __all__ = ["is_export", "sample_export"]
 
@@ -85,7 +86,9 @@ def sample_export(
     elif cond:
         rows = {key: _repeat(value, n) for key, value in cond.items()}
         network = network_without_weights(root, entry)
-        tensors = tensors_of_inputs(job, stock_inputs(entry, network, rows, config["size"]), config["dtype"])
+        inputs = stock_inputs(entry, network, rows, config["size"])
+        inputs |= negative_inputs(folder, entry, network, rows, config["size"])
+        tensors = tensors_of_inputs(job, inputs, config["dtype"])
         if classes is not None:
             raise ValueError(f"{folder} is conditioned on text, not on classes; leave out --classes.")
     else:
@@ -99,6 +102,8 @@ def sample_export(
                 "export again with --source, the pipeline folder of the teacher."
             )
         job["call"]["prompt"] = [prompts[i % len(prompts)] for i in range(n)]
+        if "null_cond" in config and entry.negative_prompt:
+            job["call"]["negative_prompt"] = [""] * n
         made_from = {"prompt": job["call"]["prompt"]}
     samples = run(job, tensors)
     if decodes:

@@ -2,7 +2,8 @@
 
     process             sampler  scheduler
     VariancePreserving  renoise  LCMScheduler, original_inference_steps fitted, or times given at the call
-    VariancePreserving  ode      DDIMScheduler, trailing; Euler for students starting from sigma(t) x noise
+    VariancePreserving  ode      DDIMScheduler, trailing; DPMSolverMultistepScheduler of order 1 with times given at the
+                                 call; Euler for students starting from sigma(t) x noise
     FlowMatching        renoise  FlowMatchLCMScheduler, shift and last time fitted, or times given at the call
     FlowMatching        ode      FlowMatchEulerDiscreteScheduler, likewise; FlowMapEuler in DiTPipeline
     TrigFlow            renoise  SCMScheduler
@@ -19,7 +20,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from lightning_distill.processes import FlowMatching, TrigFlow, VariancePreserving, change_process
 
@@ -109,6 +110,8 @@ def vp_scheduler(
         level = float(scheduler.init_noise_sigma)
         if abs(level / math.hypot(level, 1.0) - start) > 1e-6:
             check_start(start, "VP schedulers")
+        if grid_argument and whole and offered != wanted:
+            return scheduler, {"timesteps": wanted}
     elif fresh_noise or n == 1:
         check_start(start, "LCM schedulers")
         if wanted[-1] == 0:
@@ -133,6 +136,9 @@ def vp_scheduler(
         scheduler = DDIMScheduler(set_alpha_to_one=True, clip_sample=False, **trailing)
         # it steps down by total // n, whatever its next timestep is
         offered = _grid(scheduler, n) if total % n == 0 else None
+        if grid_argument and whole and offered != wanted and not process.zero_terminal_snr:
+            # of order 1 it is DDIM, and takes any timesteps; but 2^-12 for a terminal alpha of 0
+            return DPMSolverMultistepScheduler(solver_order=1, **betas), {"timesteps": wanted}
     if offered != [float(i) for i in wanted] or not whole:
         grid = "none" if offered is None else str([int(i) for i in offered])
         raise ValueError(

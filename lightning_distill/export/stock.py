@@ -1,7 +1,7 @@
 """Which stock diffusers pipeline and scheduler reproduce a student.
 
     network             process, output         sampler  pipeline                  scheduler
-    UNet2DModel         VP: epsilon, sample, v  both     ConsistencyModelPipeline  LCM; trailing DDIM or Euler
+    UNet2DModel         VP: epsilon, sample, v  both     ConsistencyModelPipeline  LCM; DDIM, DPM-Solver or Euler
     UNet2DModel         flow: flow_prediction   both     DDPMPipeline (no labels)  FlowMatchLCM; FlowMatchEuler
     DiT + VAE           VP: epsilon, sample, v  both     DiTPipeline               LCM; trailing DDIM
     DiT + VAE           flow: flow_prediction   ode      DiTPipeline               FlowMapEuler
@@ -30,6 +30,7 @@ from lightning_distill.export.schedules import (
     scm_scheduler,
     vp_scheduler,
 )
+from lightning_distill.export.two_passes import guided_call
 from lightning_distill.networks.families import family_of
 from lightning_distill.networks.policy_head import policy_head_of
 from lightning_distill.networks.second_time import second_time_of
@@ -51,6 +52,7 @@ class StockParts:
         conditional: whether a call takes class labels.
         entry: how a text-conditioned pipeline is called, None for the others.
         embeds_guidance: the network is told the guidance scale, which ``call`` states.
+        guided: calls are guided in two passes by the scale that ``call`` states.
     """
 
     pipeline: type
@@ -60,6 +62,7 @@ class StockParts:
     conditional: bool = False
     entry: StockPipeline | None = None
     embeds_guidance: bool = False
+    guided: bool = False
 
     @property
     def takes_generator(self) -> bool:
@@ -89,7 +92,15 @@ def check_sampler(sampler: str) -> None:
         ValueError: neither ``renoise`` nor ``ode``.
     """
     if sampler not in ("renoise", "ode"):
-        raise ValueError(f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.")
+        remedy = ""
+        if sampler == "adams":
+            remedy = (
+                " Learned coefficients have no place in any of them: train with coefficients='none', whose times have, "
+                "or keep the run and sample it with 'lightning-distill sample RUN_DIR'."
+            )
+        raise ValueError(
+            f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.{remedy}"
+        )
 
 
 def _check_unaltered(network: nn.Module) -> None:
@@ -112,6 +123,8 @@ def stock_parts(
     *,
     source: Path | None = None,
     guidance: float | None = None,
+    guidance_scale: float = 1.0,
+    null_class: int | None = None,
 ) -> StockParts:
     """Choose the pipeline and scheduler of a student.
 
@@ -125,6 +138,8 @@ def stock_parts(
         given_start: factor on the starting noise, None to ask the process.
         source: pipeline folder that the network comes from.
         guidance: scale told to a network that embeds it, None for its family's.
+        guidance_scale: w of classifier-free guidance in two passes, 1 for none.
+        null_class: label that means "no class".
 
     Raises:
         ValueError: nothing in diffusers reproduces this student; the message says what would do.
@@ -144,10 +159,12 @@ def stock_parts(
         raise ValueError(f"this {name} still carries adapters; pass the role to export_denoiser, which merges them.")
     if entry is None:
         _check_unconditional_parts(network, name, vae)
+    cls = _pipeline(network, entry, process)
+    guided = {} if guidance_scale == 1.0 else guided_call(entry, cls.__name__, guidance_scale, null_class)
     fresh_noise = sampler == "renoise" and len(times) > 1
     start = start_scale(process, times[0]) if given_start is None else given_start
     if isinstance(process, VariancePreserving):
-        grid = entry is not None and entry.grid_argument == "timesteps"
+        grid = cls is diffusers.ConsistencyModelPipeline or (entry is not None and entry.grid_argument == "timesteps")
         scheduler, extra = vp_scheduler(
             process,
             prediction_type,
@@ -173,18 +190,25 @@ def stock_parts(
             scheduler.register_to_config(steps_offset=1)
         family = family_of(network)
         embeds = family.guidance is not None and family.guidance(network, torch.ones(1)) is not None
-        call |= {**extra, **entry.guidance_off, **entry.fixed}
+        call |= {**extra, **entry.guidance_off, **entry.fixed, **guided}
         if embeds:
             call["guidance_scale"] = family.guidance_scale if guidance is None else guidance
-        cls = getattr(diffusers, entry.name)
-        return StockParts(cls, scheduler, call, entry.component, entry=entry, embeds_guidance=embeds)
+        return StockParts(
+            cls, scheduler, call, entry.component, entry=entry, embeds_guidance=embeds, guided=bool(guided)
+        )
     if isinstance(network, DiTTransformer2DModel):
-        call["guidance_scale"] = 1.0
-        return StockParts(diffusers.DiTPipeline, scheduler, call, "transformer", True)
+        call |= {"guidance_scale": 1.0, **guided}
+        return StockParts(cls, scheduler, call, "transformer", True, guided=bool(guided))
     config: Any = network.config
-    vp = isinstance(process, VariancePreserving)
-    pipeline = diffusers.ConsistencyModelPipeline if vp else diffusers.DDPMPipeline
-    return StockParts(pipeline, scheduler, call, "unet", config.num_class_embeds is not None)
+    return StockParts(cls, scheduler, extra or call, "unet", config.num_class_embeds is not None)
+
+
+def _pipeline(network: nn.Module, entry: StockPipeline | None, process: NoiseProcess) -> Any:
+    if entry is not None:
+        return getattr(diffusers, entry.name)
+    if isinstance(network, DiTTransformer2DModel):
+        return diffusers.DiTPipeline
+    return diffusers.ConsistencyModelPipeline if isinstance(process, VariancePreserving) else diffusers.DDPMPipeline
 
 
 def start_scale(process: NoiseProcess, t: float) -> float:

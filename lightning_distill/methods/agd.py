@@ -41,6 +41,9 @@ class AGD(GuidanceDistillation):
         Where batches have no stored records, a guided trajectory is solved for each sample and one state of it used:
         the same states, for as many teacher calls as it has steps.
         The paper trains for 5,000 updates of 64 states; here a record gives all of its stored states at once.
+        A run is the teacher of a stage for fewer steps (``RunDenoiser``): students made by ``Copy`` or ``Lora`` begin
+        with its adapters, are told the scale in one pass, and train adapters and network together. No stock pipeline
+        has the adapters, so such students are sampled from their runs.
     """
 
     paper = "2503.07274"

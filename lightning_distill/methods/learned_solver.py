@@ -109,8 +109,8 @@ class LearnedSolver(BOSS):
         **kwargs: see ``BOSS``; ``student_times`` are where learning starts. The default rate is .01.
 
     Notes:
-        The network needs its guidance when it is sampled as well, two calls a step; ``sample`` sees to it, and stock
-        pipelines, which would be called without, are refused.
+        The network needs its guidance when it is sampled as well, two calls a step: ``sample`` sees to it, and exports
+        state the scale beside the times, as arguments of the call. Coefficients have no place in stock schedulers.
         In variance-preserving processes the learned times are rounded to the scheduler's timesteps when they are used.
         Stored pairs say nothing of the way between, so that learning then starts at the uniform grid.
         Factors f_i and step sizes are what learnable sampler distillation (LSD) learns of a discrete model's sampler;
@@ -177,7 +177,6 @@ class LearnedSolver(BOSS):
             self.student.family = replace(self.student.family, guidance_scale=self.guidance.scale)
         elif self.guidance.needs_null:
             self.student.sampling_guidance = self.guidance
-            self.student.stands_alone = False
 
     def _flow_time(self, times: Sequence[float]) -> list[float]:
         native = torch.tensor(list(times), dtype=torch.float64)

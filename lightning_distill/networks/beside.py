@@ -18,7 +18,7 @@ from lightning_distill.networks.families import FAMILIES, PLAIN, Family, example
 from lightning_distill.networks.families.base import SAME
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.merging import widen
-from lightning_distill.networks.roles import Role, with_network
+from lightning_distill.networks.roles import Role, check_alone, with_network
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 
@@ -114,6 +114,7 @@ class Beside(Role):
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         from diffusers import ControlNetModel, UNet2DConditionModel
 
+        check_alone(source, "Beside")
         base, family, kind = source.network, source.family, type(source.network).__name__
         if isinstance(source, AdapterDenoiser) or {p.dtype for p in base.parameters()} - {torch.float32, torch.float64}:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.prompt_groups import centres, group_of, prompt_features, read_centres
-from lightning_distill.networks.roles import Copy, Role, with_network
+from lightning_distill.networks.roles import Copy, Role, check_alone, with_network
 
 __all__ = ["ConditionExperts", "ExpertNetwork", "Experts", "PromptExperts", "TimeExperts", "single_experts"]
 
@@ -224,6 +224,7 @@ class Experts(Role):
         count = len(self.boundaries or self.classes or ()) + (self.boundaries is not None)
         count = count if middle is None else len(middle)
         made = [self.role.build(source, f"{name}_{k}") for k in range(count)]
+        check_alone(made[0], "Experts")
         if any(isinstance(part, AdapterDenoiser) for part in made):
             raise ValueError("experts are networks of their own; give Experts(role=Copy()) or another one than Lora.")
         first = made[0]

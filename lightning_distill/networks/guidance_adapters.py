@@ -2,6 +2,11 @@
 
 Beside each attention module of the network there is a ``GuidanceAdapter``. The network itself is not touched: hooks on
 these modules exist for the length of one call, and again where a checkpoint recomputes a part of it.
+
+    role                        network              adapters     trained
+    GuidanceAdapters            the teacher's        new          adapters
+    Copy of a guided teacher    a copy               copies       both
+    Lora of a guided teacher    the teacher's        copies       both low-rank and guidance adapters
 """
 
 import copy
@@ -14,15 +19,16 @@ from torch import Tensor, nn
 
 from lightning_distill.networks.adapter_bank import BANK, AdapterBank, adapter_bank
 from lightning_distill.networks.denoiser import Denoiser, per_sample
-from lightning_distill.networks.families import example_cond
+from lightning_distill.networks.families import Family, example_cond
 from lightning_distill.networks.guidance_adapter import AdapterKind, GuidanceAdapter, Told, arranged, positions
 from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
+from lightning_distill.networks.merging import widen
 from lightning_distill.networks.roles import Role
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.weightless import where
 from lightning_distill.prediction import Prediction
 
-__all__ = ["GuidanceAdapters", "GuidedDenoiser"]
+__all__ = ["GuidanceAdapters", "GuidedAdapterDenoiser", "GuidedDenoiser"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -96,23 +102,30 @@ def _bank_of(network: nn.Module) -> _Bank:
 
 
 class GuidedDenoiser(Denoiser):
-    """A role that is a set of guidance adapters on a frozen network owned by another denoiser.
+    """A role that is a set of guidance adapters on a network: another denoiser's, frozen, or its own.
 
-    As for a LoRA role, its parameters, ``state_dict`` and mode are those of the adapters alone, and the network is no
-    submodule. The owner, and everyone else who calls the network, runs it without adapters. These depend on the call,
-    so there are no merged weights.
+    On another's network its parameters, ``state_dict`` and mode are those of the adapters alone, as for a LoRA role,
+    and the network is no submodule. The owner, and everyone else who calls the network, runs it without adapters.
+    These depend on the call, so there are no merged weights.
 
     Args:
-        source: denoiser that owns the network.
+        source: denoiser with that network.
         paths: names of the modules that get an adapter.
         adapters: one for each.
+        network: of its own instead, a submodule; None for the source's.
     """
 
     stands_alone = False
 
-    def __init__(self, source: Denoiser, paths: Sequence[str], adapters: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        source: Denoiser,
+        paths: Sequence[str],
+        adapters: Iterable[nn.Module],
+        network: nn.Module | None = None,
+    ) -> None:
         super().__init__(
-            source.network,
+            source.network if network is None else network,
             source.process,
             source.prediction_type,
             network_process=source.network_process,
@@ -121,10 +134,14 @@ class GuidedDenoiser(Denoiser):
             null_class=source.null_class,
             family=source.family,
         )
-        self.__dict__["network"] = self._modules.pop("network")  # past nn.Module's registration
+        if network is None:
+            self.__dict__["network"] = self._modules.pop("network")  # past nn.Module's registration
+        self._add(source, paths, adapters)
+
+    def _add(self, source: Denoiser, paths: Sequence[str], adapters: Iterable[nn.Module]) -> None:
         self.paths = list(paths)
         self.adapters = nn.ModuleList(adapters)
-        self.guidance_bank = _bank_of(source.network)
+        self.guidance_bank = _bank_of(self.network)
         self.train(source.training)
 
     def forward(
@@ -162,10 +179,51 @@ class GuidedDenoiser(Denoiser):
     def _guidance(self, guidance: Tensor | None, x: Tensor) -> dict[str, Any]:
         return {}  # the frozen network takes none
 
+    @property
+    def owns_network(self) -> bool:
+        """Whether the network is its own, not another denoiser's."""
+        return "network" in self._modules
+
     def averaged(self) -> "GuidedDenoiser":
         """A frozen second set of adapters with these values on the same network, for a student average."""
         made = GuidedDenoiser(self, self.paths, copy.deepcopy(self.adapters))
         return made.requires_grad_(False).eval()
+
+    def around(self, network: nn.Module, family: Family | None = None) -> "GuidedDenoiser":
+        """Copies of these adapters on another network of the same class, which becomes the denoiser's own.
+
+        Args:
+            network: with the modules that have adapters here.
+            family: how it is called; None for as this one.
+        """
+        made = GuidedDenoiser(self, self.paths, copy.deepcopy(self.adapters), network)
+        made.family = family or self.family
+        return made
+
+    def with_lora(self, adapter: AdapterDenoiser) -> "GuidedAdapterDenoiser":
+        """Copies of these guidance adapters beside a low-rank adapter of the same network, trained where that is.
+
+        Args:
+            adapter: low-rank adapter on this denoiser's network.
+        """
+        beside = copy.deepcopy(self.adapters)
+        widen(beside)
+        trained = any(parameter.requires_grad for parameter in adapter.parameters())
+        return GuidedAdapterDenoiser(adapter, self.paths, beside.requires_grad_(trained))
+
+
+class GuidedAdapterDenoiser(GuidedDenoiser, AdapterDenoiser):
+    """A low-rank adapter and guidance adapters on a frozen network owned by another denoiser.
+
+    Args:
+        adapter: the low-rank adapter.
+        paths: names of the modules that get a guidance adapter.
+        adapters: one for each.
+    """
+
+    def __init__(self, adapter: AdapterDenoiser, paths: Sequence[str], adapters: Iterable[nn.Module]) -> None:
+        AdapterDenoiser.__init__(self, adapter, adapter.adapter_name)
+        self._add(adapter, paths, adapters)
 
 
 # ---------------------------------------------------------------------------------------- role

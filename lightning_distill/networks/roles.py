@@ -7,11 +7,13 @@ gradients in another order. Every role is in the mode of its source, eval for te
 without the dropout of the teacher's training, but with that of ``Lora(dropout=...)``.
 """
 
+from __future__ import annotations
+
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
 from torch import Tensor, nn
 
@@ -35,6 +37,9 @@ from lightning_distill.networks.specs import (
     same_path,
 )
 
+if TYPE_CHECKING:
+    from lightning_distill.networks.guidance_adapters import GuidedDenoiser
+
 __all__ = [
     "Copy",
     "Explicit",
@@ -42,6 +47,7 @@ __all__ = [
     "Lora",
     "Role",
     "averaged_copy",
+    "check_alone",
     "load_role_state",
     "role_state",
     "trainable_parameters",
@@ -78,7 +84,6 @@ class Copy(Role):
     """A deep copy of the source with every weight trained, in float32 whatever the source's dtype is."""
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
-        _check_source(source, name)
         copied = with_network(source, merged_network(source))
         if next(copied.parameters(), None) is None:
             raise ValueError(
@@ -124,7 +129,6 @@ class Lora(Role):
         check_adapter(self.rank, self.dropout, self.dora)
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
-        _check_source(source, name)
         made = add_adapter(
             source,
             name,
@@ -135,6 +139,7 @@ class Lora(Role):
             dora=self.dora,
             seed=self.seed,
         )
+        made = source.with_lora(made) if _guided(source) else made
         return made.train() if self.dropout else made
 
 
@@ -220,16 +225,16 @@ class FromCheckpoint(Role):
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()
-        _check_source(source, name)
         path = self.place()
         if path.is_dir():
             return self._from_folder(path, source)
         state, found = self._role_state(path)
         origin = f"role {found!r} of {path}"
-        if any(key.startswith("adapters.") for key in state):
+        alone = not any(key.startswith(("network.", "adapter.")) for key in state)
+        if any(key.startswith("adapters.") for key in state) and (alone or not _guided(source)):
             raise ValueError(
-                f"{origin} holds guidance adapters, which are no weights of a network; resume that run, or use it as "
-                "teacher with RunDenoiser(path)."
+                f"{origin} holds guidance adapters, which are no weights of the teacher's network; use that run as "
+                "teacher with RunDenoiser(path), or resume it."
             )
         if not any(key.startswith("adapter.") for key in state):
             if isinstance(source, AdapterDenoiser):
@@ -241,7 +246,9 @@ class FromCheckpoint(Role):
             # a throw-away copy: the teacher's own network stays without the adapter
             source = with_network(source, merged_network(source))
         adapter = self._adapter(source, state, name, origin)
-        return _master(with_network(source, merged_network(adapter))) if self.merge else adapter
+        if not self.merge:
+            return adapter
+        return _master(with_network(adapter if _guided(adapter) else source, merged_network(adapter)))
 
     def _adapter(self, source: Denoiser, state: dict[str, Tensor], name: str | None, origin: str) -> AdapterDenoiser:
         downs = [key for key in state if key.endswith(".lora_A.weight")]
@@ -257,6 +264,7 @@ class FromCheckpoint(Role):
             dora=any(key.endswith(".lora_magnitude_vector.weight") for key in state),
             exact_names=True,
         )
+        adapter = source.with_lora(adapter) if _guided(source) else adapter
         load_role_state(adapter, state, origin)
         return adapter
 
@@ -311,16 +319,20 @@ def averaged_copy(denoiser: Denoiser, name: str) -> Denoiser:
     Returns:
         a denoiser in eval mode without trained parameters.
     """
-    if _guided(denoiser):
-        return denoiser.averaged()  # type: ignore[operator]
     if isinstance(denoiser, AdapterDenoiser):
-        return add_adapter_copy(denoiser, f"{denoiser.adapter_name}_{name}")
+        low_rank, name = AdapterDenoiser(denoiser, denoiser.adapter_name), f"{denoiser.adapter_name}_{name}"
+        second = add_adapter_copy(low_rank, name)
+        return denoiser.with_lora(second).eval() if _guided(denoiser) else second
+    if _guided(denoiser) and not denoiser.owns_network:
+        return denoiser.averaged()
     copied = _master(with_network(denoiser, merged_network(denoiser)))
     return copied.requires_grad_(False).eval()
 
 
 def with_network(source: Denoiser, network: nn.Module, family: Family | None = None) -> Denoiser:
     """The same denoiser around another network, which is called as ``family`` says; None for as the source's."""
+    if _guided(source):
+        return source.around(network, family)
     if not isinstance(source, AdapterDenoiser):
         same = (source.process, source.network_process, source.family)
         made = copy.deepcopy(source, {id(source.network): network, **{id(part): part for part in same}})
@@ -338,19 +350,24 @@ def with_network(source: Denoiser, network: nn.Module, family: Family | None = N
     ).eval()
 
 
-def _guided(denoiser: Denoiser) -> bool:
+def _guided(denoiser: Denoiser) -> TypeGuard[GuidedDenoiser]:
     from lightning_distill.networks.guidance_adapters import GuidedDenoiser  # which imports this module
 
     return isinstance(denoiser, GuidedDenoiser)
 
 
-def _check_source(source: Denoiser, name: str | None) -> None:
-    """Refuse what has no weights that could be trained on."""
-    if _guided(source):
+def check_alone(denoiser: Denoiser, user: str) -> None:
+    """Refuse guidance adapters where only the network of a role is taken.
+
+    Args:
+        denoiser: made by the role.
+        user: role that takes its network.
+    """
+    if _guided(denoiser):
         raise ValueError(
-            f"the source is a {type(source.network).__name__} with guidance adapters, which depend on the scale, the "
-            "time and the condition and are no part of its weights; give the "
-            f"{name or 'student'} Explicit(spec) of the network without them."
+            f"{user} takes a network alone, and the guidance adapters beside it would be lost; begin at the network "
+            "without them, or distil the guidance into it: GuidanceDistillation(student=TwoTime(kind=None, "
+            "guidance=True))."
         )
 
 

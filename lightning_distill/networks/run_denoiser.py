@@ -1,6 +1,7 @@
 """The network of an earlier run as a teacher."""
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.guidance_adapters import GuidedDenoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.merging import merged_network
 from lightning_distill.networks.roles import with_network
@@ -13,7 +14,8 @@ class RunDenoiser(DenoiserSpec):
     """The network that an earlier run samples from.
 
     A teacher trained with ``TeacherTraining``, or a student to be distilled further. Adapters of ``Lora`` are merged
-    into their weights, quantised ones restored, so that any role can start from it.
+    into their weights, quantised ones restored, so that any role can start from it; ``GuidanceAdapters``, which depend
+    on the call, stay beside the network, which becomes the denoiser's own.
 
     Args:
         path: run folder, or the folder of its versions (the newest is taken).
@@ -35,4 +37,6 @@ class RunDenoiser(DenoiserSpec):
         from lightning_distill.commands.run_folder import load_run
 
         found = load_run(self.path, self.checkpoint).sampling_network(self.weights)
-        return with_network(found, merged_network(found)) if isinstance(found, AdapterDenoiser) else found
+        if isinstance(found, (AdapterDenoiser, GuidedDenoiser)):
+            return with_network(found, merged_network(found))
+        return found

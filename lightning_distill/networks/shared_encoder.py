@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.roles import Copy, Role
+from lightning_distill.networks.roles import Copy, Role, check_alone
 from lightning_distill.prediction import Prediction
 from lightning_distill.samplers import transport
 from lightning_distill.times import few_step_times, validate_times
@@ -196,6 +196,7 @@ class SharedEncoder(Role):
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()
         made = self.role.build(source, name)
+        check_alone(made, "SharedEncoder")
         if not {cls.__name__ for cls in type(made.network).__mro__} & set(_CLASSES):
             raise ValueError(
                 f"SharedEncoder splits a UNet into encoder and decoder, and {type(made.network).__name__} is none; "

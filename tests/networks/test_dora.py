@@ -153,6 +153,7 @@ def test_magnitudes_are_not_carried_to_another_model(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ LoRA files
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", *(pytest.param(n, marks=pytest.mark.slow) for n in (
     "sdxl", "sana_sprint", "z_image", "qwen_image", "wan", "cogvideox", "ltx",
 ))])  # fmt: skip

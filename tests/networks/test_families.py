@@ -405,6 +405,7 @@ def test_null_conditions_travel_with_the_pipeline_and_its_roles(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ roles
+@pytest.mark.sparse(3)
 def test_lora_and_copy_start_as_the_teacher(family):
     teacher = family.denoiser().requires_grad_(False)
     x, t, cond = torch.randn(2, *family.shape), torch.tensor([0.3, 0.7]), family.cond(2)
@@ -436,6 +437,7 @@ def test_lora_and_copy_start_as_the_teacher(family):
         torch.testing.assert_close(merged.eval()(x, t, cond).raw, moved, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sparse(3)
 def test_every_block_can_be_checkpointed(family):
     """Recomputed blocks give the same gradient, so their lists are what diffusers walks through."""
     from lightning_distill.networks.lora import enable_activation_checkpointing
@@ -478,6 +480,7 @@ class OneBatch:
         return self.n
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*eval mode", "ignore:Trying to infer")
 def test_dmd2_moves_the_student(family):
     """Two cycles from conditions alone; the teacher, its backbone and its null conditions stay."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,25 @@ from tiny_pipelines import pixart_sigma, sd3, sd15, wan
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_distill.guidance import is_told
+from lightning_distill.networks.beside import Beside
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import Experts
 from lightning_distill.networks.guidance_adapter import Told
 from lightning_distill.networks.guidance_adapters import GuidanceAdapters, GuidedDenoiser
 from lightning_distill.networks.lora import add_adapter, enable_activation_checkpointing
-from lightning_distill.networks.merging import base_state_dict
-from lightning_distill.networks.roles import Copy, Lora, averaged_copy, load_role_state, role_state
+from lightning_distill.networks.merging import base_state_dict, merged_network
+from lightning_distill.networks.roles import (
+    Copy,
+    Lora,
+    averaged_copy,
+    load_role_state,
+    role_state,
+    trainable_parameters,
+    with_network,
+)
 from lightning_distill.networks.second_time import add_guidance
+from lightning_distill.networks.shared_encoder import SharedEncoder
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
 from lightning_distill.processes import FlowMatching, VariancePreserving
 
@@ -214,6 +227,65 @@ def test_an_average_is_a_second_set_on_the_same_network():
     assert torch.equal(average(*at, guidance=w).raw, student(*at, guidance=w).raw)
 
 
+# ------------------------------------------------------------------------------------------------ a second stage
+def taught(name="sd15", **settings):
+    """A trained guided teacher with a network of its own, as of an earlier run."""
+    _, student, at = made(name, **settings)
+    randomised(student)
+    student.family = replace(student.family, guidance_scale=4.0)
+    teacher = with_network(student, merged_network(student)).requires_grad_(False).eval()
+    assert teacher.owns_network
+    assert torch.equal(teacher(*at).raw, student(*at).raw)
+    return teacher, at
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("role", [Copy(), Lora(rank=2), Lora(rank=2, dora=True)], ids=["copy", "lora", "dora"])
+@pytest.mark.parametrize("name", ["mlp", "unet", "sd15", "sd3"])
+def test_a_student_of_a_guided_teacher_is_that_teacher_at_first(name, role, kind):
+    teacher, at = taught(name, kind=kind)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    student = role.build(teacher, "student")
+    assert isinstance(student, GuidedDenoiser)
+    assert is_told(student)
+    assert student.owns_network == isinstance(role, Copy)
+    full = {id(p) for p in student.parameters()}
+    assert full.isdisjoint({id(p) for p in teacher.parameters()} if isinstance(role, Copy) else set())
+    assert {id(p) for _, p in trainable_parameters(student)} == {id(p) for p in student.parameters()}
+    with torch.no_grad():
+        for w in (None, torch.tensor(1.0), torch.tensor([2.0, 6.0])):
+            assert torch.equal(student(*at, guidance=w).raw, teacher(*at, guidance=w).raw)
+    student(*at).raw.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in student.adapters[0].out.parameters())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        assert not torch.allclose(student(*at).raw, teacher(*at).raw, atol=1e-5)
+    own = {key.replace(".base_layer", ""): value for key, value in teacher.state_dict().items() if ".lora_" not in key}
+    assert before.keys() == own.keys()
+    assert all(torch.equal(before[key], own[key]) for key in before)
+
+
+@pytest.mark.parametrize("role", [Copy(), Lora(rank=2)], ids=["copy", "lora"])
+def test_averages_and_states_of_a_second_stage(role):
+    teacher, at = taught()
+    student = role.build(teacher, "student")
+    randomised(student, seed=3, std=0.1)
+    average = averaged_copy(student, "power")
+    assert role_state(average).keys() == role_state(student).keys()
+    assert not any(p.requires_grad for p in average.parameters())
+    with torch.no_grad():
+        assert torch.equal(average(*at).raw, student(*at).raw)
+        randomised(student, seed=5, std=0.1)
+        assert not torch.equal(average(*at).raw, student(*at).raw)
+        load_role_state(average, role_state(student))
+        assert torch.equal(average(*at).raw, student(*at).raw)
+        # a third stage begins where this one ended
+        third = with_network(student, merged_network(student))
+        torch.testing.assert_close(third(*at).raw, student(*at).raw, rtol=1e-4, atol=1e-4)
+        assert torch.equal(Copy().build(third).requires_grad_(False)(*at).raw, third(*at).raw)
+
+
 def test_equal_seeds_are_equal_adapters():
     one, two, other = (made("mlp", seed=seed)[1] for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
@@ -234,8 +306,8 @@ def test_what_does_not_fit_is_refused():
         GuidanceAdapters(target_modules=["time_proj"]).build(teacher)
     with pytest.raises(ValueError, match="itself an adapter"):
         GuidanceAdapters().build(student)
-    for role in (Copy(), Lora(rank=2)):
-        with pytest.raises(ValueError, match="with guidance adapters"):
+    for role in (Experts(classes=[[0, 1], [2]]), SharedEncoder(decoders=2), Beside()):
+        with pytest.raises(ValueError, match=r"the guidance adapters beside it would be lost; begin at the network"):
             role.build(student, "student")
     embeds = Denoiser(ResidualMLP((2,), 8, 1, num_classes=3), FlowMatching(), "flow_prediction")
     add_guidance(embeds.network)

@@ -146,6 +146,7 @@ def separate_copy(teacher, role):
     return Denoiser(net.double(), teacher.process, teacher.prediction_type, null_class=5), own
 
 
+@pytest.mark.sparse(4)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_gradients_equal_those_of_separate_copies(kind, checkpointing):

@@ -198,6 +198,7 @@ def test_corners_are_uniform_over_all_places(tmp_path):
     assert edges.tolist() == [[0, 0], [3, 0]]
 
 
+@pytest.mark.sparse(2)
 def test_videos_are_decoded_frame_by_frame(folder, trunk):
     video, other = latents(2, 4, 4), latents(2, 4, 4, seed=1)
     decoder = PixelDecoder(str(folder))
@@ -341,6 +342,7 @@ def test_yaml(folder, trunk, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ in methods
+@pytest.mark.sparse(2)
 def test_the_distance_is_lpips_of_the_pictures(folder, trunk):
     decoder = PixelDecoder(str(folder), crop=4)
     distance, plain = PerceptualDistance(trunk_weights=trunk, decoder=decoder), PerceptualDistance(trunk_weights=trunk)
@@ -398,6 +400,7 @@ def own_pairs(tmp_path):
     return Denoiser(network, VariancePreserving(zero_terminal_snr=True), "v_prediction").eval(), pair_file(tmp_path)
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("crop", [None, 6])
 def test_a_run_with_a_loss_of_decoded_latents(own_pairs, trunk, tmp_path, crop):
     """The warm-up of DMD2 by LPIPS of decoded latents: the loss falls, and the decoder is nowhere to be found."""

@@ -5,9 +5,13 @@ from lightning_distill.cli import main
 from lightning_distill.commands.run_folder import load_run
 from lightning_distill.configs import config_path
 from lightning_distill.guidance import is_told
+from lightning_distill.methods import DMD2, ConsistencyDistillation, InstaFlow
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.guidance_adapters import GuidedDenoiser
+from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, role_state
 from lightning_distill.networks.run_denoiser import RunDenoiser
 from lightning_distill.networks.second_time import second_time_of
+from lightning_distill.networks.specs import ZooDenoiser
 
 
 def test_a_trained_teacher_is_distilled_by_naming_its_run_folder(tmp_path, capsys):
@@ -66,6 +70,7 @@ model:
 """
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize(
     "second",
     [
@@ -96,3 +101,120 @@ def test_a_stage_of_guidance_distillation_by_adapters_is_distilled_further(tmp_p
     assert main([*words, named[1]]) == 0, capsys.readouterr().err
     student = load_run(tmp_path / "second", None).sampling_network(None)
     assert student.family.guidance_scale == (4.0 if "--model.guidance.scale=4" in second else 3.5)
+
+
+AGD_RUN = """
+model:
+  class_path: AGD
+  init_args:
+    teacher: {class_path: ZooDenoiser, init_args: {name: digits}}
+    guidance: {class_path: RandomGuidance, init_args: {low: 1, high: 6}}
+    student: {class_path: GuidanceAdapters, init_args: {width: 16}}
+    num_steps: 4
+    solver_steps: 2
+    student_optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.3}}
+"""
+SMALL = ["--model.student.rank=2", "--model.student.target_modules=[inner,outer]"]
+
+
+@pytest.fixture(scope="module")
+def guided_run(tmp_path_factory):
+    """A run of AGD whose adapters have learned something."""
+    folder = tmp_path_factory.mktemp("agd")
+    (folder / "first.yaml").write_text(AGD_RUN)
+    words = ["fit", "-c", str(folder / "first.yaml"), "--data=Prior", "--data.batch_size=8", "--data.num_classes=10"]
+    words += [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=first"]
+    assert (
+        main([*words, "--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]) == 0
+    )
+    return folder / "first"
+
+
+def call():
+    return torch.randn(4, 1, 8, 8), torch.full((4,), 0.5, dtype=torch.float64), {"class_labels": torch.arange(4)}
+
+
+def test_the_guided_teacher_of_a_run_owns_its_network(guided_run):
+    teacher, own = RunDenoiser(str(guided_run)).build(), load_run(guided_run).sampling_network(None)
+    assert isinstance(teacher, GuidedDenoiser)
+    assert is_told(teacher)
+    assert teacher.family.guidance_scale == 3.5
+    # parts of it that another device, a checkpoint or a copy has to take along
+    owned = {name.partition(".")[0] for name, _ in teacher.named_parameters()}
+    assert owned == {"network", "adapters"}
+    with torch.no_grad():
+        for w in (None, torch.tensor(1.0), torch.tensor(5.0)):
+            at = call()
+            assert torch.equal(teacher(*at, guidance=w).x0, own(*at, guidance=w).x0)
+        at = call()
+        scales = [teacher(*at, guidance=torch.tensor(w)).x0 for w in (1.0, 5.0)]
+        assert (scales[0] - scales[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("role", [Copy(), Lora(rank=2, target_modules=["inner", "outer"])], ids=["copy", "lora"])
+@pytest.mark.parametrize("method", [DMD2, ConsistencyDistillation, InstaFlow])
+def test_a_one_step_student_is_its_guided_teacher_at_first(guided_run, role, method):
+    settings = {"fake_score": role} if method is DMD2 else {}
+    module = method(RunDenoiser(str(guided_run)), student=role, num_steps=1, **settings)
+    module.configure_model()
+    x, _, cond = call()
+    t = torch.full((4,), module.student_times[0], dtype=torch.float64)
+    names = ["student", *settings, *(f"student_ema.{name}" for name in module.student_ema)]
+    with torch.no_grad():
+        for name in names:
+            assert torch.equal(module.get_submodule(name)(x, t, cond).raw, module.teacher(x, t, cond).raw), name
+        assert torch.equal(module.sample(4, cond, noise=x), module.teacher(x, t, cond).x0)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        ["--model=DMD2", "--model.student=Copy", "--model.fake_score_steps=1"],
+        ["--model=DMD2", "--model.student=Lora", *SMALL, "--model.fake_score_steps=1"],
+        ["--model=ConsistencyDistillation", "--model.guidance=Guidance", "--model.guidance.scale=4"],
+        ["--model=MeanFlow", "--model.student=TwoTime", "--model.student.role=Copy"],
+    ],
+    ids=["dmd2", "dmd2-lora", "consistency", "mean-flow"],
+)
+def test_a_run_of_agd_is_distilled_further(guided_run, tmp_path, capsys, second):
+    """Guidance adapters are trained on with the network, or beside low-rank adapters on it; resume; no export."""
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    quiet += [f"--trainer.logger.init_args.save_dir={tmp_path}", "--data=Digits", "--data.batch_size=8"]
+    words = ["fit", *second, "--model.num_steps=1"] if "MeanFlow" not in second[0] else ["fit", *second]
+    words += ["--model.teacher=RunDenoiser", f"--model.teacher.path={guided_run}", *quiet]
+    assert main([*words, "--trainer.max_steps=4", "--trainer.logger.init_args.name=second"]) == 0, (
+        capsys.readouterr().err
+    )
+    module = load_run(tmp_path / "second", None)
+    student = module.sampling_network("student")
+    assert student.family.guidance_scale == (4.0 if "--model.guidance.scale=4" in second else 3.5)
+    teacher = RunDenoiser(str(guided_run)).build()
+    changed = [not torch.equal(a, b) for a, b in zip(student.adapters.parameters(), teacher.adapters.parameters())]
+    assert any(changed)
+    # the run is a teacher again, and says that no stock pipeline has its adapters
+    third, at = RunDenoiser(str(tmp_path / "second"), weights="student").build(), call()
+    with torch.no_grad():
+        torch.testing.assert_close(third(*at).x0, student(*at).x0, rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "second"), str(tmp_path / "out")]) != 0
+    assert "need more than its network, and no stock pipeline has the rest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("role", [Copy(), Lora(rank=2, target_modules=["inner", "outer"])], ids=["copy", "lora"])
+def test_a_student_begins_as_the_guided_student_of_a_checkpoint(guided_run, tmp_path, role, merge):
+    first = ConsistencyDistillation(RunDenoiser(str(guided_run)), student=role, num_steps=1, ema=[])
+    first.configure_model()
+    with torch.no_grad():
+        for parameter in first.student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    state = {f"student.{key}": value for key, value in role_state(first.student).items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.5"}, tmp_path / "first.ckpt")
+    start = FromCheckpoint(str(tmp_path / "first.ckpt"), role="student", merge=merge)
+    teacher = RunDenoiser(str(guided_run)).build().requires_grad_(False)
+    student, at = start.build(teacher, "student"), call()
+    with torch.no_grad():
+        torch.testing.assert_close(student(*at).x0, first.student(*at).x0, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(student(*at).x0, teacher(*at).x0, atol=1e-4)
+    with pytest.raises(ValueError, match="holds guidance adapters, which are no weights of the teacher's network"):
+        start.build(ZooDenoiser("digits").build(), "student")

@@ -66,6 +66,7 @@ def learned(denoiser):
 
 
 # ------------------------------------------------------------------------------------------------ equality
+@pytest.mark.sparse(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ONE_TIME)
 def test_stock_networks_are_unchanged_bit_for_bit(name, kind):
@@ -228,6 +229,7 @@ def test_copies_averages_and_checkpoints(tmp_path):
     assert torch.equal(fresh(x, t, r=r, guidance=w).raw, out)
 
 
+@pytest.mark.sparse(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["sd15", "sd3", "wan"])
 def test_adapters_on_a_shared_backbone(name, kind):

@@ -57,6 +57,7 @@ def stock_embeddings(folder, prompts, **call):
     return results
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("name", MAKERS)
 def test_equals_the_stock_pipeline(name, tmp_path):
     folder = MAKERS[name](tmp_path / name)
@@ -86,6 +87,7 @@ def same(mine, stock, ragged, key):
         torch.testing.assert_close(mine, stock.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("name", MAKERS)
 def test_conditions_are_those_of_the_network(name, tmp_path):
     folder = MAKERS[name](tmp_path / name)

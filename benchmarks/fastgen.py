@@ -221,6 +221,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     group.add_argument("--quality", action="store_true", help="measure these instead; stopped runs go on")
     group.add_argument("--out", type=Path, default=Path("fastgen_quality"), help="folder of the runs")
     group.add_argument("--budget", type=float, default=900.0, help="CPU seconds of a run")
+    group.add_argument(
+        "--first", type=float, default=240.0, help="CPU seconds of every point; each side's best goes on"
+    )
     group.add_argument("--every", type=float, default=30.0, help="CPU seconds between two looks at the student")
     group.add_argument("--samples", type=int, default=2560, help="samples of a look")
     group.add_argument(

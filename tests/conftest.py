@@ -11,9 +11,15 @@ os.environ["LIGHTNING_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="cache_")  # not
 
 import pytest
 import torch
+from sampling_of_cases import mark_the_rest_slow
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["LIGHTNING_DISTILL_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are deselected
+def pytest_collection_modifyitems(items):
+    mark_the_rest_slow(items)
 
 
 @pytest.fixture(autouse=True)

@@ -190,6 +190,7 @@ def test_the_settings_work(write):
     assert main(["fit", "-c", write()]) == 0
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configurations(refused, write, name):
     changes, mentioned = CONFIGURATIONS[name]
@@ -323,6 +324,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sparse(4)
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_checkpoints(refused, write, run, how):
     file = run / "checkpoints" / "last.ckpt"
@@ -404,6 +406,7 @@ def test_exporting(refused, run):
 
 
 # ------------------------------------------------------------------------------------------------ the program itself
+@pytest.mark.slow
 def test_the_program_prints_one_line_and_returns_2(tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps(settings({"model.class_path": "DMD3"})))
     words = [sys.executable, "-m", "lightning_distill", "fit", "-c", "run.yaml"]

@@ -34,6 +34,7 @@ def test_the_measurement_is_one():
     assert all(0 < bfloat16._seconds(dtype) < 1 for dtype in (torch.float32, torch.bfloat16))
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize(("half", "precision", "told"), [(2, "bf16-mixed", True), (2, 32, False), (0.5, "bf16", False)])
 def test_a_run_in_slow_bfloat16_is_told(processor, monkeypatch, tmp_path, half, precision, told):
     processor(1.0, half)

@@ -323,6 +323,7 @@ def teacher(pipelines):
     return folder
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("kind", ["CachedConditions", "CachedLatents"])
 def test_a_guided_student_is_distilled_from_a_store(teacher, kind, capsys):
     import yaml

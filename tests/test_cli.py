@@ -175,6 +175,7 @@ def test_a_run_leaves_configuration_checkpoints_and_curves(tmp_path):
     assert not any(key.startswith("teacher.") for key in checkpoint["state_dict"])
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("max_steps", [5, 10, 13])
 def test_the_last_checkpoint_is_the_end_of_the_run(tmp_path, max_steps):
     # batches of 8 in epochs of 80: 10 is the end of an epoch, 5 and 13 lie within one; every 1, 2 and 3 updates
@@ -213,6 +214,7 @@ def test_a_second_run_gets_its_own_folder_and_run_names_find_the_newest(tmp_path
     assert find_run(runs) == runs / "version_1", "a run without checkpoints hides an earlier one"
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("stop", [4, 10])
 def test_resuming_through_the_command_line_is_exact(tmp_path, stop):
     # within the first epoch of 10 batches, and at its end
@@ -226,6 +228,7 @@ def test_resuming_through_the_command_line_is_exact(tmp_path, stop):
         assert torch.equal(value, expected[key]), key
 
 
+@pytest.mark.slow
 def test_resuming_within_the_same_folder(tmp_path):
     part = fit(ring4(), tmp_path, "--trainer.max_steps=2")
     folder = Path(part.trainer.log_dir)
@@ -362,6 +365,7 @@ def test_sample_of_points(tmp_path):
     assert (Path(run) / "samples.png").is_file()
 
 
+@pytest.mark.slow
 def test_export_gives_the_images_of_sample_in_stock_diffusers(picture_run, tmp_path, capsys):
     out = tmp_path / "pipeline"
     assert main(["export", str(picture_run), str(out)]) == 0

@@ -131,6 +131,7 @@ def test_the_page_says_what_the_record_says(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ everything
+@pytest.mark.slow
 def test_students_are_trained_measured_drawn_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(dials, "STUDENTS", {"dmd2": dials.STUDENTS["dmd2"]})
     monkeypatch.setattr(dials, "SOLVERS", {"ode": (1, 4), "heun": (4,)})

@@ -44,6 +44,7 @@ def test_rows_are_added(run, capsys):
     assert "metrics.json" in out
 
 
+@pytest.mark.slow
 def test_the_pass_rule_uses_a_second_extractor(run, capsys):
     assert main(["evaluate", str(run), "--pass-rule"]) == 1  # three updates do not make a student
     out = capsys.readouterr().out

@@ -162,6 +162,7 @@ def test_other_mathematics_is_noticed(tmp_path):
         benchmark.main(["--fastgen", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(library, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "write_result", lambda *a, **k: results.write_result(*a, results=tmp_path, **k))
     checkout = write(tmp_path / "checkout")
@@ -235,7 +236,7 @@ def test_updates_with_tangents_are_measured_and_written(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ quality
 def quality_arguments(folder, **changes):
-    words = {"budget": 1.0, "every": 0.5, "samples": 80, "points": [(1e-3, 1)], "out": folder / "runs"}
+    words = {"budget": 1.0, "first": 240.0, "every": 0.5, "samples": 80, "points": [(1e-3, 1)], "out": folder / "runs"}
     return Namespace(**{**words, **changes})
 
 

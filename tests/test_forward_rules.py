@@ -85,6 +85,7 @@ def test_weights_that_move_are_left_to_torch():
     torch.testing.assert_close(value_and_tangent(F.linear, (x, w), moves, one_pass=True)[1], want)
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_one_pass_is_two_passes(name):
     tiny = MAKERS[name]()

@@ -3,8 +3,8 @@
 import json
 import sys
 import weakref
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def real_phases(module, size, precision=None):
     return found
 
 
-@pytest.mark.parametrize("case", mostly_slow("mlp", "unet_gan"))
+@pytest.mark.parametrize("case", mostly_slow("mlp"))
 def test_activations_are_those_of_a_real_update(case):
     compare_activations(case, "32-true")
 
@@ -426,6 +426,7 @@ def test_command(config, capsys):
     assert "-c/--config" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_share_what_the_strategy_shards(config):
     import lightning_distill.cli
 

@@ -144,6 +144,7 @@ def test_killed_while_a_checkpoint_is_written(runs, whole):
     assert not list(folder.glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_damaged_last_checkpoint_and_a_second_run(runs, whole):
     """SIGTERM within a cycle; last.ckpt is then damaged; another run has the folder for a while."""
     assert runs.run("harmed", ("signal_at(4, 15)",)) == 128 + signal.SIGTERM

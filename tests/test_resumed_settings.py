@@ -110,6 +110,7 @@ def test_what_is_recorded_is_plain(stopped):
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+@pytest.mark.slow
 def test_every_argument_of_the_command_line_counts(tmp_path):
     def run(steps, *words):
         common = ["--trainer.accelerator=cpu", f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={tmp_path}"]

@@ -283,6 +283,7 @@ def test_nothing_to_train_is_said(runs):
     assert "nothing is trained: trainer.limit_train_batches" in runs.log("idle")
 
 
+@pytest.mark.slow
 def test_a_longer_run_replaces_the_last_checkpoint(runs, whole):
     assert runs.asked("longer", updates=4, without=DEFAULT) == 0
     assert runs.asked("longer", without=DEFAULT, updates=UPDATES + 2) == 0
@@ -304,6 +305,7 @@ def rows(file):
         return [(int(row["step"]), row["train/student/matching"]) for row in csv.DictReader(stream)]
 
 
+@pytest.mark.slow
 def test_the_curve_of_the_earlier_part_stays(runs):
     def curve(run, updates, before=()):
         folder = runs.folder / run
@@ -323,6 +325,7 @@ def test_the_curve_of_the_earlier_part_stays(runs):
     assert curve("parts", UPDATES) == (0, want), "nothing was left to do"
 
 
+@pytest.mark.slow
 def test_a_slurm_job_is_requeued_and_starts_from_its_own_state(runs, whole, tmp_path):
     """Another job's ``hpc_ckpt_1.ckpt`` lies in the folder in which both were started."""
     scontrol = tmp_path / "scontrol"

@@ -61,6 +61,7 @@ def error(sampler, process, times, x):
     return (sampler(gaussian(process), x, times, process) - exact(x, times[0], 0.0, process)).norm().item()
 
 
+@pytest.mark.sparse(2)
 @by_process
 @pytest.mark.parametrize(("sampler", "order"), [(ode, 1), (heun, 2), (adams, 2)])
 def test_order_of_convergence(sampler, order, process):
@@ -71,6 +72,7 @@ def test_order_of_convergence(sampler, order, process):
     assert errors[-1] < 0.05
 
 
+@pytest.mark.sparse(3)
 @by_process
 def test_dpmpp_2m_is_second_order_in_log_snr(process):
     x = process.prior(torch.randn(8, 2, dtype=F64), 0.5 * process.t_max)

@@ -44,6 +44,7 @@ def point(shape, n=2, dtype=torch.float32):
 
 
 # ------------------------------------------------------------------------------------------------ every model class
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_exact_tangents_of_stock_networks_equal_the_math_backend(name):
     tiny = MAKERS[name]()
@@ -58,6 +59,7 @@ def test_exact_tangents_of_stock_networks_equal_the_math_backend(name):
     torch.testing.assert_close(value, f(x, t), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_exact_tangents_of_stock_networks_equal_central_differences(name):
     """In the sample, in float64; in time, whose embeddings diffusers computes in float32, with a wider step."""

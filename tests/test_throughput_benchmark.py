@@ -160,6 +160,7 @@ def test_every_size_can_be_guided(monkeypatch, small):
     assert real_sizes.build(real_sizes.SIZES["small_unet"]).num_classes == 10
 
 
+@pytest.mark.slow
 def test_a_guided_row_is_measured(small, written, capsys):
     words = ["sdxl", "--guidance", "3", "--batch", "2", "--weights", "lora", "--checkpointing", "on", "--rank", "2"]
     assert throughput.main([*words, "--blocks", "1", "--block", "1", "--ratio", "1"]) == 0
@@ -208,6 +209,7 @@ def test_the_networks_of_the_limits(small, monkeypatch):
         assert {p.dtype for p in trained} == {torch.float32}
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize(
     ("peaks", "status", "words"),
     [

@@ -338,7 +338,7 @@ class TrainingHealth(Callback):
         known = set(batch.cond) <= {"class_labels"}
         n = self.num_samples if known else min(self.num_samples, batch.size)
         first = trainer.global_rank * n
-        cond = default_cond(network, n, first) if known else accepted(network, batch.rows(0, n).cond)
+        cond = default_cond(network, n, first) if known else network.accepted(batch.rows(0, n).cond)
         noise = index_noise(n, module.sample_shape, derive_seed(module.streams.seed, "health"), first)
         generator = torch.Generator().manual_seed(derive_seed(module.streams.seed, "health/fresh", first))
         return generate(
@@ -414,9 +414,3 @@ class TrainingHealth(Callback):
 def rolls_out_itself(module: DistillationModule) -> bool:
     """Whether a method has rollouts other than those of the backward simulation."""
     return type(module).simulate_student is not DistillationModule.simulate_student
-
-
-def accepted(network: Denoiser, cond: Mapping[str, Any]) -> dict[str, Any]:
-    """The conditions that a network takes, where a batch has those of several networks."""
-    keys = network.family.cond_keys
-    return {key: value for key, value in cond.items() if not keys or key in keys}

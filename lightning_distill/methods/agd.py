@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance, RandomGuidance
-from lightning_distill.methods.guidance_distillation import GuidanceDistillation
+from lightning_distill.methods.guidance_distillation import GuidanceDistillation, pure_noise
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.guidance_adapters import GuidanceAdapters, GuidedDenoiser
 from lightning_distill.networks.roles import Role
@@ -33,7 +33,8 @@ class AGD(GuidanceDistillation):
         student: None for ``GuidanceAdapters()``.
         guidance: scales of trajectories that are solved in training, and its ``scale`` what a sample is made with;
             stored records have their own. None for ``RandomGuidance(1, 6)``; the paper's text models have 1 to 12.
-        space: prediction type that is compared.
+        space: prediction type that is compared; None for ``epsilon``, the paper's, where it says something of the first
+            input, and ``flow_prediction`` where that is pure noise (its noise is known then).
         student_optimizer: None for AdamW with learning rate 1e-4 and no weight decay.
         **kwargs: see ``GuidanceDistillation``.
 
@@ -55,7 +56,7 @@ class AGD(GuidanceDistillation):
         *,
         student: Role | None = None,
         guidance: Guidance | None = None,
-        space: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon",
+        space: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None,
         student_optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
     ) -> None:
@@ -63,10 +64,17 @@ class AGD(GuidanceDistillation):
             teacher,
             student=student or GuidanceAdapters(),
             guidance=guidance or RandomGuidance(1.0, 6.0),
-            space=space,
+            space=space or "flow_prediction",
             student_optimizer=student_optimizer or default_optimizer(1e-4, weight_decay=0.0),
             **kwargs,
         )
+        self._papers_space = space is None
+
+    def build_roles(self) -> None:
+        """The adapters, and the space in which they are compared."""
+        super().build_roles()
+        if self._papers_space and not pure_noise(self.process):
+            self.space = "epsilon"
 
     def check_configuration(self) -> None:
         """The student is a set of adapters."""

@@ -216,11 +216,12 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         return self.teacher
 
     def teacher_fingerprint(self) -> str:
-        """SHA-256 of the teacher's own weights (adapters on its backbone excluded); computed once."""
+        """SHA-256 of the teacher's own weights (roles' adapters on its backbone excluded); computed once."""
         if self._teacher_fingerprint is None:
-            self._teacher_fingerprint = checkpoints.fingerprint(
-                base_state_dict(self.require_teacher().network).values()
-            )
+            teacher = self.require_teacher()
+            beside = [v for k, v in teacher.state_dict().items() if k.startswith("adapters.")]  # that guide it
+            weights = [*base_state_dict(teacher.network).values(), *beside]
+            self._teacher_fingerprint = checkpoints.fingerprint(weights)
         return self._teacher_fingerprint
 
     def role_parameters(self, name: str) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from lightning_distill.losses.residual_shift import trajectory_matching
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import Metric
 from lightning_distill.methods.consistency_training import ConsistencyTraining
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec
@@ -104,6 +105,11 @@ class CTMSR(ConsistencyTraining):
         if self.proxy is not None:
             self.proxy.eval()
         return self
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before the second term counts."""
+        super().on_fit_start()
+        check_schedule(self, "trajectory_from", (self.trajectory_from or 0) + 1, "the second term never counts")
 
     def grid(self) -> list[float]:
         """Descending times of this update, down to the picture itself."""

@@ -96,8 +96,8 @@ def check_schedule(module: DistillationModule, name: str, updates: int, conseque
     """
     if 0 < module.trainer.max_steps < updates:
         rank_zero_warn(
-            f"{name}={updates} student updates, and the run ends after {module.trainer.max_steps}: {consequence}; "
-            f"lower {name}, or raise max_steps."
+            f"{name} asks for {updates} student updates, and the run ends after {module.trainer.max_steps}: "
+            f"{consequence}; lower {name}, or raise max_steps."
         )
 
 

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distill.batch import Batch, slice_cond
@@ -14,9 +15,15 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import Capability
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
+from lightning_distill.processes import NoiseProcess
 from lightning_distill.times import TimeDistribution, bounded
 
 __all__ = ["GuidanceDistillation"]
+
+
+def pure_noise(process: NoiseProcess) -> bool:
+    """Whether nothing of the data is left at t_max, so that a prediction of the noise is no prediction there."""
+    return float(process.alpha(torch.tensor(process.t_max, dtype=torch.float64))) < 1e-3
 
 
 class GuidanceDistillation(TeacherPaths):
@@ -80,6 +87,11 @@ class GuidanceDistillation(TeacherPaths):
             raise ValueError(
                 "GuidanceDistillation has nothing to distil at guidance scale 1; give guidance=Guidance(w) or "
                 "RandomGuidance(low, high)."
+            )
+        if self.space == "epsilon" and pure_noise(self.process):
+            rank_zero_warn(
+                "space='epsilon' compares nothing at the first input, which is pure noise and where guidance does "
+                "most; use space='flow_prediction'."
             )
         if isinstance(self.guidance, RandomGuidance) and not self._tells_scale:
             raise ValueError(

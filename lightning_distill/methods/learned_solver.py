@@ -200,7 +200,9 @@ class LearnedSolver(BOSS):
             self.trajectory(batch)  # the first one decides where learning starts
         noise, x0 = self.pairs(batch)
         times, u = self.schedule(), self.draws.uniform("guidance", batch.size)
-        x, previous = times[0].detach().to(noise) * noise, None
+        start = self.student_times[0]
+        scale = change_process(torch.tensor(start, dtype=torch.float64), self.process, FlowMatching())[1]
+        x, previous = float(scale) * self.process.prior(noise, start), None
         for (t, r), (factor, difference) in zip(pairwise(times), self.schedule.coefficients().unbind(1)):
             seen, native = self.native(x, t.expand(batch.size))
             v = self.guidance(self.student, seen, native, batch.cond, u).flow_prediction

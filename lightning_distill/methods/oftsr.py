@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch, as_batch
-from lightning_distill.generation import beginning
+from lightning_distill.generation import beginning, draw_noise
 from lightning_distill.losses.flow_maps import flow_jump
 from lightning_distill.losses.oftsr import alignment_loss, perturbed_source, runge_kutta_velocity, trajectory_target
 from lightning_distill.methods.base import Terms
@@ -74,6 +74,8 @@ class OFTSR(TwoTimeMethod):
             )
         if not 0.0 < ratio <= 1.0:
             raise ValueError(f"ratio={ratio}: the second point lies within the step, in (0, 1]; 1/2 is the mid-point.")
+        if source == "gaussian" and perturbation:
+            raise ValueError(f"perturbation={perturbation:g} adds noise to a source that is noise; leave it out.")
         self.source, self.perturbation = source, perturbation
         self.time_step, self.ratio, self.margin = time_step, ratio, margin
 
@@ -123,7 +125,8 @@ class OFTSR(TwoTimeMethod):
         Args:
             n: number of samples.
             cond: conditions, tensors of n rows, the source among them where it is one.
-            noise: with ``source=None`` the sources themselves; else the noise of the perturbation or the start.
+            noise: with ``source=None`` the sources themselves, without the noise of the perturbation; else that of the
+                perturbation or the start.
             **options: as there.
 
         Raises:
@@ -134,6 +137,9 @@ class OFTSR(TwoTimeMethod):
                 "this OFTSR was trained from the noise field of batches, the pictures to be restored; give "
                 "sample(noise=...) these pictures."
             )
+        if self.source is None and noise is not None and self.perturbation:
+            fresh = draw_noise(noise.shape, options.get("generator")).to(noise)
+            noise = perturbed_source(noise, fresh, self.perturbation)
         return super().sample(n, cond, noise=noise, **options)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import averaged_copy
@@ -39,7 +40,8 @@ class YONOS(TrajectoryMethod):
             conditions to the teacher's. The student of a stage sees what the next stage's teacher does, that of the
             last the conditions as they are.
         stage_updates: student updates of a stage; the last goes on until the run ends.
-        space: in which predictions are compared, a prediction type; None for the student's own.
+        space: in which predictions are compared, a prediction type; None for the student's own, or ``flow_prediction``
+            where its network lives in another process.
         times: distribution of t; None for uniform (Karras' in EDM).
         metric: distance of predictions, see ``losses.consistency.distance``.
         huber: constant of pseudo-Huber, None for the default.
@@ -104,6 +106,12 @@ class YONOS(TrajectoryMethod):
             self.source.eval()
         return self
 
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before the student has seen its own condition."""
+        super().on_fit_start()
+        before = (len(self.easier) - 1) * self.stage_updates
+        check_schedule(self, "stage_updates", before + 1, "the student has not seen the condition of its last stage")
+
     # ------------------------------------------------------------------------------------------------ stages
     def stage(self) -> int:
         """Stage of this update, from 0."""
@@ -130,7 +138,7 @@ class YONOS(TrajectoryMethod):
         """
         plain = {key: value for key, value in batch.cond.items() if key not in self.privileged}
         if stage == len(self.easier):
-            return plain
+            return self.student.accepted(plain)
         view = self.easier[stage]
         if not isinstance(view, dict):
             return view(dict(batch.cond))
@@ -155,7 +163,8 @@ class YONOS(TrajectoryMethod):
     def student_loss(self, batch: Batch) -> Terms:
         """Distance of the two predictions."""
         x_t, t, _ = self.renoise(self.data(batch), self._given_distribution or bounded(self.process, 0.0, 1.0))
-        space = self.space or self.student.prediction_type
+        inner = self.student.network_process is not None  # whose prediction type has another weight out here
+        space = self.space or ("flow_prediction" if inner else self.student.prediction_type)
         goal = self.target(batch, x_t, t, space)
         cond = self.conditions(batch, self.stage() + 1)
         made = self.student(x_t, t, cond, guidance=self.told_scale(t)).as_type(space)

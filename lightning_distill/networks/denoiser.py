@@ -348,6 +348,11 @@ class Denoiser(NullConditions, nn.Module):
             given |= {k: v.long() for k, v in cond.items() if k == "encoder_attention_mask"}
         return given if family.arguments is None else family.arguments(self.network, x, given)
 
+    def accepted(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        """The conditions that the network takes, where a batch has those of several networks."""
+        keys = self.family.cond_keys
+        return {key: value for key, value in cond.items() if not keys or key in keys}
+
     def block_names(self) -> list[str]:
         """Names of the network's blocks in execution order (see ``Family.blocks``)."""
         names = []

@@ -292,6 +292,7 @@ class States(Callback):
         self.rates[trainer.global_step] = [o.param_groups[0]["lr"] for o in trainer.optimizers]
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("name", ["one_step", "gan_fake_score", "lora", "edm_preconditioned"])
 def test_rollback_restores_the_good_state_and_cuts_the_rates(name, tmp_path):
     plain = States()
@@ -362,6 +363,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_no_schedule_undoes_the_cut(schedule, tmp_path):
     overrides = {"student_scheduler": schedule, "fake_score_scheduler": None}

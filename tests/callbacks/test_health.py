@@ -30,11 +30,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 BY_NAME = {case.name: case for case in CASES}
-each_case = pytest.mark.parametrize(
-    "case",
-    [case if i % 6 == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(CASES)],
-    ids=lambda c: f"{c.method.__name__}-{c.name}",
-)
 
 
 def small_health(**settings):
@@ -52,7 +47,8 @@ def complete_state(case, folder, *callbacks):
     return {k: state[k] for k in ("state_dict", "optimizer_states", "lr_schedulers", "lightning_distill")}
 
 
-@each_case
+@pytest.mark.sparse(12)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.method.__name__}-{c.name}")
 def test_training_is_the_same_bit_for_bit(case, tmp_path):
     health = small_health()
     plain = complete_state(case, tmp_path)

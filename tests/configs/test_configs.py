@@ -26,12 +26,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
 import tiny_text
 from emoji_package import package
 from recipe_stand_ins import stand_in
+from sampling_of_cases import slow
 from shipped import COMPLETE, FILES, load
 
-SLOW = pytest.mark.slow
-#: problems in the plane, whose methods have learning tests beside their files
-TOYS = [f for f in FILES if f.endswith(("_ring.yaml", "_ring4.yaml"))]
-OTHERS = [f for f in FILES if f not in TOYS]
+#: networks for pictures of 28 or 32 pixels
+LARGE = [f for f in FILES if "fashion" in f or "emoji" in f]
+SMALL = [f for f in FILES if f not in LARGE and f != "quickstart.yaml"]
+#: a store of trajectories, the run of a teacher, a strategy beside a method, and training from data
+ALWAYS = (
+    *("method/knowledge_distillation_fashion.yaml", "method/yonos_digits.yaml"),
+    *("strategy/role_fsdp2.yaml", "teacher/digits.yaml"),
+)
 #: words that fit a recipe to its tiny model
 FITTING: list[str] = []
 #: small stores by the command that makes them
@@ -158,13 +163,18 @@ def words(name):
     return ["-c", str(config_path(name)), *FITTING] if name in COMPLETE else added_to(name)
 
 
-@pytest.mark.parametrize("name", [f if i % 2 else pytest.param(f, marks=SLOW) for i, f in enumerate(TOYS)] + OTHERS)
+def thinned(files, every):
+    return [f if i % every == 0 or f in ALWAYS else slow(f) for i, f in enumerate(files)]
+
+
+@pytest.mark.parametrize("name", [*thinned(SMALL, 7), *thinned(LARGE, 10), slow("quickstart.yaml")])
 def test_runs(name):
     cli = trainer_cli(["fit", *words(name), *TINY, "--trainer.accelerator=cpu"])
     assert cli.trainer.global_step == 1
 
 
-@pytest.mark.parametrize("name", [f if i % 8 == 0 else pytest.param(f, marks=SLOW) for i, f in enumerate(FILES)])
+@pytest.mark.sparse(40)
+@pytest.mark.parametrize("name", FILES)
 def test_prints_itself(name, capsys):
     assert main(["fit", *words(name), "--print_config"]) == 0
     printed = capsys.readouterr().out

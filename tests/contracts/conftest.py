@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from method_cases import CASES, Case
-from sampling_of_cases import sampled
+from sampling_of_cases import sampled, slow
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -17,18 +17,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("case" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "case" in metafunc.fixturenames and not own:
         sparse = metafunc.definition.get_closest_marker("sparse")
-        chosen = sampled(_TURNS.setdefault(metafunc.definition.name, len(_TURNS)), *(sparse.args if sparse else ()))
-        metafunc.parametrize(
-            "case",
-            [
-                pytest.param(
-                    case,
-                    id=f"{case.method.__name__}-{case.name}",
-                    marks=[] if case.name in chosen else [pytest.mark.slow],
-                )
-                for case in CASES
-            ],
-        )
+        turn = _TURNS.setdefault(metafunc.definition.name, len(_TURNS))
+        chosen = sampled(CASES, turn, *(sparse.args if sparse else ()))
+        params = [pytest.param(case, id=f"{case.method.__name__}-{case.name}") for case in CASES]
+        metafunc.parametrize("case", [p if p.values[0].name in chosen else slow(p) for p in params])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from method_cases import CASES, DMD2, concrete_methods, methods_without_case, trainer, without_warm_up
-from sampling_of_cases import CONTRACTS, sampled
+from sampling_of_cases import CONTRACTS, METHODS, sampled
 
 from lightning_distill.methods import DistillationModule, TeacherTraining
 from lightning_distill.methods.teacher_paths import TeacherPaths
@@ -45,14 +45,14 @@ def test_case_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_by_default_every_method_meets_every_contract_that_is_not_sparse_and_every_case_some():
-    by_turn = [sampled(turn) for turn in range(CONTRACTS)]
+def test_by_default_every_method_meets_several_contracts_and_every_case_some():
+    by_turn = [sampled(CASES, turn) for turn in range(CONTRACTS)]
     assert set().union(*by_turn) == {case.name for case in CASES}
-    for chosen in by_turn:
-        assert {case.method for case in CASES if case.name in chosen} == {case.method for case in CASES}
-    thirds = [{case.method for case in CASES if case.name in sampled(turn, 3)} for turn in range(3)]
-    assert set().union(*thirds) == {case.method for case in CASES}
-    assert not any(a & b for a, b in zip(thirds, [*thirds[1:], thirds[0]]))
+    met = Counter(method for chosen in by_turn for method in {case.method for case in CASES if case.name in chosen})
+    assert met == dict.fromkeys((case.method for case in CASES), CONTRACTS // METHODS)
+    eighths = [{case.method for case in CASES if case.name in sampled(CASES, turn, 8)} for turn in range(8)]
+    assert set().union(*eighths) == set(met)
+    assert not any(a & b for a, b in zip(eighths, [*eighths[1:], eighths[0]]))
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -304,7 +304,7 @@ def test_foreign_checkpoints_are_refused(case, build, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ averages
-@pytest.mark.sparse(3)
+@pytest.mark.sparse(8)
 def test_averages_are_float32_follow_the_student_and_never_the_teacher(case, build):
     module = build()
     teacher = set() if module.teacher is None else {p.data_ptr() for p in module.teacher.parameters()}
@@ -330,7 +330,7 @@ def test_averages_are_float32_follow_the_student_and_never_the_teacher(case, bui
             torch.testing.assert_close(p, want, msg=lambda m, index=index: f"parameter {index}: {m}")
 
 
-@pytest.mark.sparse(3)
+@pytest.mark.sparse(8)
 def test_sampling_uses_the_network_asked_for(case, build):
     module = build()
     run(case, module, steps=2)

@@ -76,7 +76,7 @@ def check_resume(case, build, folder, stops):
         assert differences(want["state_dict"], torch.load(path, weights_only=True)["state_dict"])
 
 
-@pytest.mark.sparse(2)
+@pytest.mark.sparse(6)
 def test_resumed_runs_are_uninterrupted_runs_bit_for_bit(case, build, tmp_path):
     """Stops within an epoch, on its last batch and within the next one."""
     stops = (2, EPOCH, EPOCH + 1) if case.name in ("one_step", "shared_3", "gan_fake_score") else (3,)

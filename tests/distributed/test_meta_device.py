@@ -38,7 +38,7 @@ def test_values_are_kept_on_request_only_and_tied_ones_are_refused():
         take_off(network, keep=True)
 
 
-@pytest.fixture(scope="module", params=[NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def name(request):
     """Of the case."""
     return request.param

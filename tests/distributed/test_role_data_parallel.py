@@ -107,6 +107,7 @@ def test_buckets_start_while_the_backward_pass_runs(one_process, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ two processes
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_step_moves_the_bytes_of_the_network_that_steps(tmp_path):
     out = tmp_path / "rows.json"

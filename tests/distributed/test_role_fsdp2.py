@@ -75,6 +75,7 @@ def outputs(denoiser, tiny, taps=(), features_only=False):
     return loss.detach(), x.grad, gradients
 
 
+@pytest.mark.sparse(4)
 @pytest.mark.parametrize("name", MAKERS)
 def test_families_are_sharded_by_blocks(mesh, name):
     tiny, denoiser = tiny_denoiser(name)
@@ -161,6 +162,7 @@ def far(got, want):
     return max(float((got[k] - v).abs().max()) for k, v in want.items())
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -195,6 +197,7 @@ def test_compiled_blocks_change_no_figure(mesh, alone, tmp_path, monkeypatch, na
     assert compiling._compiled
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("name", ["unet_gan", "dit_lora"])
 def test_bfloat16_computes_with_float32_weights_and_times(mesh, alone, tmp_path, name):
     (case,) = named([name])

@@ -47,6 +47,7 @@ def test_boundaries_of_the_reference(exact):
     torch.testing.assert_close(flow_jump(x, exact.average(x, t, r), t, r), exact.jump(x, t, r))
 
 
+@pytest.mark.sparse(2)
 @by_map
 def test_eulerian_identity_of_mean_flow(exact):
     x, t, _, r = draws()
@@ -69,6 +70,7 @@ def test_eulerian_identity_of_mean_flow(exact):
     assert largest(mean_flow_target(v, du_dt, t, r) - u) > 0.05
 
 
+@pytest.mark.sparse(2)
 @by_map
 def test_lagrangian_identity(exact):
     x, t, _, r = draws()
@@ -92,6 +94,7 @@ def test_semigroup_and_shortcuts(exact):
     assert largest(shortcut_target(lambda x, t, r: 9.0 + 0 * x, x, t, step)) == 4.0
 
 
+@pytest.mark.sparse(2)
 @by_map
 def test_recursive_target_is_first_order_and_exact_with_an_exact_step(exact):
     x, t, _, r = draws()

@@ -37,6 +37,7 @@ def test_a_linear_path_of_unit_noise_is_flow_matching():
         assert torch.equal(getattr(ours, name)(t), getattr(flow, name)(t))
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 def test_without_its_shift_the_path_has_the_same_trajectories(process):
     """The flow from low + noise to the data, integrated where the shift is, ends where the closed form without it does.

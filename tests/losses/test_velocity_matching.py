@@ -24,6 +24,7 @@ def to_clean(exact):
     return lambda x, t: exact.average(x, t, torch.zeros_like(t))
 
 
+@pytest.mark.sparse(2)
 @by_map
 def test_the_exact_map_is_its_own_target(exact):
     x, t = draws()

@@ -36,6 +36,7 @@ def measured(module, batch, change, update=1):
     return float(module.critic_schedule.lag(module.critic_moves))
 
 
+@pytest.mark.sparse(4)
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.25), (0.5, -0.5), (0.5, -1.5), (-2.0, -1.9), (-2.0, -2.1)])
 @pytest.mark.parametrize(("method", "space"), [(DMD2, None), (DMD2, "epsilon"), (DiffInstruct, "edm")])
 def test_the_lag_is_how_far_the_critic_should_have_gone(method, space, start, end):
@@ -201,6 +202,7 @@ def test_critics_that_do_not_move_are_not_measured(ring4_problem):
     assert not torch.equal(seen.moves[5], seen.moves[4])
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("stop", [4, 6, 7, 8])
 def test_resumed_runs_go_on_with_the_same_numbers(ring4_problem, tmp_path, stop):
     """Stops before a measurement, between it and its decision, before the decision takes effect, and after."""

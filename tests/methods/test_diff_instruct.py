@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_problems import Exact, distil, gaussian_problem, mlp, posterior, ready
+from small_problems import Exact, distil, gaussian_problem, learns_soon, mlp, posterior, ready
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods import DMD2, DiffInstruct
@@ -64,6 +64,14 @@ def test_equal_networks_have_no_direction():
     assert float(posterior(x, t, 1.0, 0.7)) == pytest.approx(float(module.fake_score(x, t.flatten()).x0.detach()))
 
 
+@pytest.mark.learn
+def test_it_soon_learns_four_modes(ring4_problem, trained_teacher):
+    run = learns_soon(ring4_problem, trained_teacher.denoiser, DiffInstruct)
+    assert run.distance < 0.28
+    assert all(0.15 < share < 0.35 for share in run.shares), run.shares
+
+
+@pytest.mark.slow
 @pytest.mark.learn
 def test_it_learns_four_modes(ring4_problem, trained_teacher):
     run = distil(ring4_problem, trained_teacher.denoiser, 300, method=DiffInstruct)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from small_problems import Exact, distil, gaussian_problem, mlp, posterior, ready, shift
+from small_problems import Exact, distil, gaussian_problem, learns_soon, mlp, posterior, ready, shift
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_distill.batch import Batch
@@ -406,6 +406,14 @@ class WithoutCritic(DMD2):
         return Terms({"matching": surrogate(x, (x - real).detach() / scale.detach())})
 
 
+@pytest.mark.learn
+def test_it_soon_learns_four_modes(ring4_problem, trained_teacher):
+    run = learns_soon(ring4_problem, trained_teacher.denoiser, DMD2)
+    assert run.distance < 0.28
+    assert all(0.15 < share < 0.35 for share in run.shares), run.shares
+
+
+@pytest.mark.slow
 @pytest.mark.learn
 def test_a_one_step_student_beats_two_teacher_steps(ring4_problem, trained_teacher):
     run = distil(ring4_problem, trained_teacher.denoiser, 300)

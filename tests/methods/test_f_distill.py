@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_problems import distil, gaussian_problem, mlp, ready, shift
+from small_problems import distil, gaussian_problem, learns_soon, mlp, ready, shift
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.f_divergences import DIVERGENCES, divergence
@@ -42,6 +42,7 @@ def weighted_problem(name, time):
     )
 
 
+@pytest.mark.sparse(3)
 @pytest.mark.parametrize("name", ["rkl", "kl", "js", "hellinger", "jeffreys"])
 def test_with_the_exact_ratio_the_gradient_is_that_of_the_divergence(name, monkeypatch):
     """Student N(.3, 1.1^2), teacher N(1, .7^2), flow time .6; the discriminator answers with the exact log ratio."""
@@ -217,6 +218,15 @@ class SignFlipped(FDistill):
         return Terms({"matching": -terms.losses["matching"]}, terms.diagnostics)
 
 
+@pytest.mark.learn
+def test_it_soon_learns_four_modes(ring4_problem, trained_teacher):
+    gan = Adversary(taps=("blocks.2",))
+    run = learns_soon(ring4_problem, trained_teacher.denoiser, FDistill, gan=gan)
+    assert run.distance < 0.28
+    assert all(0.15 < share < 0.35 for share in run.shares), run.shares
+
+
+@pytest.mark.slow
 @pytest.mark.learn
 def test_it_learns_four_modes(ring4_problem, trained_teacher):
     gan = Adversary(taps=("blocks.2",))

@@ -100,7 +100,7 @@ def test_one_step_is_as_good_as_its_own_steps(ring_problem):  # noqa: F811
     """The student's one step reaches the N Euler steps of its target: 6 of them, beside the teacher's two."""
     mixture, _, noise, ends = ring_problem
     settings = {"student": two_times(), "from_data": False, "euler_steps": 6}
-    module = distilled(ring_problem, SnapFlow, settings, 2e-3, updates=300, batch_size=128)
+    module = distilled(ring_problem, SnapFlow, settings, 2e-3, updates=160, batch_size=128)
     found = error(module.sample(len(noise), noise=noise), ends)
     teacher = analytic_denoiser(mixture, FLOW)
     two = error(generate(teacher, noise, {}, [1.0, 0.5], "ode"), ends)

@@ -215,12 +215,19 @@ def learned(boundary, updates):
 
 
 @pytest.mark.learn
-def test_signs_are_obeyed_and_the_output_diverges_without_the_boundary():
+def test_signs_are_obeyed():
     """E |N(0, 1)| is .80; the generator itself obeys half of the signs, with an error of 0."""
-    (obeyed, along, error), (_, far, lost) = learned(1.0, 450), learned(0.0, 250)
-    print(f"nct: {obeyed:.3f} obeyed, {along:.2f} along, error {error:.2f}; without the boundary {far:.1f}, {lost:.1f}")
+    obeyed, along, error = learned(1.0, 450)
+    print(f"nct: {obeyed:.3f} obeyed, {along:.2f} along, error {error:.2f}")
     assert obeyed > 0.95
     assert 0.3 < along < 0.9
     assert error < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.learn
+def test_the_output_diverges_without_the_boundary():
+    _, far, lost = learned(0.0, 250)
+    print(f"nct without the boundary: {far:.1f} along, error {lost:.1f}")
     assert abs(far) > 2.5
     assert lost > 5.0

@@ -16,11 +16,15 @@ from lightning_distill.generation import index_noise
 from lightning_distill.guidance import IntervalGuidance, RandomGuidance
 from lightning_distill.methods import (
     ADD,
+    AGD,
     DMD,
     DMD2,
     LADD,
+    OFTSR,
+    YONOS,
     HiPA,
     KnowledgeDistillation,
+    LearnedSolver,
     MeanFlow,
     Reflow,
     RFPlusPlus,
@@ -30,6 +34,7 @@ from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.adapter_transfer import adapter_changes
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.guidance_adapters import GuidanceAdapters
 from lightning_distill.networks.second_time import add_guidance
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.teacher_features import TeacherFeatures
@@ -174,12 +179,66 @@ def replace_first(draws, first):
     return Draws(draws.streams, draws.update, first, draws.phase, draws.slice_index)
 
 
+@pytest.mark.parametrize(
+    ("process", "space"), [(FlowMatching(), "flow_prediction"), (EDM(), "epsilon"), (VariancePreserving(), "epsilon")]
+)
+def test_guidance_is_compared_where_there_is_something_to_compare(process, space):
+    teacher = Denoiser(ResidualMLP((1, 8, 8), 8, 2, num_classes=3), process, "sample", sigma_data=1.0)
+    adapters = GuidanceAdapters(target_modules=["blocks.0"])
+    module = ready(AGD(teacher, student=adapters, shape=[1, 8, 8]))
+    assert module.space == space
+    assert len(module.student_times) == 50
+    given = AGD(teacher, student=adapters, space="epsilon", shape=[1, 8, 8])
+    if space == "epsilon":
+        ready(given)
+    else:
+        with pytest.warns(UserWarning, match="compares nothing at the first input"):
+            ready(given)
+
+
+def test_a_restored_picture_begins_as_perturbed_as_in_training():
+    module = ready(OFTSR(mlp(), perturbation=0.5, ema=[]))
+    begun = []
+    module.student.network.register_forward_pre_hook(lambda _module, args: begun.append(args[0]))
+    source = torch.zeros(2000, 2)
+    module.sample(2000, noise=source, generator=torch.Generator().manual_seed(0))
+    module.student_loss(Batch(x0=source, noise=source, size=2000))
+    stds = [float(x.std()) for x in begun[:2]]
+    assert stds[0] == pytest.approx(stds[1], rel=0.05)
+    assert stds[0] > 0.1
+    with pytest.raises(ValueError, match="adds noise to a source that is noise"):
+        OFTSR(mlp(), source="gaussian", perturbation=0.5)
+
+
+def test_a_scale_student_sees_what_it_takes():
+    teacher = mlp(classes=3)
+    easier = [lambda cond: {"class_labels": cond["class_labels_2"]}]
+    module = ready(YONOS(teacher, easier=easier, stage_updates=1))
+    module.student.family = replace(module.student.family, cond_keys=("class_labels",))
+    labels = torch.arange(N) % 3
+    module.student_loss(Batch(x0=torch.randn(N, 2), cond={"class_labels": labels, "class_labels_2": labels}))
+
+
+def test_a_learned_solver_learns_from_where_it_is_sampled():
+    process = VariancePreserving()
+    teacher = Denoiser(mlp().network, process, "epsilon", sigma_data=1.0)
+    module = ready(LearnedSolver(teacher, num_steps=2, solver_steps=4, shape=[2]))
+    begun = []
+    module.student.network.register_forward_pre_hook(lambda _module, args: begun.append(args[0]))
+    noise = torch.randn(N, 2)
+    module.student_loss(Batch(noise=noise, x0=torch.randn(N, 2), size=N))
+    first = begun[0]
+    begun.clear()
+    module.sample(N, noise=noise)
+    torch.testing.assert_close(first, begun[0])
+
+
 def test_slim_flow_says_what_cannot_be_or_comes_too_late():
     with pytest.raises(ValueError, match=r"flip=0\.5 mirrors images"):
         ready(SlimFlow(mlp(), flip=0.5))
     module = ready(SlimFlow(mlp()))
     module._trainer = Trainer(max_steps=10, logger=False, enable_checkpointing=False, barebones=True)
-    with pytest.warns(UserWarning, match="annealing_updates=50000 student updates, and the run ends after 10"):
+    with pytest.warns(UserWarning, match="annealing_updates asks for 50000 student updates, and the run ends after 10"):
         module.on_fit_start()
 
 

@@ -134,7 +134,9 @@ def test_slim_flow_starts_as_flow_matching_and_ends_as_reflow():
 
 
 def test_flips_are_those_of_noise_and_data():
-    module = ready(SlimFlow(gaussian(), student=Given(StraightMap()), shape=[1, 2, 2], ema=[], annealing_updates=0, flip=1.0))
+    module = ready(
+        SlimFlow(gaussian(), student=Given(StraightMap()), shape=[1, 2, 2], ema=[], annealing_updates=0, flip=1.0)
+    )
     pairs = Batch(noise=torch.randn(3, 1, 2, 2), x0=torch.randn(3, 1, 2, 2))
     noise, x0 = module.coupled(pairs)
     assert torch.equal(noise, pairs.noise.flip(-1))
@@ -607,7 +609,7 @@ LEARNS = {
         0.9,
     ),
 }
-FAST = ("reflow", "insta_flow")
+FAST = ("boss", "insta_flow", "reflow")
 
 
 @pytest.mark.learn

@@ -68,6 +68,7 @@ def segment_module(method, process, edges_of, fault=0.0, update=0, **settings):
 
 
 # ------------------------------------------------------------------------------------------------ TSCD
+@pytest.mark.sparse(3)
 @by_process
 @pytest.mark.parametrize("method", [TSCD, MLCM])
 def test_the_exact_segments_have_the_solvers_error_and_those_of_another_stage_more(method, process):
@@ -415,6 +416,7 @@ def scott(process, network, fault=0.0, **settings):
     return ready(SCott(analytic_denoiser(MIXTURE, process), student=role, shape=[2], ema=[], **settings))
 
 
+@pytest.mark.sparse(2)
 @by_process
 def test_without_noise_the_fixed_point_is_the_end_and_with_it_the_posterior_mean(process):
     def slope(network, strength, fault=0.0):
@@ -588,7 +590,7 @@ def test_bad_settings_of_experts_are_named():
 
 # ------------------------------------------------------------------------------------------------ learning
 #: run by ``make test``; the others by ``make matrix``
-FAST = ("tscd", "ctm")
+FAST = ("ctm", "tscd")
 #: method, settings, largest error (about 1.4 times what it was)
 LEARN = {
     "tscd": (

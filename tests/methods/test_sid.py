@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_problems import Exact, distil, gaussian_problem, mlp, posterior, ready, shift
+from small_problems import Exact, distil, gaussian_problem, learns_soon, mlp, posterior, ready, shift
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance
@@ -189,6 +189,14 @@ class SignFlipped(SiD):
         return Terms({"fisher": -terms.losses["fisher"]}, terms.diagnostics)
 
 
+@pytest.mark.learn
+def test_it_soon_learns_four_modes(ring4_problem, trained_teacher):
+    run = learns_soon(ring4_problem, trained_teacher.denoiser, SiD, alpha=1.0)
+    assert run.distance < 0.28
+    assert all(0.15 < share < 0.35 for share in run.shares), run.shares
+
+
+@pytest.mark.slow
 @pytest.mark.learn
 def test_it_learns_four_modes(ring4_problem, trained_teacher):
     run = distil(ring4_problem, trained_teacher.denoiser, 300, method=SiD, alpha=1.0)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_problems import distil, gaussian_problem, mlp, ready, shift
+from small_problems import distil, gaussian_problem, learns_soon, mlp, ready, shift
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.f_divergences import divergence
@@ -22,6 +22,7 @@ def log_normal(x, mean, variance):
     return -0.5 * (x - mean) ** 2 / variance - 0.5 * variance.log()
 
 
+@pytest.mark.sparse(2)
 @pytest.mark.parametrize("name", ["rkl", "kl", "js", "hellinger"])
 def test_with_the_exact_ratio_the_gradient_is_that_of_the_expansion(name, monkeypatch):
     """Student N(.3, 1.1^2), teacher N(1, .7^2), flow time .6: E[h |score_F - score_T|^2] by quadrature."""
@@ -112,6 +113,15 @@ class SignFlipped(UniInstruct):
         return Terms({"expansion": -terms.losses["expansion"]}, terms.diagnostics)
 
 
+@pytest.mark.learn
+def test_it_soon_learns_four_modes(ring4_problem, trained_teacher):
+    gan = Adversary(taps=("blocks.2",))
+    run = learns_soon(ring4_problem, trained_teacher.denoiser, UniInstruct, gan=gan)
+    assert run.distance < 0.28
+    assert all(0.15 < share < 0.35 for share in run.shares), run.shares
+
+
+@pytest.mark.slow
 @pytest.mark.learn
 def test_it_learns_four_modes(ring4_problem, trained_teacher):
     gan = Adversary(taps=("blocks.2",))

@@ -47,6 +47,7 @@ def alex(tmp_path_factory):
 TAPS = {"alex": (1, 4, 7, 9, 11), "squeeze": (1, 4, 7, 9, 10, 11, 12), "vgg": (3, 8, 15, 22, 29)}
 
 
+@pytest.mark.sparse(3)
 def test_the_distance_is_its_definition_on_the_given_weights(trunk):
     """Unit-length channels of the tapped layers, squared differences, linear weights of the package, mean of pixels."""
     name, features, file = trunk
@@ -73,6 +74,7 @@ def test_the_distance_is_its_definition_on_the_given_weights(trunk):
     assert torch.equal(distance(a, a), torch.zeros(2))
 
 
+@pytest.mark.sparse(3)
 def test_building_is_quiet_and_leaves_the_generator_alone(trunk):
     name, _, file = trunk
     state = torch.get_rng_state()

@@ -53,7 +53,7 @@ def two_times(**settings):
 EVEN = {"weight": "inverse_c_out2", "metric": "mse"}
 ONE_SIDED = {"tangent": "one_sided"}
 #: run by ``make test``; the others by ``make matrix``
-FAST = ("scm", "semigroup")
+FAST = ("ect", "scm", "semigroup", "shortcut")
 #: method, settings, learning rate, largest error (about 1.4 times what it was)
 CASES = {
     "consistency_distillation": (ConsistencyDistillation, {"intervals": 12, **EVEN}, 2e-3, 0.24),

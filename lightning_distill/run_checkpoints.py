@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_distill.collectives import max_over_processes
 from lightning_distill.requeue import is_requeued_by, requeue
 
-__all__ = ["RunStopped", "StopSignals", "StopWithoutSaving", "StudentCheckpoint", "checkpoint_folder"]
+__all__ = ["MonitorWatch", "RunStopped", "StopSignals", "StopWithoutSaving", "StudentCheckpoint", "checkpoint_folder"]
 
 
 class StudentCheckpoint(ModelCheckpoint):
@@ -89,6 +90,31 @@ class StudentCheckpoint(ModelCheckpoint):
         for step in past[: -self.keep]:
             if self._should_remove_checkpoint(trainer, str(steps[step]), ""):
                 self._remove_checkpoint(trainer, str(steps[step]))
+
+
+class MonitorWatch(Callback):
+    """Tells once of a ``ModelCheckpoint`` whose figure is not there when it is due: Lightning then saves nothing."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look for the figures that are due at this update."""
+        for callback in trainer.checkpoint_callbacks:
+            every = getattr(callback, "_every_n_train_steps", 0)
+            name = getattr(callback, "monitor", None)
+            if not name or name in self._told or not every or trainer.global_step % every:
+                continue
+            if name not in trainer.callback_metrics:
+                self._told.add(name)
+                known = sorted(key for key in trainer.callback_metrics if key.startswith("val/"))
+                rank_zero_warn(
+                    f"ModelCheckpoint monitors {name!r}, which nothing has measured at update {trainer.global_step}: "
+                    f"it saves nothing there. Measured are {', '.join(known) or 'no figures of samples'} (see "
+                    "GenerativeEvaluation and its every_n_steps)."
+                )
 
 
 class RunStopped(SystemExit):

@@ -247,12 +247,28 @@ def test_resuming_within_the_same_folder(tmp_path):
     assert all(torch.equal(v, newest[k]) for k, v in states(module).items())
 
 
-def test_callbacks_of_the_user_replace_ours(tmp_path):
-    own = [spec("lightning.pytorch.callbacks.ModelCheckpoint", filename="mine", every_n_train_steps=3)]
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_keeps_its_last_state_beside_what_the_user_keeps(tmp_path, last):
+    own = spec("lightning.pytorch.callbacks.ModelCheckpoint", filename="mine", every_n_train_steps=3, save_last=last)
     config = ring4()
-    config["trainer"]["callbacks"] = own
+    config["trainer"]["callbacks"] = [own]
     cli = fit(config, tmp_path)
-    assert [p.name for p in (Path(cli.trainer.log_dir) / "checkpoints").iterdir()] == ["mine.ckpt"]
+    names = {p.name for p in (Path(cli.trainer.log_dir) / "checkpoints").iterdir()}
+    assert {"mine.ckpt", "last.ckpt"} <= names
+    assert any(name.startswith("step") for name in names) != last
+
+
+def test_a_figure_that_nothing_measures_is_told(tmp_path):
+    config = ring4()
+    monitored = {"monitor": "val/sw2/nfe3", "every_n_train_steps": 2}
+    config["trainer"]["callbacks"] = [spec("lightning.pytorch.callbacks.ModelCheckpoint", **monitored)]
+    with pytest.warns(UserWarning, match="monitors 'val/sw2/nfe3', which nothing has measured at update 2"):
+        fit(config, tmp_path)
+
+
+def test_settings_of_the_trainer_that_belong_to_the_method(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"give model\.init_args\.gradient_clip_val=1\.0"):
+        fit(ring4(), tmp_path, "--trainer.gradient_clip_val=1.0")
 
 
 def test_without_logger_and_checkpoints_nothing_is_written(tmp_path, monkeypatch):

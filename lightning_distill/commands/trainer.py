@@ -29,7 +29,13 @@ from lightning_distill.environment import environment
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.progress import StudentProgressBar
 from lightning_distill.requeue import start_without_hpc
-from lightning_distill.run_checkpoints import StopSignals, StopWithoutSaving, StudentCheckpoint, checkpoint_folder
+from lightning_distill.run_checkpoints import (
+    MonitorWatch,
+    StopSignals,
+    StopWithoutSaving,
+    StudentCheckpoint,
+    checkpoint_folder,
+)
 from lightning_distill.run_metrics import EarlierRows
 from lightning_distill.run_safety import memory_advice, run_lock
 
@@ -164,9 +170,17 @@ class TrainerCLI(LightningCLI):
         given = config.get("callbacks") or []
         callbacks: list[Callback] = list(given) if isinstance(given, (list, tuple)) else [given]
         quick = bool(config.get("fast_dev_run"))
-        if config.get("enable_checkpointing") is not False and not quick and not _has(callbacks, ModelCheckpoint):
+        for name, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+            if config.get(name) not in (None, off):
+                raise ValueError(
+                    f"trainer.{name} is for modules with one optimizer; give model.init_args.{name}={config.get(name)}."
+                )
+        kept = [c for c in callbacks if isinstance(c, ModelCheckpoint)]
+        if config.get("enable_checkpointing") is not False and not quick and not any(c.save_last for c in kept):
             total = config.get("max_steps") or -1
             callbacks.append(StudentCheckpoint(max(1, min(1000, total // 4)) if total > 0 else 1000))
+        if any(c.monitor for c in kept):
+            callbacks.append(MonitorWatch())
         if not _has(callbacks, StopWithoutSaving) and not quick:
             saves = _has(callbacks, Checkpoint)
             callbacks.append(StopSignals() if saves else StopWithoutSaving())

@@ -183,6 +183,10 @@ class DistillationDataModule(LightningDataModule):
         """One batch for ``test``."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> Any:
+        """One batch for ``predict``: its conditions, for which ``predict_step`` makes samples."""
+        return self.val_dataloader()
+
 
 class _OneBatch(Dataset[Batch]):
     """The first samples as a single batch."""

@@ -29,6 +29,8 @@ from lightning_distill.methods.clock import PhaseClock
 from lightning_distill.methods.guards import (
     LossWeightWatch,
     check_batch,
+    check_examples,
+    check_null_class,
     check_step_settings,
     check_target_time,
     stop_when_stuck,
@@ -73,7 +75,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             default.
         max_skipped_steps: non-finite steps in a row after which training stops, at least 1.
         seed: seed of every training draw.
-        check_data: compare the first batches with the declared data scale.
+        check_data: compare the first batches with the declared data scale, the classes and the shape of the student.
     """
 
     #: trained roles by phase, in the order of a cycle; the student comes first.
@@ -194,6 +196,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         """Raise for settings that contradict each other; called when the networks exist, before any step."""
         validate_times(self.student_times, self.process)
         check_target_time(self)
+        check_null_class(self.student)
         if self.teacher is not None and self.teacher.family.start is not None and not self.from_sources:
             raise ValueError(
                 f"the teacher's samples begin at the condition {self.teacher.family.start[0]!r}, and "
@@ -335,7 +338,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One cycle."""
         batch = as_batch(batch)
-        self._check_scaling(batch, self.trainer.global_step)
+        self._check_data(batch, self.trainer.global_step)
         slices = self._slice(batch)
         update = self.trainer.global_step
         log = (update + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 50)) == 0
@@ -449,8 +452,11 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             return nullcontext()
         return strategy.block_backward_sync()
 
-    def _check_scaling(self, batch: Batch, update: int) -> None:
-        if self.check_data and update < 2 and batch.x0 is not None:  # a run that was resumed is past that
+    def _check_data(self, batch: Batch, update: int) -> None:
+        if not self.check_data or update >= 2:  # a run that was resumed is past that
+            return
+        check_examples(self.student, batch, self.sample_shape)
+        if batch.x0 is not None:
             check_scaling(batch.x0, self.student.sigma_data)
 
     # ------------------------------------------------------------------------------------------------ logging

@@ -11,11 +11,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_distill.networks.second_time import second_time_of
 
 if TYPE_CHECKING:
+    from lightning_distill.batch import Batch
     from lightning_distill.methods.base import DistillationModule
+    from lightning_distill.networks.denoiser import Denoiser
 
 __all__ = [
     "LossWeightWatch",
     "check_batch",
+    "check_examples",
+    "check_null_class",
     "check_schedule",
     "check_step_settings",
     "check_target_time",
@@ -83,6 +87,55 @@ def check_target_time(module: DistillationModule) -> None:
         "at other ones than it has seen. Leave TwoTime(...) out (TwoTime(kind=None, guidance=True) embeds a guidance "
         "scale alone), or use a method of flow maps, such as MeanFlow or AnyFlow."
     )
+
+
+def check_null_class(denoiser: Denoiser) -> None:
+    """Refuse a null class that has no row in the network's table of classes.
+
+    Raises:
+        ValueError: the label is beyond the last row.
+    """
+    rows = getattr(getattr(denoiser.network, "config", None), "num_class_embeds", None)
+    if denoiser.null_class is not None and rows is not None and denoiser.null_class >= rows:
+        raise ValueError(
+            f"null_class={denoiser.null_class}, and {type(denoiser.network).__name__} has num_class_embeds={rows}, "
+            f"for the labels 0 to {rows - 1}; give the label that it was trained to ignore, mostly {rows - 1}."
+        )
+
+
+def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int]) -> None:
+    """Refuse labels that a network does not have, and tell of other mismatches of data and network.
+
+    Args:
+        denoiser: the student.
+        batch: one of the first.
+        shape: of the samples that are made, without the batch dimension.
+
+    Raises:
+        ValueError: a class label is negative, or none of the network's classes.
+    """
+    labels, count = batch.cond.get("class_labels"), denoiser.num_classes
+    name = type(denoiser.network).__name__
+    if labels is None:
+        if count is not None:
+            rank_zero_warn(
+                f"{name} knows {count} classes and the batches have no class_labels: it is trained without and sampled "
+                f"with them; use data with classes, for example Prior(num_classes={count})."
+            )
+    elif not labels.is_floating_point() and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or (count is not None and high >= count):
+            known = "" if count is None else f"{name} has the classes 0 to {count - 1}, and {count} for none"
+            raise ValueError(
+                f"the batches have the class label {low if low < 0 else high}; {known or 'labels begin at 0'}. Give "
+                "data with these classes, or a network with more."
+            )
+    found = None if batch.x0 is None else tuple(batch.x0.shape[1:])
+    if found is not None and found != tuple(shape):
+        rank_zero_warn(
+            f"the batches have samples of shape {found}, and the student is sampled in the shape {tuple(shape)}; "
+            "resize the data, or give model.init_args.shape."
+        )
 
 
 def check_schedule(module: DistillationModule, name: str, updates: int, consequence: str) -> None:

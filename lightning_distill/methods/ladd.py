@@ -103,7 +103,8 @@ class LADD(Discriminating, DistillationModule):
         """Guidance must be possible; warns where nothing would tie samples to their conditions."""
         super().check_configuration()
         check_guidance(self.require_teacher(), self.guidance)
-        if self.student.embeds_guidance and not is_told(self.require_teacher()):
+        tells = hasattr(self, "told_scale")  # of methods that are trajectory methods, too
+        if self.student.embeds_guidance and not tells and not is_told(self.require_teacher()):
             raise ValueError(
                 f"the student embeds a guidance scale, which {type(self).__name__} tells nobody; leave "
                 "TwoTime(guidance=True) out, or use DMD2 with an adversarial term, which tells it."

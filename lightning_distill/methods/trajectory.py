@@ -164,7 +164,7 @@ class FlowMethod(TrajectoryMethod):
     def flow_times(self, name: str, n: int) -> Tensor:
         """Flow-matching times drawn from ``training_times``, (n,), float64."""
         u = self.draws.uniform(name, n)
-        return self.training_times.quantile(u, FlowMatching()).clamp(self._flow_min, self._flow_max)
+        return self.training_times.quantile(u, FlowMatching()).clamp_max(self._flow_max)
 
     def flow_state(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """Noised data and the velocity eps - x0 of the pair, (B, ...) each.

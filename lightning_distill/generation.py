@@ -12,29 +12,48 @@ from lightning_distill.guidance import Guidance, guided, is_told
 from lightning_distill.losses.oftsr import perturbed_source
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
+from lightning_distill.networks.text_entries import MASK, TOKENS
 from lightning_distill.parameterisations import TrajectoryMap, takes_target
 from lightning_distill.prediction import Prediction
 from lightning_distill.samplers import SAMPLERS, simulate
 
-__all__ = ["bound", "default_cond", "draw_noise", "generate", "index_noise", "stock_noise"]
+__all__ = ["bound", "default_cond", "draw_noise", "fitting_cond", "generate", "index_noise", "stock_noise"]
 
 
 def default_cond(denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Tensor]:
     """Conditions of n samples when the user gives none.
 
     The classes in turn; nothing for unconditional networks; zeros for what a network cannot run without (embeddings,
-    control pictures), so that shapes and speed can be measured without a text encoder.
+    control pictures), for shapes, memory and speed: samples to look at have ``evaluation.conditions``.
 
     Args:
         denoiser: the network.
         n: number of samples.
         first: index of the first sample.
     """
-    made = example_cond(denoiser.network, n) if denoiser.family.required else {}
+    made = fitting_cond(denoiser, n) if denoiser.family.required else {}
     if denoiser.num_classes is None:
         return made
     needed = {key: value for key, value in made.items() if key in denoiser.family.required}
     return {**needed, "class_labels": torch.arange(first, first + n) % denoiser.num_classes}
+
+
+def fitting_cond(denoiser: Denoiser, n: int) -> dict[str, Tensor]:
+    """Example conditions (zeros, ones for masks) of the length of the null condition where one is stored.
+
+    Guided calls have both, and want them of one length.
+
+    Args:
+        denoiser: the network.
+        n: number of rows.
+    """
+    made = example_cond(denoiser.network, n)
+    for key, value in denoiser.family.null.items():
+        if key in made and isinstance(value, Tensor):
+            made[key] = made[key].new_full((n, *value.shape[1:]), float(key == MASK))
+    if MASK in made and TOKENS in made and not isinstance(denoiser.family.null.get(MASK), Tensor):
+        made[MASK] = made[MASK].new_ones(n, made[TOKENS].shape[1])
+    return made
 
 
 def draw_noise(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:

@@ -1,10 +1,13 @@
 """``lightning-distill evaluate``: the figures of a finished run, and the rule by which a result counts."""
 
 import pytest
+import torch
 
 from lightning_distill.cli import main
 from lightning_distill.configs import config_path
 from lightning_distill.evaluation.passing import verdict
+from lightning_distill.metrics.clip_score import CLIPScore
+from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.records import EvaluationLog, EvaluationRow
 
 
@@ -64,11 +67,27 @@ def test_the_pass_rule_uses_a_second_extractor(run, capsys):
         (["--weights", "emma"], "weights='emma' is unknown"),
         (["--reference", "nowhere.npz"], "nowhere.npz"),
         (["--extractors", "class_path: Inceptoin"], "Inceptoin"),
+        (
+            ["--extractors", "Inceptionn"],
+            "did you mean Inception? There are CLIPImage, DINOv2, ",
+        ),
+        (["--extractors", "ZooClassifier: 3"], "--extractors {'ZooClassifier': 3}: give class_path, one of CLIPImage"),
+        (["--extractors", "{class_path: ZooClassifier, init_args: {data: fashion}}"], "cannot read samples of shape"),
+        (["--teacher-steps", "-3"], "--teacher-steps -3: give 1 or more, or 0"),
+        (["--steps", "1", "0"], "--steps 0: give numbers of 1 or more"),
+        (
+            ["--measures", "clip_score"],
+            "needs --clip FOLDER (a CLIP model) and --prompts FILE",
+        ),
+        (["--measures", "lpips_diversity"], "needs --perceptual FILE"),
+        (["--measures", "lpips_diversity", "--perceptual", "no.pth"], "no.pth does not exist"),
+        (["--clip", "folder"], "--clip is for the measure clip_score; add it to --measures"),
         (["--extractors", "class_path: Inception", "--reference", "data"], "LIGHTNING_DISTILL_INCEPTION"),
     ],
 )
 def test_bad_input(run, words, message, capsys, monkeypatch):
-    monkeypatch.delenv("LIGHTNING_DISTILL_INCEPTION", raising=False)
+    for name in ("INCEPTION", "CLIP", "LPIPS_TRUNK"):
+        monkeypatch.delenv(f"LIGHTNING_DISTILL_{name}", raising=False)
     before = rows_before(run)
     assert main(["evaluate", str(run), *words]) == 2
     error = capsys.readouterr().err
@@ -81,6 +100,62 @@ def test_another_extractor_with_the_data_of_the_run(run, capsys):
     words = ["--n", "200", "--extractors", "{class_path: ZooClassifier, init_args: {data: digits/judge, name: second}}"]
     assert main(["evaluate", str(run), *words, "--teacher-steps", "0", "--measures", "fd"]) == 0
     assert EvaluationLog.load(run).rows[-1].metrics.keys() >= {"fd_second"}
+
+
+def test_runs_without_an_average_measure_the_student(tmp_path, capsys):
+    words = [
+        "fit",
+        "-c",
+        str(config_path("method/dmd2_digits.yaml")),
+        "--trainer.max_steps=1",
+        "--model.init_args.ema=[]",
+    ]
+    words += ["--trainer.enable_progress_bar=false", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    assert main(words) == 0
+    folder = next(tmp_path.rglob("config.yaml")).parent
+    short = ["evaluate", str(folder), "--n", "50", "--teacher-steps", "0", "--measures", "fd"]
+    assert main(short) == 0
+    assert [row.weights for row in EvaluationLog.load(folder).rows] == ["student"]
+    assert main([*short, "--weights", "ema"]) == 2
+    assert "use --weights student" in capsys.readouterr().err
+
+
+def test_measures_with_models_of_their_own(run, tmp_path, monkeypatch):
+    """The options reach the models; what these compute is tested beside them."""
+    seen = {}
+
+    class Clip(CLIPScore):
+        def check(self):
+            seen["clip"] = self.folder
+
+        def score(self, images, prompts):
+            seen["prompts"] = prompts[:11]
+            return torch.full((len(images),), 30.0)
+
+    class Perceptual(PerceptualDistance):
+        def check(self, shape=None):
+            seen["trunk"] = (self.net, self.trunk_weights, shape)
+
+        def __call__(self, a, b, offset=None):
+            return (a - b).abs().mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr("lightning_distill.commands.evaluate.CLIPScore", Clip)
+    monkeypatch.setattr("lightning_distill.commands.evaluate.PerceptualDistance", Perceptual)
+    prompts = tmp_path / "prompts.txt"
+    words = ["evaluate", str(run), "--n", "40", "--teacher-steps", "0", "--measures", "clip_score", "lpips_diversity"]
+    words += ["--clip", "folder", "--prompts", str(prompts), "--perceptual", "vgg.pth", "--perceptual-net", "vgg"]
+    prompts.write_text("too\nfew\n")
+    assert main(words) == 2
+    prompts.write_text("".join(f"the digit {i}\n" for i in range(10)))
+    assert main(words) == 0
+    assert seen == {
+        "clip": "folder",
+        "prompts": [f"the digit {i % 10}" for i in range(11)],
+        "trunk": ("vgg", "vgg.pth", (1, 8, 8)),
+    }
+    figures = EvaluationLog.load(run).rows[-1].metrics
+    assert figures["clip_score"] == 30.0
+    assert figures["lpips_diversity"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ the rule itself

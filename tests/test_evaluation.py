@@ -1,19 +1,28 @@
 """Sampling many, judging them, drawing them."""
 
+import io
+
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from lightning_distill.data.digits import load_digits
 from lightning_distill.evaluation import Evaluator, sample_many
+from lightning_distill.evaluation.runner import EvaluationRunner
+from lightning_distill.evaluation.table import print_table
+from lightning_distill.evaluation.teacher import baseline_key, card_note, card_rows, frechet_excess
 from lightning_distill.generation import default_cond, generate, index_noise
-from lightning_distill.metrics.extractors import ZooClassifier
+from lightning_distill.metrics.extractors import ModuleExtractor, ZooClassifier
+from lightning_distill.metrics.features import load_classifier
+from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_distill.metrics.reference import Reference, load_reference
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import ZooDenoiser
 from lightning_distill.plots import save_comparison, save_grid
 from lightning_distill.processes import FlowMatching
+from lightning_distill.records import EvaluationLog, EvaluationRow
 from lightning_distill.times import few_step_times
 
 
@@ -120,6 +129,119 @@ def test_wrong_evaluators():
         Evaluator([ZooClassifier("digits")], {})
     with pytest.raises(ValueError, match="two extractors have the same name"):
         Evaluator([ZooClassifier("digits")] * 2, {"cnn": load_reference("digits")})
+
+
+# ------------------------------------------------------------------------------------------------ the teacher's card
+def test_a_card_serves_its_own_samples_and_what_they_hardly_move(teacher):
+    held_out, selection = evaluator(), evaluator()
+    selection.half = "selection"
+    card = card_rows(teacher, held_out, 5000, [8, 50])
+    assert card_note(card, held_out, 5000, [8, 50]) == ""
+    assert {row.nfe for row in card} == {1, 2, 4, 8, 50}
+    # one step: a gap of 7 in FD, against which the excess of 2560 samples is small
+    assert card_rows(teacher, selection, 2560, [1, 50]) == card
+    note = card_note(card, selection, 2560, [1, 50])
+    assert "5000 samples, held-out half" in note
+    assert "2560 samples, selection half" in note
+    assert "by about 0.002" in note
+    # eight steps: the gap is 0.08, and the teacher itself would have progress -0.3
+    assert card_rows(teacher, selection, 2560, [8, 50]) is None
+    assert card_rows(teacher, selection, 5000, [8, 50]) == card
+    assert card_rows(teacher, selection, 50, [1, 50]) is None
+    assert card_rows(teacher, held_out, 5000, [3]) is None
+    assert card_rows(teacher, held_out, 5000, [8], guidance_scale=2.0) is None
+
+
+def test_a_card_does_not_serve_other_references_or_names(teacher):
+    whole = load_reference("digits")
+    moved = FeatureStatistics(whole.statistics["train"].mean + 0.1, whole.statistics["train"].cov, 1797)
+    other = Reference({**whole.statistics, "train": moved}, whole.features, whole.labels, whole.info)
+    assert card_rows(teacher, Evaluator([ZooClassifier("digits")], {"cnn": other}, half="held_out"), 5000, [8]) is None
+    named = Evaluator([ZooClassifier("digits", "mine")], {"mine": whole}, half="held_out")
+    assert card_rows(teacher, named, 5000, [8]) is None
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_the_excess_of_few_samples(classes):
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(classes, 6, generator=generator).double()
+    scale = torch.tensor([0.2, 0.5, 1.0, 1.0, 2.0, 3.0]).double()
+
+    def draw(n):
+        labels = torch.arange(n) % classes
+        return centres[labels] + scale * torch.randn(n, 6, generator=generator).double(), labels
+
+    points, labels = draw(100_000)
+    whole = FeatureStatistics.from_features(points)
+    reference = Reference({"train": whole}, {"selection": points}, {"selection": labels}, {})
+    measured = [frechet_distance(FeatureStatistics.from_features(draw(400)[0]), whole) for _ in range(60)]
+    assert frechet_excess(reference) / 400 == pytest.approx(sum(measured) / 60, rel=0.15)
+    unlabelled = Reference({"train": whole}, {"selection": points}, {}, {})
+    if classes == 1:
+        assert frechet_excess(unlabelled) == pytest.approx(frechet_excess(reference), rel=0.05)
+    else:  # classes drawn at random move the mean, too
+        assert frechet_excess(unlabelled) > 1.3 * frechet_excess(reference)
+
+
+def test_the_key_of_a_teachers_row_knows_what_its_figures_depend_on(teacher, tmp_path):
+    def look(a, b):
+        return (a - b).abs().mean(dim=(1, 2, 3))
+
+    class Clip:
+        def __init__(self, folder):
+            self.folder, self._built = folder, None
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    one, two = (Clip(str(tmp_path / name)) for name in ("one", "two"))
+
+    def key(**settings):
+        wanted = {"measures": ["fd", "clip_score", "lpips_diversity"], "prompts": ["a"], "clip": one}
+        return evaluator(**{**wanted, "perceptual": look, **settings}).key
+
+    first = key()
+    assert key() == first
+    assert len({first, key(prompts=["b"]), key(clip=two), key(perceptual=Clip("alex"))}) == 4
+    (tmp_path / "one" / "model.safetensors").write_bytes(b"other weights")
+    assert key() != first
+    assert evaluator(prompts=["a"]).key == evaluator(prompts=["b"]).key  # not measured with
+    keys = {baseline_key("f", teacher, 8, 1.0, 10, 0, "w", shape) for shape in ((1, 8, 8), (1, 16, 16), (3, 8, 8))}
+    assert len(keys) == 3
+
+
+def test_extractors_are_tried_before_sampling(teacher, monkeypatch):
+    judge = Evaluator([ZooClassifier("fashion")], {"cnn": load_reference("fashion")})
+    runner = EvaluationRunner(judge, 20, 0)
+    monkeypatch.setattr("lightning_distill.evaluation.runner.sample_many", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=r"extractor 'cnn' cannot read samples of shape \(1, 8, 8\): this classifier"):
+        runner.measure(teacher, [1.0], "ode", (1, 8, 8))
+
+
+def test_few_samples_per_feature_are_told_once(teacher, monkeypatch):
+    lines = []
+    monkeypatch.setattr("lightning_distill.evaluation.runner.rank_zero_info", lines.append)
+    judge = Evaluator([ModuleExtractor(load_classifier("digits"), "few")], {"few": load_reference("digits")}, ["fd"])
+    for n in (30, 30, 640):
+        EvaluationRunner(judge, n, 0).measure(teacher, [1.0], "ode", (1, 8, 8))
+    (line,) = lines
+    assert "30 samples are few for the 64 features of few" in line
+    assert "or use 640 or more" in line
+
+
+def test_the_table_marks_a_teacher_of_other_samples():
+    def text(n, half):
+        rows = [EvaluationRow("student", 1, {"fd_cnn": 2.0}, "student", num_samples=n, half=half)]
+        card = [EvaluationRow("teacher", 1, {"fd_cnn": 3.0}, stage="card", num_samples=5000, half="held_out")]
+        console = Console(width=200, record=True, file=io.StringIO())
+        print_table(EvaluationLog(rows, card), console)
+        return console.export_text()
+
+    assert "*" not in text(5000, "held_out")
+    assert "teacher*" in text(2560, "held_out")
+    assert "* from its card, 5000 samples, held-out half; the student: 5000 samples, selection half" in text(
+        5000, "selection"
+    )
 
 
 def test_pictures(tmp_path):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent / "networks"))
+from tiny_pipelines import MAKERS
+
+from lightning_distill.export import probe_cond
 from lightning_distill.generation import default_cond, draw_noise, generate, index_noise
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.denoiser import Denoiser
@@ -105,3 +112,19 @@ def test_default_conditions_are_the_classes_in_turn(denoiser):
 def test_unknown_samplers_are_listed_against_the_known(denoiser):
     with pytest.raises(ValueError, match=r"unknown sampler 'euler'; choose one of adams, dpmpp_2m.*renoise"):
         generate(denoiser, torch.randn(2, 2), {}, TIMES, "euler")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sana"])
+def test_example_conditions_are_as_long_as_the_stored_null(name):
+    tiny = MAKERS[name]()
+    null = {k: torch.cat([v, v, v], dim=1) if v.ndim > 1 else v for k, v in tiny.null().items()}
+    denoiser = tiny.denoiser(null_cond=null)
+    made = default_cond(denoiser, 2)
+    for key, value in null.items():
+        assert made[key].shape == (2, *value.shape[1:]), key
+    assert set(denoiser.null_cond(made)) == set(made)
+    if "encoder_attention_mask" in made:
+        assert made["encoder_attention_mask"].all()
+        tokens = tiny.denoiser(null_cond={"encoder_hidden_states": null["encoder_hidden_states"]})
+        assert default_cond(tokens, 2)["encoder_attention_mask"].shape == (2, null["encoder_hidden_states"].shape[1])
+    assert set(probe_cond(denoiser, 2, {"height": 64, "width": 64})) >= set(made)

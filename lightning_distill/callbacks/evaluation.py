@@ -7,11 +7,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_distill.callbacks.isolation import as_distillation, run_folder, undisturbed
+from lightning_distill.evaluation.conditions import RunConditions, conditions_of, sampled_with
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
 from lightning_distill.evaluation.references import check_reference, resolve_reference
 from lightning_distill.evaluation.runner import EvaluationRunner, Ranks
 from lightning_distill.evaluation.table import print_table
-from lightning_distill.evaluation.teacher import TeacherCache
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.metrics.clip_score import CLIPScore
 from lightning_distill.metrics.extractors import Extractor, ZooClassifier
@@ -34,6 +34,7 @@ class GenerativeEvaluation(Callback):
 
     The noise of a sample depends on its index only, is never that of the training, and no global generator is touched:
     a run with this callback has the same weights, bit for bit, as one without. Samples are shared over the processes.
+    Classes come in turn; where a network has text or other conditions, sample i is made for row i of the run's data.
 
     Args:
         every_n_steps: student updates between evaluations; 0 evaluates at the end of the run only.
@@ -115,16 +116,20 @@ class GenerativeEvaluation(Callback):
         self.history = EvaluationLog()
         #: seconds spent in evaluations of this process
         self.seconds = 0.0
+        self._conditions = RunConditions()
         self._evaluators: dict[Half, Evaluator] = {}
         self._evaluated: tuple[int, str] | None = None
 
     # ------------------------------------------------------------------------------------------------ when
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check every file that will be needed, before anything runs."""
+        """Check every file and condition that will be needed, before anything runs."""
         module = as_distillation(self, pl_module)
         module.configure_model()
+        self._conditions = conditions_of(trainer)
         for name in self._weights(module):
-            module.sampling_network(None if name == "ema" else name)
+            self._conditions(module.sampling_network(None if name == "ema" else name), 1)
+        if module.teacher is not None and self.teacher_steps:
+            self._conditions(module.teacher, 1)
         for extractor in self._extractors(module):
             extractor.check()
             check_reference(self._source(extractor), extractor)
@@ -164,12 +169,12 @@ class GenerativeEvaluation(Callback):
             return
         self._evaluated = (trainer.global_step, stage)
         start = time.perf_counter()
-        with undisturbed(module):
+        with undisturbed(module), sampled_with(self._conditions):
             runner = self._runner(trainer, module, stage)
             steps = self.steps or [len(module.student_times)]
             if self.teacher_steps:
                 self.history.teacher = runner.teacher_rows(
-                    module, [*steps, self.teacher_steps], TeacherCache(self.cache)
+                    module, [*steps, self.teacher_steps], self._conditions.teacher_cache(module.teacher, self.cache)
                 )
             self.history.reference = runner.evaluator.reference_facts()
             for name in self._weights(module):

@@ -7,22 +7,30 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
 from lightning_distill.callbacks.isolation import as_distillation, run_folder, undisturbed
-from lightning_distill.evaluation.sampling import sample_many
-from lightning_distill.generation import bound, default_cond, index_noise
+from lightning_distill.evaluation.conditions import Conditions, RunConditions, conditions_of
+from lightning_distill.evaluation.sampling import makes_pixels, sample_many
+from lightning_distill.generation import bound, index_noise
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.pixel_decoder import PixelDecoder
 from lightning_distill.plots import save_comparison, save_strips
 from lightning_distill.samplers import to_clean, transport
 from lightning_distill.times import few_step_times
 
 __all__ = ["SampleGrid", "trajectory_strips"]
 
+#: latents decoded at a time
+_DECODED = 4
+
 
 class SampleGrid(Callback):
     """Draws fixed samples of the student beside its teacher, every row one class.
+
+    Networks with text or other conditions make their samples for the first rows of the run's data, always the same.
 
     Writes ``samples/step_000100.png`` into the run folder and the picture ``samples`` to TensorBoard. With ``strip``
     also ``samples/strip_000100.png``: what teacher and student predict as the clean sample at every time along the
@@ -40,6 +48,7 @@ class SampleGrid(Callback):
         strip: number of times of the trajectory strips, 0 for none.
         strip_samples: trajectories shown.
         seed: seed of the noise.
+        decoder: makes pictures of latents; None draws their first channels as colours, with a warning.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class SampleGrid(Callback):
         strip: int = 8,
         strip_samples: int = 4,
         seed: int = 2000,
+        decoder: PixelDecoder | None = None,
     ) -> None:
         super().__init__()
         if every_n_steps < 0 or num_samples < 1 or teacher_steps < 0 or strip < 0 or strip_samples < 1:
@@ -67,15 +77,32 @@ class SampleGrid(Callback):
         self.strip = strip
         self.strip_samples = strip_samples
         self.seed = seed
+        self.decoder = decoder
+        self._conditions: Conditions = RunConditions()
         self._teacher: dict[str, Tensor] = {}
         self._drawn = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse weights that the module does not have."""
+        """Refuse weights that the module does not have, and networks whose conditions the run's data do not give.
+
+        Raises:
+            ValueError: of either, or a decoder that does not fit the samples.
+        """
         module = as_distillation(self, pl_module)
         module.configure_model()
-        if self.weights != "ema":
-            module.sampling_network(self.weights)
+        network = module.sampling_network(self._weights(module))
+        self._conditions = conditions_of(trainer)
+        self._conditions(network, 1)
+        if module.teacher is not None and (self.teacher_steps or self.strip):
+            self._conditions(module.teacher, 1)
+        shape = module.sample_shape
+        if self.decoder is not None:
+            self.decoder.check(shape)
+        elif len(shape) in (3, 4) and not makes_pixels(network, shape):
+            rank_zero_warn(
+                f"SampleGrid draws the first channels of latents of shape {shape} as colours; give it "
+                "decoder=PixelDecoder(path) with the pipeline's folder to see pictures."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,9 +129,17 @@ class SampleGrid(Callback):
             panels = self.panels(module, bf16=str(trainer.precision).startswith("bf16"))
             strips = None
             if self.strip and module.teacher is not None and len(module.sample_shape) == 3:
-                strips = trajectory_strips(module, self.strip, self.strip_samples, self.seed, self._weights(module))
-        if not trainer.is_global_zero:
-            return
+                strips = trajectory_strips(
+                    module, self.strip, self.strip_samples, self.seed, self._weights(module), self._conditions
+                )
+            if not trainer.is_global_zero:
+                return
+            panels = {title: self._shown(samples, module) for title, samples in panels.items()}
+            if strips is not None:
+                strips = {
+                    name: self._shown(part.flatten(0, 1), module).unflatten(0, part.shape[:2])
+                    for name, part in strips.items()
+                }
         folder = run / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         files = {"samples": folder / f"step_{step:06d}.png"}
@@ -143,6 +178,7 @@ class SampleGrid(Callback):
                 bf16=bf16,
                 shape=shape,
                 noise_scale=module.noise_scale,
+                conditions=self._conditions,
             )
             panels[f"student, {_steps(nfe)}"] = _by_class(samples, labels)
         if module.teacher is not None and self.teacher_steps:
@@ -158,10 +194,23 @@ class SampleGrid(Callback):
                         guidance_scale=scale,
                         bf16=bf16,
                         shape=shape,
+                        conditions=self._conditions,
                     )
                     self._teacher[f"teacher, {_steps(nfe)}"] = _by_class(samples, labels)
             panels |= self._teacher
         return panels
+
+    def _shown(self, samples: Tensor, module: DistillationModule) -> Tensor:
+        """What is drawn of samples, (N, 1 or 3, H, W) for pictures, videos (by their first frame) and latents."""
+        if samples.ndim == 5:
+            samples = samples[:, :, 0]
+        if samples.ndim != 4:
+            return samples
+        if self.decoder is not None:
+            return torch.cat([self.decoder(part.to(module.device)).cpu() for part in samples.split(_DECODED)])
+        if samples.shape[1] == 2:  # no colour has two channels
+            return samples[:, :1]
+        return samples[:, :3]
 
     def _weights(self, module: DistillationModule) -> str | None:
         """The name for ``sampling_network``: without averages ``ema`` is the student."""
@@ -170,7 +219,12 @@ class SampleGrid(Callback):
 
 @torch.no_grad()
 def trajectory_strips(
-    module: DistillationModule, times: int, samples: int, seed: int, weights: str | None = None
+    module: DistillationModule,
+    times: int,
+    samples: int,
+    seed: int,
+    weights: str | None = None,
+    conditions: Conditions | None = None,
 ) -> Mapping[str, Tensor]:
     """Clean-sample predictions of teacher and student along the teacher's ODE trajectory.
 
@@ -180,17 +234,22 @@ def trajectory_strips(
         samples: number of trajectories.
         seed: seed of the noise.
         weights: student network, see ``module.sampling_network``.
+        conditions: of the samples; None for the classes in turn.
 
     Returns:
-        ``teacher`` and ``student``, each (samples, times, C, H, W) in [-1, 1], on the CPU.
+        ``teacher`` and ``student``, each (samples, times, C, H, W), pictures in [-1, 1], on the CPU.
     """
     teacher, student = module.require_teacher(), module.sampling_network(weights)
     process = teacher.process
-    cond = {k: v.to(teacher.device) for k, v in default_cond(teacher, samples).items()}
+    given = conditions or RunConditions()
+    cond, own = (
+        {k: v.to(role.device) if isinstance(v, Tensor) else v for k, v in given(role, samples).items()}
+        for role in (teacher, student)
+    )
     grid = few_step_times(process, times)
     x = process.prior(index_noise(samples, module.sample_shape, seed).to(teacher.device), grid[0])
     directions = bound(teacher, cond, "ode", module.teacher_guidance)
-    ends = to_clean(bound(student, cond, "flow_map" if module.capability == "two_time" else "renoise"))
+    ends = to_clean(bound(student, own, "flow_map" if module.capability == "two_time" else "renoise"))
     seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
     for t, r in pairwise([*grid, 0.0]):
         now = torch.full((samples,), t, dtype=torch.float64, device=x.device)
@@ -198,7 +257,9 @@ def trajectory_strips(
         seen["teacher"].append(prediction.x0)
         seen["student"].append(ends(x, now).x0)
         x = transport(prediction, r)
-    return {name: torch.stack(parts, dim=1).float().clamp(-1, 1).cpu() for name, parts in seen.items()}
+    strips = {name: torch.stack(parts, dim=1).float().cpu() for name, parts in seen.items()}
+    pixels = makes_pixels(student, module.sample_shape)
+    return {name: strip.clamp(-1, 1) if pixels else strip for name, strip in strips.items()}
 
 
 def _by_class(samples: Tensor, labels: Tensor | None) -> Tensor:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from difflib import get_close_matches
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule
 
 from lightning_distill.commands.errors import CommandParser
-from lightning_distill.commands.run_folder import find_run, load_run, read_config, weights_name
+from lightning_distill.commands.run_folder import find_run, load_run, read_config, read_data, weights_name
+from lightning_distill.evaluation.conditions import RunConditions, needed_conditions, sampled_with
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
 from lightning_distill.evaluation.passing import MINIMUM_SAMPLES, verdict
 from lightning_distill.evaluation.references import check_reference, resolve_reference
 from lightning_distill.evaluation.runner import EvaluationRunner
 from lightning_distill.evaluation.table import print_table
-from lightning_distill.evaluation.teacher import TeacherCache
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.metrics.clip_score import VARIABLE as CLIP_VARIABLE
+from lightning_distill.metrics.clip_score import CLIPScore
 from lightning_distill.metrics.extractors import Extractor, ZooClassifier
+from lightning_distill.metrics.lpips_diversity import VARIABLE as TRUNK_VARIABLE
+from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.records import EvaluationLog
 
 __all__ = ["main"]
@@ -34,7 +41,11 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("run_dir", help="run folder, for example runs/quickstart")
     parser.add_argument("--n", type=int, default=5000, help="number of samples")
     parser.add_argument("--steps", type=int, nargs="+", help="numbers of student steps (default: its own)")
-    parser.add_argument("--weights", nargs="+", default=["ema"], help="ema, student, or names of averages")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        help="ema, student, or names of averages (default: ema, of runs without one the student)",
+    )
     parser.add_argument("--seed", type=int, default=20_000, help="seed of the samples' noise")
     parser.add_argument("--half", choices=["held_out", "selection"], default="held_out", help="half of the reference")
     parser.add_argument("--teacher-steps", type=int, default=50, help="steps of the many-step teacher")
@@ -44,6 +55,10 @@ def main(words: Sequence[str]) -> None:
         help="YAML list of class_path/init_args, or its file (default: those of the shipped teacher)",
     )
     parser.add_argument("--reference", help="zoo entry, folder, .npz, or data (see GenerativeEvaluation)")
+    parser.add_argument("--clip", help="folder of a CLIP model, for the measure clip_score")
+    parser.add_argument("--prompts", help="text file with the prompt of each class, one a line, for clip_score")
+    parser.add_argument("--perceptual", help="torchvision weights of the LPIPS trunk, for the measure lpips_diversity")
+    parser.add_argument("--perceptual-net", choices=["alex", "vgg", "squeeze"], default="alex", help="that trunk")
     parser.add_argument("--cache", help="folder for teacher rows and references")
     parser.add_argument("--checkpoint", help="checkpoint file (default: the run's last)")
     parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
@@ -56,6 +71,10 @@ def main(words: Sequence[str]) -> None:
     check_measures(args.measures)
     if args.n < 10:
         raise ValueError(f"--n {args.n}: give 10 samples or more.")
+    if args.teacher_steps < 0:
+        raise ValueError(f"--teacher-steps {args.teacher_steps}: give 1 or more, or 0 to leave the teacher out.")
+    if args.steps and min(args.steps) < 1:
+        raise ValueError(f"--steps {min(args.steps)}: give numbers of 1 or more.")
     if args.pass_rule and (args.n < MINIMUM_SAMPLES or args.half != "held_out"):
         raise ValueError(
             f"--pass-rule needs --n {MINIMUM_SAMPLES} or more and --half held_out, not --n {args.n} --half {args.half}."
@@ -66,25 +85,36 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(f"--seed {args.seed} was used while training; the pass rule needs noise that was not.")
     config = read_config(run)
     module = load_run(run, args.checkpoint)
-    weights = [
-        ("student" if weights_name(module, w) == "student" or not module.student_ema else w) for w in args.weights
-    ]
+    weights = args.weights or ["ema" if module.student_ema else "student"]
+    for name in weights:
+        weights_name(module, name)
     extractors = _extractors(args.extractors, module, judge=args.pass_rule)
     for extractor in extractors:
         extractor.check()
         check_reference(args.reference, extractor)
-    data = _data(config) if _needs_data(args.reference, extractors) else None
+    models = _models(args, module, images=bool(extractors))
+    data = read_data(config) if _needs_data(args.reference, extractors) else None
     chosen: list[Extractor | None] = [*extractors] or [None]
     references = {(e.name if e else ""): resolve_reference(args.reference, e, data, cache=args.cache) for e in chosen}
-    evaluator = Evaluator(extractors, references, args.measures, args.half)
+    evaluator = Evaluator(extractors, references, args.measures, args.half, **models)
+    evaluator.probe(module.sample_shape)
+    # classes are known without the data
+    needed = needed_conditions(module.student)
+    conditions = RunConditions((data or read_data(config)) if needed else None)
+    if needed:
+        conditions(module.student, 1)  # raises where the data do not give them
     runner = EvaluationRunner(evaluator, args.n, args.seed, bf16=args.bf16)
     steps = args.steps or [len(module.student_times)]
     wanted = [*steps, args.teacher_steps] if args.teacher_steps else []
-    teacher = runner.teacher_rows(module, wanted, TeacherCache(args.cache)) if wanted else []
     updates = _updates(run, args.checkpoint)
-    rows = [
-        runner.student_row(module, nfe, name, teacher, step=updates, stage="test") for name in weights for nfe in steps
-    ]
+    with sampled_with(conditions):
+        cache = conditions.teacher_cache(module.teacher, args.cache)
+        teacher = runner.teacher_rows(module, wanted, cache) if wanted else []
+        rows = [
+            runner.student_row(module, nfe, name, teacher, step=updates, stage="test")
+            for name in weights
+            for nfe in steps
+        ]
     log = EvaluationLog([*earlier.rows, *rows], teacher, evaluator.reference_facts())
     print_table(EvaluationLog(rows, teacher))
     print(log.save(run))
@@ -124,6 +154,7 @@ def _extractors(text: str | None, module: DistillationModule, judge: bool) -> li
             raise ValueError("--extractors must be given: the teacher of this run is not a shipped one.")
         return [ZooClassifier(entry), *([ZooClassifier(f"{entry}/judge", "judge")] if judge else [])]
     content = yaml.safe_load(Path(text).read_text() if Path(text).is_file() else text)
+    _check_names(content)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--extractors", type=list[Extractor])
     config = parser.parse_object({"extractors": content if isinstance(content, list) else [content]})
@@ -133,18 +164,66 @@ def _extractors(text: str | None, module: DistillationModule, judge: bool) -> li
     return extractors
 
 
+def _check_names(content: Any) -> None:
+    """Raise for a class that is no extractor, with the names of those that are; the parser names none of a list."""
+    known: set[str] = set()
+    waiting = Extractor.__subclasses__()
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        if not isabstract(cls) and not cls.__name__.startswith("_"):
+            known.add(cls.__name__)
+    for entry in content if isinstance(content, list) else [content]:
+        name = entry.get("class_path") if isinstance(entry, dict) else entry
+        if not isinstance(name, str):
+            raise ValueError(
+                f"--extractors {entry}: give class_path, one of {', '.join(sorted(known))}, and init_args."
+            )
+        if "." not in name and name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? There are" if close else "choose one of"
+            raise ValueError(f"--extractors: there is no extractor {name!r}; {hint} {', '.join(sorted(known))}.")
+
+
+def _models(args: Namespace, module: DistillationModule, images: bool) -> dict[str, Any]:
+    """What ``clip_score`` and ``lpips_diversity`` look with, checked; arguments of ``Evaluator``."""
+    models: dict[str, Any] = {}
+    needed = {
+        "clip_score": (
+            {"clip": "FOLDER (a CLIP model)", "prompts": "FILE (a line for each class)"},
+            CLIP_VARIABLE,
+        ),
+        "lpips_diversity": ({"perceptual": "FILE (torchvision's weights of its trunk)"}, TRUNK_VARIABLE),
+    }
+    for measure, (options, variable) in needed.items():
+        given = [f"--{option}" for option in options if getattr(args, option)]
+        missing = [f"--{o} {what}" for o, what in options.items() if not getattr(args, o)]
+        if variable in os.environ:
+            missing = [text for text in missing if text.startswith("--prompts")]
+        if measure not in args.measures and given:
+            raise ValueError(f"{given[0]} is for the measure {measure}; add it to --measures.")
+        if measure in args.measures and not images:
+            raise ValueError(f"--measures {measure} needs images; the samples of this run are none.")
+        if measure in args.measures and missing:
+            raise ValueError(f"--measures {measure} needs {' and '.join(missing)}.")
+    if "lpips_diversity" in args.measures:
+        models["perceptual"] = PerceptualDistance(args.perceptual_net, args.perceptual)
+        models["perceptual"].check(tuple(module.sample_shape))
+    if "clip_score" in args.measures:
+        classes = module.student.num_classes
+        if classes is None:
+            raise ValueError(
+                "--measures clip_score needs a student with classes; this run's has none. In Python, "
+                "CLIPScore(folder).score(images, prompts) takes any prompts."
+            )
+        prompts = Path(args.prompts).expanduser().read_text().splitlines()
+        if len(prompts) < classes:
+            raise ValueError(f"{args.prompts} has {len(prompts)} lines for {classes} classes; give one for each.")
+        models |= {"clip": CLIPScore(args.clip), "prompts": prompts}
+        models["clip"].check()
+    return models
+
+
 def _needs_data(reference: str | None, extractors: Sequence[Extractor]) -> bool:
     own = extractors and all(isinstance(e, ZooClassifier) for e in extractors)
     return reference == "data" or (reference is None and not own)
-
-
-def _data(config: dict[str, Any]) -> LightningDataModule | None:
-    """The data module of the run."""
-    if not config.get("data"):
-        return None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=LightningDataModule)
-    data: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
-    data.prepare_data()
-    data.setup("fit")
-    return data

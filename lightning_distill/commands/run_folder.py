@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
 
 from lightning_distill import checkpoints
 from lightning_distill.checkpoint_files import last_good
 from lightning_distill.methods.base import DistillationModule
 
-__all__ = ["find_checkpoint", "find_run", "load_run", "read_config", "weights_name"]
+__all__ = ["find_checkpoint", "find_run", "load_run", "read_config", "read_data", "weights_name"]
 
 
 def find_run(path: str | Path) -> Path:
@@ -63,6 +65,22 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{run / 'config.yaml'} has no model section, so it is not the configuration of a run.")
     return config
+
+
+def read_data(config: dict[str, Any]) -> LightningDataModule | None:
+    """The data module of a run, ready to give samples; None where it has none.
+
+    Args:
+        config: what ``read_config`` returned.
+    """
+    if not config.get("data"):
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=LightningDataModule)
+    data: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    data.prepare_data()
+    data.setup("fit")
+    return data
 
 
 def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationModule:

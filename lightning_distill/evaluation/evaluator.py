@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class Evaluator:
     prompts: Sequence[str] = ()
     device: torch.device | str = "cpu"
     _built: dict[str, FeatureExtractor] = field(default_factory=dict, repr=False)
+    _probed: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.measures = check_measures(self.measures)
@@ -118,6 +120,32 @@ class Evaluator:
                 built.to(self.device)
             self._built[extractor.name] = built
         return self._built[extractor.name]
+
+    def probe(self, shape: Sequence[int]) -> None:
+        """Give every extractor one blank image, before hours of sampling.
+
+        Args:
+            shape: of one sample, (C, H, W).
+
+        Raises:
+            ValueError: an extractor cannot read it.
+        """
+        for extractor in self.extractors:
+            if (extractor.name, tuple(shape)) in self._probed:
+                continue
+            try:
+                made = extract(self.network(extractor), torch.zeros(1, *shape))
+            except (ValueError, RuntimeError, IndexError) as error:
+                reason = str(error).strip().splitlines()[0].rstrip(".")
+                raise ValueError(
+                    f"the extractor {extractor.name!r} cannot read samples of shape {tuple(shape)}: {reason}."
+                ) from error
+            self._probed[extractor.name, tuple(shape)] = made.shape[-1]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of features by extractor, of those that were probed."""
+        return {name: width for (name, _), width in self._probed.items()}
 
     @property
     def needs_images(self) -> bool:
@@ -239,7 +267,7 @@ class Evaluator:
 
     @property
     def key(self) -> str:
-        """What figures depend on besides the samples: extractors, references, measures."""
+        """What figures depend on besides the samples: extractors, references, measures, and what those look with."""
         digest = hashlib.sha256(repr((sorted(self.measures), self.half)).encode())
         for name, reference in sorted(self.references.items()):
             digest.update(name.encode())
@@ -250,6 +278,10 @@ class Evaluator:
                 digest.update(real[:64].contiguous().numpy().tobytes())
         for extractor in self.extractors:
             digest.update(extractor.key.encode())
+        if "lpips_diversity" in self.measures:
+            digest.update(repr(_settings(self.perceptual)).encode())
+        if "clip_score" in self.measures:
+            digest.update(repr((list(self.prompts), _settings(self.clip))).encode())
         return digest.hexdigest()[:24]
 
     def reference_facts(self) -> dict[str, Any]:
@@ -261,3 +293,14 @@ class Evaluator:
             if floor is not None:
                 facts["floors"][extractor.frechet_name] = floor
         return facts
+
+
+def _settings(part: Any) -> Any:
+    """Type and settings of an object as plain values; a path stands for its files with their sizes and times."""
+    if isinstance(part, str | Path) and str(part) and (root := Path(part).expanduser()).exists():
+        files = sorted(p for p in root.iterdir() if p.is_file()) if root.is_dir() else [root]
+        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if not hasattr(part, "__dict__") or isinstance(part, type | torch.dtype):
+        return part
+    values = {name: _settings(value) for name, value in sorted(vars(part).items()) if not name.startswith("_")}
+    return getattr(part, "__qualname__", type(part).__qualname__), values

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache as remember
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_distill.evaluation.evaluator import Evaluator, Features
 from lightning_distill.evaluation.sampling import sample_many
-from lightning_distill.evaluation.teacher import TeacherCache, baseline_key, card_rows
+from lightning_distill.evaluation.teacher import TeacherCache, baseline_key, card_note, card_rows
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
@@ -19,6 +21,16 @@ from lightning_distill.records import EvaluationRow
 from lightning_distill.times import few_step_times
 
 __all__ = ["EvaluationRunner", "Ranks"]
+
+
+#: fewer samples per feature dimension than this make a covariance that is mostly noise
+_PER_FEATURE = 10
+
+
+@remember
+def _say_once(text: str) -> None:
+    """A line on the terminal, once per process, though a run evaluates many times."""
+    rank_zero_info(text)
 
 
 @dataclass
@@ -76,7 +88,12 @@ class EvaluationRunner:
             shape: of one sample.
             guidance_scale: w, or a policy.
             noise_scale: factor on the fresh noise of the renoise sampler.
+
+        Raises:
+            ValueError: an extractor cannot read samples of this shape; raised before any is made.
         """
+        self.evaluator.probe(shape)
+        self._caution()
         ranks, start = self.ranks, time.perf_counter()
         share = -(-self.num_samples // ranks.world_size)  # equal shares: no rank waits in a collective alone
         samples, labels = sample_many(
@@ -106,6 +123,14 @@ class EvaluationRunner:
             raise problem
         return figures | {"samples_per_second": self.num_samples / sampling}, time.perf_counter() - start
 
+    def _caution(self) -> None:
+        for name, width in self.evaluator.widths.items():
+            if "fd" in self.evaluator.measures and self.num_samples < _PER_FEATURE * width:
+                _say_once(
+                    f"{self.num_samples} samples are few for the {width} features of {name}: compare its Frechet "
+                    f"distance only with others of {self.num_samples} samples, or use {_PER_FEATURE * width} or more."
+                )
+
     def _gather(self, features: Features) -> Features:
         """The features of all ranks in the order of the samples, the surplus of the last share cut off."""
 
@@ -131,13 +156,25 @@ class EvaluationRunner:
             return []
         teacher, scale = module.teacher, module.teacher_guidance
         wanted = sorted(set(steps))
-        if (shipped := card_rows(teacher, self.evaluator, wanted, scale)) is not None:
+        if (shipped := card_rows(teacher, self.evaluator, self.num_samples, wanted, scale)) is not None:
+            if note := card_note(shipped, self.evaluator, self.num_samples, wanted):
+                _say_once(note)
             return shipped
+        what, fingerprint = f"{self.evaluator.key}-{self.bf16}", module.teacher_fingerprint()
+        keys = {
+            nfe: baseline_key(fingerprint, teacher, nfe, scale, self.num_samples, self.seed, what, module.sample_shape)
+            for nfe in wanted
+        }
+        found = {nfe: cache.get(key) for nfe, key in keys.items()} if self.ranks.rank == 0 else None
+        known: dict[int, EvaluationRow | None] = self.ranks.broadcast(found)
+        if missing := [str(nfe) for nfe in wanted if known[nfe] is None]:
+            _say_once(
+                f"The teacher is measured with {self.num_samples} samples at {' and '.join(missing)} steps, once; the "
+                f"figures are kept in {cache.folder}."
+            )
         rows = []
-        what = f"{self.evaluator.key}-{self.bf16}"
-        for nfe in wanted:
-            key = baseline_key(module.teacher_fingerprint(), teacher, nfe, scale, self.num_samples, self.seed, what)
-            row = self.ranks.broadcast(cache.get(key) if self.ranks.rank == 0 else None)
+        for nfe, key in keys.items():
+            row = known[nfe]
             if row is None:
                 times = few_step_times(teacher.process, nfe)
                 figures, seconds = self.measure(teacher, times, "ode", module.sample_shape, scale)

@@ -42,6 +42,8 @@ def measures(rows: Sequence[EvaluationRow]) -> list[str]:
 def print_table(log: EvaluationLog, console: Console | None = None) -> None:
     """Measures of the teacher's rows and of the student's last ones, a column each.
 
+    A star marks rows of the teacher with another number of samples, or half of the reference, than the student's.
+
     Args:
         log: rows of a run.
         console: where to print; None is standard output.
@@ -52,10 +54,13 @@ def print_table(log: EvaluationLog, console: Console | None = None) -> None:
         wanted = {row.nfe for row in students} | {teacher[0].nfe if teacher else 0}
         teacher = [row for row in teacher if row.nfe in wanted]
     shown = [*teacher, *students]
+    sets = [_samples(row) for row in students if row.num_samples]
+    others = [row for row in teacher if row.num_samples and any(_samples(row) != mine for mine in sets)]
     table = Table(box=SIMPLE)
     table.add_column("", no_wrap=True)
     for row in shown:
         who = row.role if row.role == "teacher" or row.weights == "student" else f"student\n{row.weights}"
+        who += "*" * (row in others)
         steps = f"{row.nfe} step{'s' if row.nfe > 1 else ''}"
         table.add_column(f"{who}\n{steps}", style="bold" if row.role == "student" else None, justify="right")
     for name in measures(students or shown):
@@ -63,3 +68,15 @@ def print_table(log: EvaluationLog, console: Console | None = None) -> None:
     if console is None:  # a file is as wide as it must be
         console = Console() if sys.stdout.isatty() else Console(width=max(80, 24 + 11 * len(shown)))
     console.print(table)
+    if others:
+        mine = " and ".join(dict.fromkeys(sets))
+        card = "from its card, " if others[0].stage == "card" else ""
+        console.print(
+            f"* {card}{_samples(others[0])}; the student: {mine}. Fewer samples make larger distances; recall and "
+            "coverage depend on both.",
+            highlight=False,
+        )
+
+
+def _samples(row: EvaluationRow) -> str:
+    return f"{row.num_samples} samples, {row.half.replace('_', '-')} half"

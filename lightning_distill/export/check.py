@@ -19,9 +19,9 @@ from lightning_distill.export import stock_run
 from lightning_distill.export.entries import ENTRIES, StockPipeline, stock_inputs, to_pipeline_layout
 from lightning_distill.export.folders import CONFIG
 from lightning_distill.export.two_passes import negative_inputs
-from lightning_distill.generation import draw_noise
+from lightning_distill.generation import draw_noise, fitting_cond
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.families import example_cond, family_of
+from lightning_distill.networks.families import family_of
 
 __all__ = ["network_without_weights", "probe_cond", "tensors_of_inputs", "verify_export"]
 
@@ -171,7 +171,7 @@ def _in_fresh_process(job: Mapping[str, Any], tensors: dict[str, Tensor]) -> flo
 def probe_cond(denoiser: Denoiser, n: int, size: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
     """Random embeddings for the comparison, padded where there is a mask, with the sizes the pipeline computes.
 
-    They have the length of the null condition where one is stored, since guided calls have both.
+    They have the lengths of ``generation.fitting_cond``.
 
     Args:
         denoiser: the student.
@@ -181,10 +181,7 @@ def probe_cond(denoiser: Denoiser, n: int, size: Mapping[str, int], seed: int = 
     """
     generator = torch.Generator().manual_seed(seed)
     network = denoiser.network
-    made = example_cond(network, n)
-    for key, value in denoiser.family.null.items():
-        if key in made and isinstance(value, Tensor):
-            made[key] = value.expand(n, *value.shape[1:])
+    made = fitting_cond(denoiser, n)
     for key, value in made.items():
         if key == "time_ids":
             row: list[float] = [size["height"], size["width"], 0, 0, size["height"], size["width"]]

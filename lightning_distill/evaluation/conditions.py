@@ -1,0 +1,210 @@
+"""Conditions of samples that are made inside a run, or from its folder: classes in turn, or rows of the run's data."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import IterableDataset, default_collate
+
+from lightning_distill.batch import Batch, as_batch
+from lightning_distill.data.base import DistillationDataModule
+from lightning_distill.data.loader import Source
+from lightning_distill.environment import cache_folder
+from lightning_distill.evaluation.teacher import TeacherCache
+from lightning_distill.generation import default_cond
+from lightning_distill.networks.denoiser import Denoiser
+
+__all__ = ["Conditions", "RunConditions", "conditions_in_force", "conditions_of", "needed_conditions", "sampled_with"]
+
+_LABELS = "class_labels"
+#: rows whose content tells one set of conditions from another
+_TOLD = 64
+
+
+class Conditions(Protocol):
+    """What gives samples their conditions."""
+
+    def __call__(self, denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Any]:
+        """Conditions of the samples ``first .. first + n - 1`` of a network, tensors of n rows."""
+
+
+def needed_conditions(denoiser: Denoiser) -> list[str]:
+    """Conditions that a network cannot be sampled without and that the classes in turn do not give.
+
+    Args:
+        denoiser: of any family; of a plain module the arguments of its ``forward`` that have no default count.
+    """
+    needed = list(denoiser.family.required)
+    if not denoiser.family.cond_keys:
+        own = list(inspect.signature(denoiser.network.forward).parameters.values())[2:]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        needed += [p.name for p in own if p.default is p.empty and p.kind in kinds and p.name not in ("r", "guidance")]
+    known = set() if denoiser.num_classes is None else {_LABELS}
+    return [key for key in dict.fromkeys(needed) if key not in known]
+
+
+class RunConditions:
+    """Conditions by the sample's index, the same on every rank and at every time.
+
+    Classes in turn where the data have no other conditions; else the rows of the data in their stored order, from the
+    first one on and over again after the last, with all that they hold: text of the data's own length, sizes, sources.
+
+    Args:
+        data: data module or loader of the run; None where there is none. Of a ``DistillationDataModule`` the training
+            samples are taken (of the first size where it has several), of others the data set of the training loader.
+            A loader without a map-style data set gives its first batch, to networks that cannot do without; ranks
+            whose loaders differ then have different ones.
+    """
+
+    def __init__(self, data: Any = None) -> None:
+        self.name = None if data is None else type(data).__name__
+        self._loader = _loader_of(data)
+        self._items = _items_of(self._loader)
+
+    def __call__(self, denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Any]:
+        """Conditions of the samples ``first .. first + n - 1``.
+
+        Args:
+            denoiser: the network that makes them; it is given what it accepts.
+            n: number of samples.
+            first: index of the first.
+
+        Raises:
+            ValueError: neither the classes nor the data give what the network cannot run without.
+        """
+        keys = self.keys(denoiser)
+        needed = needed_conditions(denoiser)
+        if missing := [key for key in needed if key not in keys]:
+            have = "no data are given" if self.name is None else f"{self.name} has {', '.join(keys) or 'no conditions'}"
+            raise ValueError(
+                f"{type(denoiser.network).__name__} needs {', '.join(missing)} for every sample, and {have}; use a "
+                "data module whose batches have them (CachedConditions, for example)."
+            )
+        if not self.from_data(denoiser):
+            return default_cond(denoiser, n, first)
+        gather, rows = self._rows
+        chosen = denoiser.accepted(gather(torch.arange(first, first + n) % rows).cond)
+        if denoiser.num_classes is not None and _LABELS not in chosen:
+            chosen[_LABELS] = torch.arange(first, first + n) % denoiser.num_classes
+        return chosen
+
+    def keys(self, denoiser: Denoiser) -> list[str]:
+        """Conditions that the data have and the network accepts."""
+        if self._items is None and not needed_conditions(denoiser):
+            return []  # a stream may never give a batch again that was taken from it
+        gather, rows = self._rows
+        return list(denoiser.accepted(gather(torch.zeros(1, dtype=torch.int64)).cond)) if rows else []
+
+    def from_data(self, denoiser: Denoiser) -> bool:
+        """Whether samples of a network have the conditions of the data, rather than classes in turn or nothing."""
+        keys = set(self.keys(denoiser))
+        return bool(needed_conditions(denoiser) or keys - {_LABELS} or (keys and denoiser.num_classes is None))
+
+    @property
+    def digest(self) -> str:
+        """What the conditions are, of a spread of the rows."""
+        gather, rows = self._rows
+        digest = hashlib.sha256(str(rows).encode())
+        for key, value in sorted(gather(torch.arange(0, rows, max(1, rows // _TOLD))).cond.items()):
+            digest.update(key.encode())
+            if isinstance(value, Tensor):
+                digest.update(value.detach().double().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def teacher_cache(self, teacher: Denoiser | None, folder: str | Path | None) -> TeacherCache:
+        """Where a teacher's rows are kept; those for conditions of the data apart, by these conditions."""
+        if teacher is None or not self.from_data(teacher):
+            return TeacherCache(folder)
+        return TeacherCache(cache_folder(folder) / "conditions" / self.digest)
+
+    @cached_property
+    def _rows(self) -> tuple[Callable[[Tensor], Batch], int]:
+        """How to get rows of the data, and how many there are; 0 where they cannot be had."""
+        if self._items is None:
+            return _first_batch(self._loader)
+        return _rows_of(self._items, getattr(self._loader, "collate_fn", None) or default_collate)
+
+
+def conditions_of(trainer: Trainer) -> RunConditions:
+    """The conditions of a run's samples, from its data module or else the loader that it was given."""
+    data = getattr(trainer, "datamodule", None)
+    if data is None:  # a loader that was given to fit, validate or test; before the loops are set up nothing tells it
+        loops = (trainer.fit_loop, trainer.validate_loop, trainer.test_loop)
+        given = (getattr(getattr(loop, "_data_source", None), "instance", None) for loop in loops)
+        data = next((source for source in given if source is not None), None)
+    return RunConditions(data)
+
+
+def _loader_of(data: Any) -> Any:
+    """The data module of this package, or a loader of another."""
+    if isinstance(data, LightningDataModule) and not isinstance(data, DistillationDataModule):
+        names = [name for name in ("train_dataloader", "val_dataloader") if is_overridden(name, data)]
+        data = getattr(data, names[0])() if names else None
+    return next(iter(data), None) if isinstance(data, (list, tuple)) else data
+
+
+def _items_of(loader: Any) -> Any:
+    """Samples that can be had by index; None where a loader has no such."""
+    items = getattr(loader, "source", getattr(loader, "dataset", None))
+    listed = hasattr(items, "__len__") and not isinstance(items, IterableDataset)
+    return items if listed and getattr(loader, "batch_size", None) is not None else None
+
+
+def _rows_of(items: Any, collate: Callable[[list[Any]], Any]) -> tuple[Callable[[Tensor], Batch], int]:
+    if isinstance(items, Source):
+        sizes = getattr(items, "sizes", None)
+        return lambda rows: items.gather(rows, 0), sizes[0] if sizes else len(items)
+
+    def gather(rows: Tensor) -> Batch:
+        with isolate_rng():  # data sets may augment at random
+            return as_batch(collate([items[i] for i in rows.tolist()]))
+
+    return gather, len(items)
+
+
+def _first_batch(loader: Any) -> tuple[Callable[[Tensor], Batch], int]:
+    first = None
+    if hasattr(loader, "__iter__") and not isinstance(loader, (Iterator, Mapping)):
+        with isolate_rng():
+            first = next(iter(loader), None)
+    batch = Batch(size=0) if first is None else as_batch(first)
+    return lambda rows: Batch(cond=_picked(batch, rows), size=len(rows)), batch.size
+
+
+def _picked(batch: Batch, rows: Tensor) -> dict[str, Any]:
+    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
+
+
+# ------------------------------------------------------------------------------------------------ for callers
+_current: ContextVar[Conditions | None] = ContextVar("conditions", default=None)
+
+
+@contextmanager
+def sampled_with(conditions: Conditions) -> Iterator[None]:
+    """Within it, ``sample_many`` gives samples these conditions where the caller gives none.
+
+    Args:
+        conditions: of the run.
+    """
+    token = _current.set(conditions)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def conditions_in_force() -> Conditions:
+    """What ``sampled_with`` set, else classes in turn or nothing, which refuse networks that need more."""
+    return _current.get() or RunConditions()

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_distill.callbacks.isolation import as_distillation, run_folder, undisturbed
-from lightning_distill.evaluation.conditions import RunConditions, conditions_of, sampled_with
+from lightning_distill.evaluation.conditions import RunConditions, conditions_of
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
 from lightning_distill.evaluation.references import check_reference, resolve_reference
 from lightning_distill.evaluation.runner import EvaluationRunner, Ranks
@@ -169,7 +169,7 @@ class GenerativeEvaluation(Callback):
             return
         self._evaluated = (trainer.global_step, stage)
         start = time.perf_counter()
-        with undisturbed(module), sampled_with(self._conditions):
+        with undisturbed(module):
             runner = self._runner(trainer, module, stage)
             steps = self.steps or [len(module.student_times)]
             if self.teacher_steps:
@@ -199,7 +199,9 @@ class GenerativeEvaluation(Callback):
         ranks = Ranks(trainer.global_rank, trainer.world_size, gather, trainer.strategy.broadcast)
         evaluator = self._evaluator(trainer, module, "held_out" if test else "selection")
         bf16 = str(trainer.precision).startswith("bf16")
-        return EvaluationRunner(evaluator, self.num_samples, self.seed + test, self.batch_size, bf16, ranks)
+        return EvaluationRunner(
+            evaluator, self.num_samples, self.seed + test, self.batch_size, bf16, ranks, self._conditions
+        )
 
     def _publish(self, trainer: Trainer, module: DistillationModule, row: EvaluationRow, live: bool) -> None:
         """To the logger at this very update, and to ``callback_metrics`` for checkpoints and early stopping."""

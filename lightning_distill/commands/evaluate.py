@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.commands.run_folder import find_run, load_run, read_config, read_data, weights_name
-from lightning_distill.evaluation.conditions import RunConditions, needed_conditions, sampled_with
+from lightning_distill.evaluation.conditions import RunConditions, needed_conditions
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
 from lightning_distill.evaluation.passing import MINIMUM_SAMPLES, verdict
 from lightning_distill.evaluation.references import check_reference, resolve_reference
@@ -103,18 +103,16 @@ def main(words: Sequence[str]) -> None:
     conditions = RunConditions((data or read_data(config)) if needed else None)
     if needed:
         conditions(module.student, 1)  # raises where the data do not give them
-    runner = EvaluationRunner(evaluator, args.n, args.seed, bf16=args.bf16)
+    runner = EvaluationRunner(evaluator, args.n, args.seed, bf16=args.bf16, conditions=conditions)
     steps = args.steps or [len(module.student_times)]
     wanted = [*steps, args.teacher_steps] if args.teacher_steps else []
     updates = _updates(run, args.checkpoint)
-    with sampled_with(conditions):
-        cache = conditions.teacher_cache(module.teacher, args.cache)
-        teacher = runner.teacher_rows(module, wanted, cache) if wanted else []
-        rows = [
-            runner.student_row(module, nfe, name, teacher, step=updates, stage="test")
-            for name in weights
-            for nfe in steps
-        ]
+    teacher = (
+        runner.teacher_rows(module, wanted, conditions.teacher_cache(module.teacher, args.cache)) if wanted else []
+    )
+    rows = [
+        runner.student_row(module, nfe, name, teacher, step=updates, stage="test") for name in weights for nfe in steps
+    ]
     log = EvaluationLog([*earlier.rows, *rows], teacher, evaluator.reference_facts())
     print_table(EvaluationLog(rows, teacher))
     print(log.save(run))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +24,7 @@ from lightning_distill.evaluation.teacher import TeacherCache
 from lightning_distill.generation import default_cond
 from lightning_distill.networks.denoiser import Denoiser
 
-__all__ = ["Conditions", "RunConditions", "conditions_in_force", "conditions_of", "needed_conditions", "sampled_with"]
+__all__ = ["Conditions", "RunConditions", "conditions_of", "needed_conditions"]
 
 _LABELS = "class_labels"
 #: rows whose content tells one set of conditions from another
@@ -185,26 +183,3 @@ def _first_batch(loader: Any) -> tuple[Callable[[Tensor], Batch], int]:
 
 def _picked(batch: Batch, rows: Tensor) -> dict[str, Any]:
     return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
-
-
-# ------------------------------------------------------------------------------------------------ for callers
-_current: ContextVar[Conditions | None] = ContextVar("conditions", default=None)
-
-
-@contextmanager
-def sampled_with(conditions: Conditions) -> Iterator[None]:
-    """Within it, ``sample_many`` gives samples these conditions where the caller gives none.
-
-    Args:
-        conditions: of the run.
-    """
-    token = _current.set(conditions)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-def conditions_in_force() -> Conditions:
-    """What ``sampled_with`` set, else classes in turn or nothing, which refuse networks that need more."""
-    return _current.get() or RunConditions()

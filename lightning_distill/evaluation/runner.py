@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_distill.evaluation.conditions import Conditions
 from lightning_distill.evaluation.evaluator import Evaluator, Features
 from lightning_distill.evaluation.sampling import sample_many
 from lightning_distill.evaluation.teacher import TeacherCache, baseline_key, card_note, card_rows
@@ -60,6 +61,7 @@ class EvaluationRunner:
         seed: seed of their noise.
         batch_size: samples per network call.
         bf16: sample under bfloat16 autocast.
+        conditions: of the samples, None for classes in turn.
         ranks: the processes that share the work.
     """
 
@@ -69,6 +71,7 @@ class EvaluationRunner:
     batch_size: int = 500
     bf16: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    conditions: Conditions | None = None
 
     def measure(
         self,
@@ -108,6 +111,7 @@ class EvaluationRunner:
             bf16=self.bf16,
             shape=shape,
             noise_scale=noise_scale,
+            conditions=self.conditions,
         )
         sampling = time.perf_counter() - start
         features = self._gather(self.evaluator.features(samples, labels))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_distill.evaluation.conditions import Conditions, conditions_in_force
+from lightning_distill.evaluation.conditions import Conditions, RunConditions
 from lightning_distill.generation import bound, index_noise
 from lightning_distill.guidance import Guidance
 from lightning_distill.networks.denoiser import Denoiser
@@ -65,7 +65,7 @@ def sample_many(
         bf16: run the network under bfloat16 autocast.
         shape: of one sample; None asks the network.
         noise_scale: factor on the fresh noise.
-        conditions: give the samples theirs, by index; None for those of ``sampled_with``, else the classes in turn.
+        conditions: give the samples theirs, by index; None for the classes in turn.
 
     Returns:
         samples (n, ...), clamped to [-1, 1] where they are pictures rather than latents, on the CPU, and their labels
@@ -80,7 +80,7 @@ def sample_many(
     shape = denoiser.sample_shape if shape is None else tuple(shape)
     if shape is None:
         raise ValueError(f"{type(denoiser.network).__name__} does not know the shape of its samples; give shape.")
-    made = conditions_in_force() if conditions is None else conditions
+    made = RunConditions() if conditions is None else conditions
     streams, device, process = RandomStreams(seed), denoiser.device, denoiser.process
     parts, labels = [], []
     for done in range(0, n, batch_size):

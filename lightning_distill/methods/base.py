@@ -455,7 +455,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
     def _check_data(self, batch: Batch, update: int) -> None:
         if not self.check_data or update >= 2:  # a run that was resumed is past that
             return
-        check_examples(self.student, batch, self.sample_shape)
+        check_examples(self.student, batch, self._given_shape or self.student.sample_shape)
         if batch.x0 is not None:
             check_scaling(batch.x0, self.student.sigma_data)
 

@@ -103,13 +103,13 @@ def check_null_class(denoiser: Denoiser) -> None:
         )
 
 
-def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int]) -> None:
+def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int] | None) -> None:
     """Refuse labels that a network does not have, and tell of other mismatches of data and network.
 
     Args:
         denoiser: the student.
         batch: one of the first.
-        shape: of the samples that are made, without the batch dimension.
+        shape: of the samples that are made, without the batch dimension; None where nothing says it.
 
     Raises:
         ValueError: a class label is negative, or none of the network's classes.
@@ -131,7 +131,7 @@ def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int]) -> No
                 "data with these classes, or a network with more."
             )
     found = None if batch.x0 is None else tuple(batch.x0.shape[1:])
-    if found is not None and found != tuple(shape):
+    if found is not None and shape is not None and found != tuple(shape):
         rank_zero_warn(
             f"the batches have samples of shape {found}, and the student is sampled in the shape {tuple(shape)}; "
             "resize the data, or give model.init_args.shape."

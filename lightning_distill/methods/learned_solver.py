@@ -171,6 +171,9 @@ class LearnedSolver(BOSS):
         schedule = StepSizes(len(start), self._flow_time(start[:1])[0], self.process, self.coefficients)
         schedule.place(self._flow_time(start))
         self.schedule = schedule
+        scale = change_process(torch.tensor(start[0], dtype=torch.float64), self.process, FlowMatching())[1]
+        # all samples start there, whatever is learned
+        self._start = float(scale) * self.process.prior_std(start[0])
         if self.coefficients != "none":
             self.student.coefficients = schedule.coefficients_at
         if self.guidance.needs_null and is_told(source) and type(self.guidance) is Guidance:
@@ -200,9 +203,7 @@ class LearnedSolver(BOSS):
             self.trajectory(batch)  # the first one decides where learning starts
         noise, x0 = self.pairs(batch)
         times, u = self.schedule(), self.draws.uniform("guidance", batch.size)
-        start = self.student_times[0]
-        scale = change_process(torch.tensor(start, dtype=torch.float64), self.process, FlowMatching())[1]
-        x, previous = float(scale) * self.process.prior(noise, start), None
+        x, previous = self._start * noise, None
         for (t, r), (factor, difference) in zip(pairwise(times), self.schedule.coefficients().unbind(1)):
             seen, native = self.native(x, t.expand(batch.size))
             v = self.guidance(self.student, seen, native, batch.cond, u).flow_prediction

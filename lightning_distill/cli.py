@@ -74,9 +74,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if words[0] not in commands:
         print(f"error: there is no command {words[0]!r}; choose one of {', '.join(commands)}.", file=sys.stderr)
         return 2
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # a YAML file may name classes of modules in this folder, as with python -m
     try:
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())  # a YAML file may name classes of modules in this folder, as with python -m
         if words[0] in OWN_COMMANDS:
             command: ModuleType = importlib.import_module(f"lightning_distill.commands.{words[0]}")
             command.main(words[1:])

@@ -18,7 +18,7 @@ from lightning_distill import __version__
 from lightning_distill.cli import main, trainer_cli
 from lightning_distill.commands.methods import method_rows
 from lightning_distill.commands.run_folder import find_run, load_run
-from lightning_distill.methods import DMD2
+from lightning_distill.methods import DMD2, DistillationModule
 from lightning_distill.networks.small import small_unet
 
 RING4 = "lightning_distill.networks.specs.AnalyticTeacher"
@@ -264,6 +264,38 @@ def test_a_figure_that_nothing_measures_is_told(tmp_path):
     config["trainer"]["callbacks"] = [spec("lightning.pytorch.callbacks.ModelCheckpoint", **monitored)]
     with pytest.warns(UserWarning, match="monitors 'val/sw2/nfe3', which nothing has measured at update 2"):
         fit(config, tmp_path)
+
+
+def test_predict_makes_samples_for_a_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("toy.yaml").write_text(yaml.safe_dump(ring4()))
+    made = []
+    original = DistillationModule.predict_step
+    monkeypatch.setattr(
+        DistillationModule, "predict_step", lambda self, *args: made.append(original(self, *args)) or made[-1]
+    )
+    assert main(["predict", "-c", "toy.yaml"]) == 0
+    assert [x.shape[1:] for x in made] == [(2,)]
+
+
+def test_a_class_of_this_folder_can_be_named_and_its_run_needs_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    Path("mine.py").write_text(
+        "from lightning_distill.methods import DMD2\n\n\nclass MyMethod(DMD2):\n    '''Mine.'''\n"
+    )
+    config = ring4()
+    config["model"]["class_path"] = "mine.MyMethod"
+    config["trainer"]["max_steps"] = 1
+    Path("toy.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "-c", "toy.yaml"]) == 0
+    run = Path("runs/toy/version_0")
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    recorded["model"]["init_args"]["compile_blocks"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(recorded))
+    student = load_run(run).student
+    assert type(load_run(run)).__name__ == "MyMethod"
+    assert not any("forward" in vars(block) for block in student.network.blocks)
 
 
 def test_settings_of_the_trainer_that_belong_to_the_method(tmp_path, capsys):

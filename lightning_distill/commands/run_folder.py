@@ -106,6 +106,7 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationMod
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=DistillationModule)
     module: DistillationModule = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
+    module.compile_blocks = False  # samples are made sooner than anything is compiled, maybe without a compiler
     module.configure_model()
     checkpoints.check_header(module, content.get("lightning_distill"))
     module.load_state_dict(content["state_dict"])

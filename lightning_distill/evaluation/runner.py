@@ -61,8 +61,8 @@ class EvaluationRunner:
         seed: seed of their noise.
         batch_size: samples per network call.
         bf16: sample under bfloat16 autocast.
-        conditions: of the samples, None for classes in turn.
         ranks: the processes that share the work.
+        conditions: of the samples, None for classes in turn.
     """
 
     evaluator: Evaluator

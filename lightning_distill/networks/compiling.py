@@ -112,7 +112,9 @@ def compile_blocks(denoiser: Denoiser) -> int:
             f"compile_blocks: no blocks are known of {type(denoiser.network).__name__}; give the Denoiser "
             "family=dataclasses.replace(family, blocks=('NAME_OF_A_MODULE_LIST',)), or leave compile_blocks out."
         )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    limits = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(limits, name, max(getattr(limits, name), _VARIANTS))
     new = 0
     for name in names:
         block = denoiser.network.get_submodule(name)

@@ -219,6 +219,17 @@ def test_a_scale_student_sees_what_it_takes():
     module.student_loss(Batch(x0=torch.randn(N, 2), cond={"class_labels": labels, "class_labels_2": labels}))
 
 
+@pytest.mark.parametrize(("inner", "space"), [(None, "sample"), (FlowMatching(), "flow_prediction")])
+def test_scale_distillation_compares_what_weighs_noise_levels_alike(inner, space, monkeypatch):
+    network = ResidualMLP((2,), 8, 1)
+    teacher = Denoiser(network, EDM(), "sample", network_process=inner, sigma_data=1.0)
+    module = ready(YONOS(teacher, easier=[lambda cond: cond], shape=[2]))
+    seen, target = [], YONOS.target
+    monkeypatch.setattr(YONOS, "target", lambda self, *args: seen.append(args[-1]) or target(self, *args))
+    module.student_loss(Batch(x0=torch.randn(N, 2)))
+    assert seen == [space]
+
+
 def test_a_learned_solver_learns_from_where_it_is_sampled():
     process = VariancePreserving()
     teacher = Denoiser(mlp().network, process, "epsilon", sigma_data=1.0)

@@ -1,58 +1,43 @@
 """The LightningModule that every distillation method extends.
 
-A method overrides losses; this class owns everything that is not the idea of a paper: building the roles, phases and
-their optimizers, clipping, accumulation, skipping of non-finite steps, learning-rate schedules, student averages,
-reproducible draws, checkpoints, sampling and logging.
-
-One ``training_step`` is one *cycle*: one student update, then the updates of the other networks. Only the student's
-optimizer steps through Lightning's wrapper, so ``trainer.global_step`` and ``max_steps`` count student updates.
+A method overrides losses; this class owns everything that is not the idea of a paper: building the roles, reproducible
+draws and checkpoints, and by its parts the cycle of updates (``methods.cycle``), sampling and measuring.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_distill import checkpoints
-from lightning_distill.batch import Batch, as_batch
-from lightning_distill.collectives import mean_over_processes
-from lightning_distill.data.base import check_scaling
-from lightning_distill.ema import EMAProfile, PowerEMA, check_horizon, update_average
+from lightning_distill.batch import Batch
+from lightning_distill.ema import EMAProfile, PowerEMA
 from lightning_distill.methods.clock import PhaseClock
 from lightning_distill.methods.guards import (
     LossWeightWatch,
-    check_batch,
-    check_examples,
     check_null_class,
     check_step_settings,
     check_target_time,
-    stop_when_stuck,
 )
 from lightning_distill.methods.probing import Probing
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
-from lightning_distill.methods.terms import Terms, mean_terms
+from lightning_distill.methods.terms import Terms
 from lightning_distill.networks.compiling import compile_roles
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import enable_activation_checkpointing
 from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.networks.roles import Copy, Role, averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
-from lightning_distill.optim import default_optimizer, guard_step
 from lightning_distill.randomness import Draws, RandomStreams
 from lightning_distill.times import TimeDistribution, validate_times
 
 __all__ = ["DistillationModule", "Rollout", "Terms"]
 
 
-class DistillationModule(StudentSampling, Probing, LightningModule):
+class DistillationModule(StudentSampling, Probing):
     """Base of all methods.
 
     Args:
@@ -78,19 +63,14 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         check_data: compare the first batches with the declared data scale, the classes and the shape of the student.
     """
 
-    #: trained roles by phase, in the order of a cycle; the student comes first.
-    phases: ClassVar[dict[str, tuple[str, ...]]] = {"student": ("student",)}
     #: further networks that change during training (moving targets) and belong into checkpoints.
     targets: ClassVar[tuple[str, ...]] = ()
-    #: default factors of loss terms, by "phase/term".
-    default_loss_weights: ClassVar[Mapping[str, float]] = {}
     #: arXiv number, shown by ``lightning-distill methods``.
     paper: ClassVar[str] = ""
     #: what the method learns from, shown beside it.
     learns_from: ClassVar[str] = "teacher"
     #: ways of chaining student steps
     samplers: ClassVar[tuple[str, ...]] = ("renoise", "ode")
-    default_lr: ClassVar[float] = 1e-4
     #: whether it trains on flows that begin at a condition instead of noise
     from_sources: ClassVar[bool] = False
     #: what was given as teacher
@@ -151,10 +131,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.check_data = check_data
 
         self.teacher: Denoiser | None = None
-        self.student: Denoiser
         self.student_ema = nn.ModuleDict()
-        self.skipped_steps: Tensor
-        self.skipped_in_a_row: Tensor
         self.register_buffer("skipped_steps", torch.zeros(len(self.phases)))
         self.register_buffer("skipped_in_a_row", torch.zeros(len(self.phases)))
         self.register_state_dict_post_hook(checkpoints.drop_frozen)
@@ -162,9 +139,7 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
         self.clock = PhaseClock()
         self._built = False
         self._rollouts: dict[tuple[int, int], Rollout] = {}
-        self._stepping: tuple[int, Tensor]
-        #: phase whose losses are being computed; strategies read it
-        self.running_phase: str | None = None
+        self.running_phase = None
         self._teacher_fingerprint: str | None = None
         self._trained: dict[str, list[nn.Parameter]] = {}
 
@@ -227,21 +202,6 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             self._teacher_fingerprint = checkpoints.fingerprint(weights)
         return self._teacher_fingerprint
 
-    def role_parameters(self, name: str) -> list[nn.Parameter]:
-        """Trained parameters of a role; empty where the configuration has none."""
-        if name not in self._trained:
-            network = getattr(self, name, None)
-            self._trained[name] = [] if network is None else [p for p in network.parameters() if p.requires_grad]
-        return self._trained[name]
-
-    def forget_parameters(self) -> None:
-        """Look parameters up again; called when a strategy has replaced them by shards."""
-        self._trained.clear()
-
-    def averages(self) -> list[list[nn.Parameter]]:
-        """Parameters of each student average, in the order of ``student.parameters()``."""
-        return [list(average.parameters()) for average in self.student_ema.values()]
-
     def train(self, mode: bool = True) -> "DistillationModule":
         """As ``nn.Module.train``; teacher and averages stay in eval mode."""
         super().train(mode)
@@ -296,179 +256,6 @@ class DistillationModule(StudentSampling, Probing, LightningModule):
             self.draws.of_slice(),
             grad,
         )
-
-    def after_phase(self, phase: str) -> None:
-        """Called when a phase's optimizer has stepped; ``self._skipped`` is 1 where the step was skipped."""
-
-    # ------------------------------------------------------------------------------------------------ the cycle
-    @property
-    def slices_per_cycle(self) -> int:
-        """Equal parts a cycle's batch is cut into; phases that share samples share a slice."""
-        return 1
-
-    def phase_plan(self) -> list[tuple[str, int]]:
-        """Phases of one cycle in order, each with the slice of the batch it uses."""
-        return [(phase, 0) for phase in self.phases]
-
-    def configure_optimizers(self) -> Any:
-        """One optimizer, and its schedule if there is one, per phase."""
-        configured = []
-        for phase, roles in self.phases.items():
-            parameters = [p for role in roles for p in self.role_parameters(role)]
-            factory: Callable[..., Optimizer] = self.optimizer_factories.get(phase) or default_optimizer(
-                self.default_lr
-            )
-            entry: dict[str, Any] = {"optimizer": factory(parameters)}
-            if (schedule := self.scheduler_factories.get(phase)) is not None:
-                entry["lr_scheduler"] = {"scheduler": schedule(entry["optimizer"]), "name": f"lr/{phase}"}
-            configured.append(entry)
-        return configured
-
-    def setup(self, stage: str) -> None:
-        """Refuse strategies that cannot train several phases, before anything is built."""
-        if stage == "fit":
-            from lightning_distill.strategies import check_strategy  # which import this module
-
-            check_strategy(self.trainer.strategy, len(self.phases))
-
-    def on_fit_start(self) -> None:
-        """Warn about averages that will mostly hold the teacher's weights."""
-        check_horizon(self.ema_profiles, self.trainer.max_steps)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One cycle."""
-        batch = as_batch(batch)
-        self._check_data(batch, self.trainer.global_step)
-        slices = self._slice(batch)
-        update = self.trainer.global_step
-        log = (update + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 50)) == 0
-        repeats: dict[str, int] = {}
-        self._rollouts.clear()  # an interrupted cycle leaves its own
-        for phase, index in self.phase_plan():
-            repeat = repeats[phase] = repeats.get(phase, -1) + 1
-            with self.clock.measure(phase, self.device):
-                terms = self._phase(phase, slices[index], update, repeat, index)
-            self._weight_watch.saw(phase, terms.losses)
-            if log:
-                self._log_terms(phase, terms)
-        self._rollouts.clear()
-        self._step_schedules(repeats)
-        if log:
-            self._log_skipped()
-            self._weight_watch.tell()
-
-    def on_train_end(self) -> None:
-        """Tell of loss weights that did nothing."""
-        self._weight_watch.tell(at_end=True)
-
-    def _step_schedules(self, ran: Mapping[str, int]) -> None:
-        """Learning-rate schedules of the phases that ran go on."""
-        given = self.lr_schedulers() or []
-        scheduled = [phase for phase in self.phases if self.scheduler_factories.get(phase) is not None]
-        for phase, scheduler in zip(scheduled, given if isinstance(given, list) else [given]):
-            if phase in ran:
-                scheduler.step()
-
-    def _slice(self, batch: Batch) -> list[Batch]:
-        parts = self.slices_per_cycle
-        check_batch(type(self).__name__, batch.size, parts, self.accumulate_grad_batches)
-        size = batch.size // parts
-        return [batch.rows(i * size, (i + 1) * size) for i in range(parts)]
-
-    def _phase(self, phase: str, batch: Batch, update: int, repeat: int, slice_index: int) -> Terms:
-        """Gradients over the micro-batches of one slice, then one optimizer step."""
-        index = list(self.phases).index(phase)
-        loss_function: Callable[[Batch], Terms] = getattr(self, f"{phase}_loss")
-        optimizers = self.optimizers()
-        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
-        parts = self.accumulate_grad_batches
-        size = batch.size // parts
-        logged: list[Terms] = []
-        total = torch.zeros((), device=self.device)
-        with self._only(phase):
-            for micro in range(parts):
-                first = self.global_rank * batch.size + micro * size
-                self.draws = Draws(self.streams, update, first, f"{phase}{repeat}", slice_index, self.device)
-                terms = loss_function(batch.rows(micro * size, (micro + 1) * size))
-                loss = self.weighted_sum(phase, terms) / parts
-                with self._reduced(micro == parts - 1):
-                    self.manual_backward(loss)
-                total = total + loss.detach()
-                logged.append(terms)
-            self._stepping = (index, total)
-            if phase == "student":
-                optimizer.step()
-                self._average(update + 1, batch.size * self.trainer.world_size)
-            else:
-                inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-                self.trainer.strategy.optimizer_step(inner, closure=lambda: None, model=self)
-        optimizer.zero_grad(set_to_none=True)
-        self.after_phase(phase)
-        mean = mean_terms(logged)
-        mean.diagnostics.update(total=total, grad_norm=self._grad_norm)
-        return mean
-
-    def weighted_sum(self, phase: str, terms: Terms) -> Tensor:
-        """Total loss of a phase: its terms with their ``loss_weights``."""
-        losses = [self.loss_weights.get(f"{phase}/{name}", 1.0) * value for name, value in terms.losses.items()]
-        return torch.stack(losses).sum()
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip and guard; Lightning calls this once gradients are unscaled, in every precision."""
-        index, loss = self._stepping
-        loss = mean_over_processes(loss)  # all ranks skip a step, or none
-        self._grad_norm, self._skipped = guard_step(optimizer, loss, self.gradient_clip_val)
-        self.skipped_steps[index] += self._skipped
-        self.skipped_in_a_row[index] = (self.skipped_in_a_row[index] + 1.0) * self._skipped
-
-    def _average(self, update: int, samples_per_update: int) -> None:
-        current = list(self.student.parameters())
-        for profile, average in zip(self.ema_profiles, self.averages()):
-            update_average(average, current, profile.beta(update, samples_per_update), self._skipped)
-
-    @contextmanager
-    def _only(self, phase: str) -> Iterator[None]:
-        """Within it only the phase's own networks collect gradients; the others still pass them to their inputs."""
-        own = {id(p) for role in self.phases[phase] for p in self.role_parameters(role)}
-        others = [p for roles in self.phases.values() for role in roles for p in self.role_parameters(role)]
-        frozen = [p for p in others if id(p) not in own]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        self.running_phase = phase
-        settle = None if self._trainer is None else getattr(self.trainer.strategy, "settle_flags", None)
-        if settle is not None:
-            settle()
-        try:
-            yield
-        finally:
-            self.running_phase = None
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-
-    def _reduced(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are averaged over processes in the last of the backward passes of an optimizer step."""
-        strategy = self.trainer.strategy
-        if last or not isinstance(strategy, ParallelStrategy):
-            return nullcontext()
-        return strategy.block_backward_sync()
-
-    def _check_data(self, batch: Batch, update: int) -> None:
-        if not self.check_data or update >= 2:  # a run that was resumed is past that
-            return
-        check_examples(self.student, batch, self._given_shape or self.student.sample_shape)
-        if batch.x0 is not None:
-            check_scaling(batch.x0, self.student.sigma_data)
-
-    # ------------------------------------------------------------------------------------------------ logging
-    def _log_terms(self, phase: str, terms: Terms) -> None:
-        values = {f"train/{phase}/{k}": v for k, v in {**terms.losses, **terms.diagnostics}.items()}
-        self.log_dict({k: v.detach() for k, v in values.items()}, batch_size=1)
-
-    def _log_skipped(self) -> None:
-        in_a_row = self.skipped_in_a_row.tolist()
-        for phase, skipped, streak in zip(self.phases, self.skipped_steps.tolist(), in_a_row):
-            self.log(f"train/{phase}/skipped_steps", skipped, batch_size=1)
-            stop_when_stuck(phase, streak, self.max_skipped_steps)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -125,7 +125,8 @@ def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int] | None
     elif not labels.is_floating_point() and labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (count is not None and high >= count):
-            known = "" if count is None else f"{name} has the classes 0 to {count - 1}, and {count} for none"
+            none = "" if denoiser.missing_null(["class_labels"]) else f", and {count} for none"
+            known = "" if count is None else f"{name} has the classes 0 to {count - 1}{none}"
             raise ValueError(
                 f"the batches have the class label {low if low < 0 else high}; {known or 'labels begin at 0'}. Give "
                 "data with these classes, or a network with more."

@@ -1,35 +1,21 @@
 """Looking at a run from outside, as a part of ``DistillationModule``."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.methods.clock import PhaseClock
+from lightning_distill.methods.cycle import Cycle
 from lightning_distill.methods.terms import Terms
-from lightning_distill.randomness import Draws, RandomStreams
+from lightning_distill.randomness import Draws
 
 __all__ = ["Probing"]
 
 
-class Probing:
+class Probing(Cycle):
     """What a callback may ask a module in the middle of a run without leaving a trace in it."""
-
-    phases: ClassVar[dict[str, tuple[str, ...]]]
-    clock: PhaseClock
-    draws: Draws
-    streams: RandomStreams
-    global_step: int
-    device: torch.device
-    named_buffers: Callable[..., Iterator[tuple[str, Tensor]]]
-    get_buffer: Callable[[str], Tensor]
-    role_parameters: Callable[[str], list[nn.Parameter]]
-    weighted_sum: Callable[[str, Terms], Tensor]
-    _only: Callable[[str], AbstractContextManager[None]]
-    _rollouts: dict[Any, Any]
 
     @contextmanager
     def probing(self, name: str, first: int = 0, update: int | None = None) -> Iterator[None]:
@@ -71,7 +57,7 @@ class Probing:
         parameters = [p for role in self.phases["student"] for p in self.role_parameters(role)]
         gradients: dict[str, list[Tensor]] = {}
         with self.probing(name, first), self._only("student"), torch.enable_grad():
-            losses = self.student_loss(batch).losses  # type: ignore[attr-defined]
+            losses = self.losses_of("student")(batch).losses
             losses = {term: value for term, value in losses.items() if value.requires_grad}
             for term, value in losses.items() if len(losses) > 1 else ():
                 weighted = self.weighted_sum("student", Terms({term: value}))

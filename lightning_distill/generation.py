@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,17 @@ from lightning_distill.parameterisations import TrajectoryMap, takes_target
 from lightning_distill.prediction import Prediction
 from lightning_distill.samplers import SAMPLERS, simulate
 
-__all__ = ["bound", "default_cond", "draw_noise", "fitting_cond", "generate", "index_noise", "stock_noise"]
+__all__ = [
+    "bound",
+    "default_cond",
+    "draw_noise",
+    "fitting_cond",
+    "generate",
+    "given_cond",
+    "index_noise",
+    "needed_conditions",
+    "stock_noise",
+]
 
 
 def default_cond(denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Tensor]:
@@ -36,6 +47,38 @@ def default_cond(denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Tensor
         return made
     needed = {key: value for key, value in made.items() if key in denoiser.family.required}
     return {**needed, "class_labels": torch.arange(first, first + n) % denoiser.num_classes}
+
+
+def needed_conditions(denoiser: Denoiser) -> list[str]:
+    """Conditions that a network cannot be sampled without and that the classes in turn do not give.
+
+    Args:
+        denoiser: of any family; of a plain module the arguments of its ``forward`` that have no default count.
+    """
+    needed = list(denoiser.family.required)
+    if not denoiser.family.cond_keys:
+        own = list(inspect.signature(denoiser.network.forward).parameters.values())[2:]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        needed += [p.name for p in own if p.default is p.empty and p.kind in kinds and p.name not in ("r", "guidance")]
+    known = set() if denoiser.num_classes is None else {"class_labels"}
+    return [key for key in dict.fromkeys(needed) if key not in known]
+
+
+def given_cond(denoiser: Denoiser, n: int, cond: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The user's conditions of n samples, or the classes in turn.
+
+    Raises:
+        ValueError: none are given, and the network needs what the classes do not say.
+    """
+    if cond is not None:
+        return cond
+    if missing := needed_conditions(denoiser):
+        name = type(denoiser.network).__name__
+        raise ValueError(
+            f"{name} needs {', '.join(missing)} for every sample; give cond={{...}} with tensors of {n} rows, for "
+            "example of a batch of the data module, or sample the exported pipeline with prompts."
+        )
+    return default_cond(denoiser, n)
 
 
 def fitting_cond(denoiser: Denoiser, n: int) -> dict[str, Tensor]:

@@ -122,6 +122,11 @@ CONFIGURATIONS = {
     "missing_reference": ({f"{MODEL}.seed": "${data.init_args.sed}"}, ["data.init_args.sed", f"{MODEL}.seed"]),
     # numbers
     "no_steps": ({f"{MODEL}.num_steps": -1}, ["num_steps=-1", "at least one step"]),
+    "steps_and_times": (
+        {f"{MODEL}.num_steps": 3, f"{MODEL}.student_times": [1.0, 0.5]},
+        ["num_steps=3", "2 student_times", "leave num_steps out"],
+    ),
+    "half_precision_weights": ({"trainer.precision": "16-true"}, ["precision=16-true", "bf16-mixed"]),
     "negative_updates": ({"trainer.max_steps": -5}, ["max_steps", "-5"]),
     "empty_batch": ({"data.init_args.batch_size": 0}, ["batch_size=0"]),
     "indivisible_batch": ({f"{MODEL}.accumulate_grad_batches": 3}, ["8 samples", "3 micro-batches", "multiple of 3"]),

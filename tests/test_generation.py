@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "networks"))
 from tiny_pipelines import MAKERS
 
 from lightning_distill.export import probe_cond
-from lightning_distill.generation import default_cond, draw_noise, generate, index_noise
+from lightning_distill.generation import default_cond, draw_noise, generate, given_cond, index_noise
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.small import ResidualMLP
@@ -128,3 +128,12 @@ def test_example_conditions_are_as_long_as_the_stored_null(name):
         tokens = tiny.denoiser(null_cond={"encoder_hidden_states": null["encoder_hidden_states"]})
         assert default_cond(tokens, 2)["encoder_attention_mask"].shape == (2, null["encoder_hidden_states"].shape[1])
     assert set(probe_cond(denoiser, 2, {"height": 64, "width": 64})) >= set(made)
+
+
+def test_conditions_of_text_models_must_be_given(denoiser):
+    words = MAKERS["sd15"]().denoiser()
+    with pytest.raises(ValueError, match="needs encoder_hidden_states for every sample; give cond="):
+        given_cond(words, 2, None)
+    cond = {"encoder_hidden_states": torch.zeros(2, 3, 8)}
+    assert given_cond(words, 2, cond) is cond
+    assert given_cond(denoiser, 2, None)["class_labels"].tolist() == [0, 1]

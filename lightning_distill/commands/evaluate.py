@@ -16,12 +16,13 @@ from jsonargparse import ArgumentParser
 
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.commands.run_folder import find_run, load_run, read_config, read_data, weights_name
-from lightning_distill.evaluation.conditions import RunConditions, needed_conditions
+from lightning_distill.evaluation.conditions import RunConditions
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
 from lightning_distill.evaluation.passing import MINIMUM_SAMPLES, verdict
 from lightning_distill.evaluation.references import check_reference, resolve_reference
 from lightning_distill.evaluation.runner import EvaluationRunner
 from lightning_distill.evaluation.table import print_table
+from lightning_distill.generation import needed_conditions
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.metrics.clip_score import VARIABLE as CLIP_VARIABLE
 from lightning_distill.metrics.clip_score import CLIPScore

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lightning_distill.commands.errors import CommandParser, is_user_error, one_line
 from lightning_distill.commands.run_folder import find_run, load_run, read_config, read_data, weights_name
-from lightning_distill.evaluation.conditions import RunConditions, needed_conditions
+from lightning_distill.evaluation.conditions import RunConditions
 from lightning_distill.evaluation.sampling import makes_pixels
 from lightning_distill.export.sampling import is_export, sample_export
-from lightning_distill.generation import default_cond
+from lightning_distill.generation import default_cond, needed_conditions
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.plots import save_grid, save_strips
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +20,10 @@ from lightning_distill.data.base import DistillationDataModule
 from lightning_distill.data.loader import Source
 from lightning_distill.environment import cache_folder
 from lightning_distill.evaluation.teacher import TeacherCache
-from lightning_distill.generation import default_cond
+from lightning_distill.generation import default_cond, needed_conditions
 from lightning_distill.networks.denoiser import Denoiser
 
-__all__ = ["Conditions", "RunConditions", "conditions_of", "needed_conditions"]
+__all__ = ["Conditions", "RunConditions", "conditions_of"]
 
 _LABELS = "class_labels"
 #: rows whose content tells one set of conditions from another
@@ -36,21 +35,6 @@ class Conditions(Protocol):
 
     def __call__(self, denoiser: Denoiser, n: int, first: int = 0) -> dict[str, Any]:
         """Conditions of the samples ``first .. first + n - 1`` of a network, tensors of n rows."""
-
-
-def needed_conditions(denoiser: Denoiser) -> list[str]:
-    """Conditions that a network cannot be sampled without and that the classes in turn do not give.
-
-    Args:
-        denoiser: of any family; of a plain module the arguments of its ``forward`` that have no default count.
-    """
-    needed = list(denoiser.family.required)
-    if not denoiser.family.cond_keys:
-        own = list(inspect.signature(denoiser.network.forward).parameters.values())[2:]
-        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        needed += [p.name for p in own if p.default is p.empty and p.kind in kinds and p.name not in ("r", "guidance")]
-    known = set() if denoiser.num_classes is None else {_LABELS}
-    return [key for key in dict.fromkeys(needed) if key not in known]
 
 
 class RunConditions:

@@ -44,7 +44,7 @@ class DistillationModule(StudentSampling, Probing):
         teacher: the pretrained model, as a spec (YAML) or a ``Denoiser``; None for methods that have none.
         student: how the student is realised: ``Copy()`` of the teacher, ``Lora(...)`` on its backbone, or another role.
         num_steps: number of student steps (NFE); the time list is then the trailing grid of the process.
-        student_times: explicit descending time list in the process' native time; overrides ``num_steps``.
+        student_times: explicit descending time list in the process' native time, instead of ``num_steps``.
         sampler: how student steps are chained: ``renoise`` or ``ode``.
         shape: shape of one sample without the batch dimension; None to ask the network.
         loss_weights: factors by ``"phase/term"``, for example ``{"student/gan": 0.003}``; unlisted terms have the
@@ -101,6 +101,11 @@ class DistillationModule(StudentSampling, Probing):
         self.automatic_optimization = False
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a student needs at least one step.")
+        if student_times is not None and num_steps not in (1, len(student_times)):
+            raise ValueError(
+                f"num_steps={num_steps} and the {len(student_times)} student_times disagree; leave num_steps out, the "
+                "times say it."
+            )
         if sampler not in self.samplers:
             known = " or ".join(self.samplers)
             raise ValueError(f"sampler={sampler!r} is unknown for students of {type(self).__name__}; choose {known}.")

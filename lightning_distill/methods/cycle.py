@@ -17,7 +17,13 @@ from lightning_distill.collectives import mean_over_processes
 from lightning_distill.data.base import check_scaling
 from lightning_distill.ema import EMAProfile, check_horizon, update_average
 from lightning_distill.methods.clock import PhaseClock
-from lightning_distill.methods.guards import LossWeightWatch, check_batch, check_examples, stop_when_stuck
+from lightning_distill.methods.guards import (
+    LossWeightWatch,
+    check_batch,
+    check_examples,
+    check_trainer,
+    stop_when_stuck,
+)
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.methods.terms import Terms, mean_terms
 from lightning_distill.networks.denoiser import Denoiser
@@ -105,8 +111,9 @@ class Cycle(LightningModule):
         return configured
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that cannot train several phases, before anything is built."""
+        """Refuse strategies and precisions that cannot train several phases, before anything is built."""
         if stage == "fit":
+            check_trainer(self.trainer)
             from lightning_distill.strategies import check_strategy  # which import this module
 
             check_strategy(self.trainer.strategy, len(self.phases))

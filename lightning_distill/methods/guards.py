@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_distill.networks.second_time import second_time_of
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from lightning_distill.batch import Batch
     from lightning_distill.methods.base import DistillationModule
     from lightning_distill.networks.denoiser import Denoiser
@@ -23,6 +25,7 @@ __all__ = [
     "check_schedule",
     "check_step_settings",
     "check_target_time",
+    "check_trainer",
     "stop_when_stuck",
 ]
 
@@ -49,6 +52,25 @@ def check_step_settings(gradient_clip_val: float | None, accumulate_grad_batches
         raise ValueError(
             f"max_skipped_steps={max_skipped_steps}: give the number of updates in a row that may fail, 1 or more."
         )
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse weights in float16, and tell of averages that Lightning would make beside the module's own.
+
+    Raises:
+        ValueError: the precision is 16-true.
+    """
+    if trainer.precision == "16-true":
+        raise ValueError(
+            "precision=16-true keeps weights and gradients in float16, where usual updates are lost and small "
+            "gradients are 0; use bf16-mixed, or 16-mixed where the device has no bfloat16."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__name__.endswith("WeightAveraging"):
+            rank_zero_warn(
+                f"{type(callback).__name__} averages every network of the run, teacher and critics too, and keeps its "
+                "weights where sampling and export do not look; use model.init_args.ema, which averages the student."
+            )
 
 
 def check_batch(method: str, samples: int, slices: int, micro_batches: int) -> None:

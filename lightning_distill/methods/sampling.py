@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.batch import as_batch
-from lightning_distill.generation import default_cond, draw_noise, generate
+from lightning_distill.generation import draw_noise, generate, given_cond
 from lightning_distill.guidance import Guidance
 from lightning_distill.hybrid import hybrid
 from lightning_distill.networks.denoiser import Denoiser
@@ -108,7 +108,7 @@ class StudentSampling:
         times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
         check_capability(self, self.sampler, times, self.process)
         start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
-        conditions = default_cond(network, n) if cond is None else cond
+        conditions = given_cond(network, n, cond)
         options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
         options["noise_scale"] = self.noise_scale if noise_scale is None else noise_scale
         with evaluation_mode(network):
@@ -151,7 +151,7 @@ class StudentSampling:
                 self.teacher,
                 network,
                 draw_noise((n, *self.sample_shape), generator) if noise is None else noise,
-                default_cond(network, n) if cond is None else cond,
+                given_cond(network, n, cond),
                 self.student_times,
                 first=first,
                 teacher_steps=teacher_steps,

@@ -21,9 +21,9 @@ from lightning_distill.data.base import DistillationDataModule
 from lightning_distill.data.loader import InMemory
 from lightning_distill.data.prior import Prior
 from lightning_distill.evaluation import sample_many
-from lightning_distill.evaluation.conditions import RunConditions, needed_conditions
+from lightning_distill.evaluation.conditions import RunConditions
 from lightning_distill.evaluation.sampling import makes_pixels
-from lightning_distill.generation import generate, index_noise
+from lightning_distill.generation import generate, index_noise, needed_conditions
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2
 from lightning_distill.metrics.extractors import ModuleExtractor

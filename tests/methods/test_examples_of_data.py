@@ -3,11 +3,13 @@
 import pytest
 import torch
 from diffusers import UNet2DModel
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from small_problems import mlp, ready
 
 from lightning_distill.batch import Batch
 from lightning_distill.methods import DMD2
-from lightning_distill.methods.guards import check_examples
+from lightning_distill.methods.guards import check_examples, check_trainer
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.processes import FlowMatching
 
@@ -53,3 +55,10 @@ def test_a_null_class_without_a_row():
     teacher = Denoiser(network, FlowMatching(), "flow_prediction", null_class=9)
     with pytest.raises(ValueError, match="null_class=9, and UNet2DModel has num_class_embeds=3"):
         ready(DMD2(teacher))
+
+
+def test_averages_of_lightning_are_told():
+    callback = StochasticWeightAveraging(swa_lrs=0.1)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    with pytest.warns(UserWarning, match=r"StochasticWeightAveraging averages every network.*model.init_args.ema"):
+        check_trainer(Trainer(callbacks=[callback], **quiet))

@@ -103,6 +103,14 @@ def test_samples_of_the_data_of_a_run(text_run, tmp_path, capsys):
     np.testing.assert_allclose(arrays["x0"], expected.numpy(), atol=1e-4)
 
 
+def test_a_guidance_scale_is_the_students(text_run, tmp_path):
+    found = []
+    for words in ([], ["--guidance", "4"]):
+        assert main(["sample", str(text_run), "--n", "2", "--out", str(tmp_path), *words]) == 0
+        found.append(np.load(tmp_path / "samples.npz")["x0"])
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+
+
 def test_prompts_and_lost_data(text_run, tmp_path, capsys):
     assert main(["sample", str(text_run), "--prompt", "a cat"]) == 2
     assert f"lightning-distill export {text_run} OUT, and sample OUT" in capsys.readouterr().err

@@ -33,6 +33,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("run_dir", help="run folder, for example runs/quickstart, or an exported folder")
     parser.add_argument("--n", type=int, help="number of samples (default: 60; the number of prompts)")
     parser.add_argument("--steps", type=int, help="student steps of a run (default: those it was trained with)")
+    parser.add_argument("--guidance", type=float, help="guidance scale of a run's student (default: its own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", help="of a run: ema (the default), student, or the name of an average")
     parser.add_argument("--classes", type=int, nargs="+", help="classes to cycle through (default: all)")
@@ -45,7 +46,8 @@ def main(words: Sequence[str]) -> None:
     if args.n is not None and args.n < 1:
         raise ValueError(f"--n {args.n}: give 1 sample or more.")
     exported = is_export(args.run_dir)
-    of_runs = {"--steps": args.steps, "--weights": args.weights, "--checkpoint": args.checkpoint}
+    of_runs = {"--steps": args.steps, "--guidance": args.guidance}
+    of_runs |= {"--weights": args.weights, "--checkpoint": args.checkpoint}
     of_exports = {"--prompt": args.prompt, "--embeddings": args.embeddings, "--base": args.base}
     if wrong := [name for name, value in (of_runs if exported else of_exports).items() if value]:
         kind, other = ("an exported folder", "a run") if exported else ("a run", "an exported folder")
@@ -92,7 +94,8 @@ def _from_run(args: Any) -> tuple[Tensor, dict[str, Any], bool]:
             raise ValueError(f"--classes {wrong}: the student knows the classes 0 to {len(known) - 1}.")
         cond["class_labels"] = torch.tensor(args.classes).repeat(n)[:n]
     generator = torch.Generator().manual_seed(args.seed)
-    x0 = module.sample(n, cond, num_steps=args.steps, generator=generator, weights=weights, batch_size=500).cpu()
+    options = {"num_steps": args.steps, "guidance_scale": args.guidance, "weights": weights, "batch_size": 500}
+    x0 = module.sample(n, cond, generator=generator, **options).cpu()
     pixels = makes_pixels(network, x0.shape[1:])
     x0 = x0.transpose(1, 2) if pixels and x0.ndim == 5 else x0
     return x0, {key: value.cpu().numpy() for key, value in cond.items() if key == "class_labels"}, pixels

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_distill.batch import as_batch
 from lightning_distill.generation import draw_noise, generate, given_cond
-from lightning_distill.guidance import Guidance
+from lightning_distill.guidance import Guidance, check_guidance
 from lightning_distill.hybrid import hybrid
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.modes import evaluation_mode
@@ -84,6 +84,7 @@ class StudentSampling:
         weights: str | None = None,
         batch_size: int | None = None,
         noise_scale: float | None = None,
+        guidance_scale: float | None = None,
         negative: Mapping[str, Any] | None = None,
         negative_scale: float = 0.5,
     ) -> Tensor:
@@ -98,11 +99,16 @@ class StudentSampling:
             weights: which network; see ``sampling_network``.
             batch_size: samples per network call.
             noise_scale: gamma, factor on the fresh noise of the renoise sampler; None for the module's own.
+            guidance_scale: w, at least 1: what a student with an embedded scale is told; others are run twice, with
+                and without their condition. None is the student's own, and so is 1 where it has one.
             negative: conditions of negative prompts, see ``networks.negative_prompts``; None for none.
             negative_scale: how strongly to steer away from them.
 
         Returns:
             x0, (n, *shape), float32.
+
+        Raises:
+            ValueError: conditions or a null condition are missing, or the student is not sampled in this way.
         """
         network = self.sampling_network(weights)
         times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
@@ -111,6 +117,9 @@ class StudentSampling:
         conditions = given_cond(network, n, cond)
         options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
         options["noise_scale"] = self.noise_scale if noise_scale is None else noise_scale
+        if guidance_scale is not None:
+            check_guidance(network, Guidance(guidance_scale))
+            options["guidance_scale"] = float(guidance_scale)
         with evaluation_mode(network):
             if negative is None:
                 return generate(network, start, conditions, times, self.sampler, **options)

@@ -282,3 +282,17 @@ def test_calls_beside_the_rollout_are_told_its_scales(method):
     module._rollouts.clear()  # the next cycle
     module.rollout(Batch(cond={"class_labels": torch.arange(N) % 3}))
     assert len(module._scales) == 1
+
+
+def test_students_are_sampled_at_a_scale_that_is_asked_for(told):
+    module, noise, cond = ready(DMD2(told)), torch.randn(N, 2), {"class_labels": torch.arange(N) % 3}
+    t, raw = torch.ones(N, dtype=torch.float64), noise
+    found = module.sample(N, cond, noise=noise, guidance_scale=5.0)
+    torch.testing.assert_close(found, module.sampling_network()(raw, t, cond, guidance=torch.tensor(5.0)).x0)
+    assert (found - module.sample(N, cond, noise=noise)).abs().max() > 1e-3
+    two_passes = ready(DMD2(mlp(classes=3)))
+    shift(two_passes.student.network)
+    found = two_passes.sample(N, cond, noise=noise, guidance_scale=5.0, weights="student")
+    torch.testing.assert_close(found, guided(two_passes.student, raw, t, cond, 5.0).x0)
+    with pytest.raises(ValueError, match="has no null class"):
+        ready(DMD2(replace_class(mlp(classes=3)))).sample(2, {}, noise=noise[:2], guidance_scale=5.0)

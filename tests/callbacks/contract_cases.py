@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "contracts"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("contracts", "methods")]
 
 from method_cases import CASES, random_weights, trainer
 from test_contract_resume import differences

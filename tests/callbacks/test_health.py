@@ -11,7 +11,7 @@ from contract_cases import CASES, Synchronisations, differences, trainer
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import nn
+from small_problems import Affine, Gaussian, Given
 
 from lightning_distill.batch import Batch
 from lightning_distill.callbacks.alarm import CollapseAlarm
@@ -19,8 +19,6 @@ from lightning_distill.callbacks.health import TrainingHealth
 from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.methods import DMD2, TeacherTraining
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
-from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.roles import Role
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws
 
@@ -200,39 +198,6 @@ def test_every_logger_gets_the_figures_at_their_own_update(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ right values
-class Gaussian(nn.Module):
-    """The exact denoiser of N(mean, exp(log_std)^2); flow matching."""
-
-    def __init__(self, mean, std):
-        super().__init__()
-        self.mean, self.log_std = nn.Parameter(torch.tensor(mean)), nn.Parameter(torch.tensor(std).log())
-
-    def forward(self, x, t):
-        t = t.to(x)[:, None]
-        variance = (2 * self.log_std).exp()
-        gain = (1 - t) * variance / ((1 - t) ** 2 * variance + t**2)
-        return self.mean + gain * (x - (1 - t) * self.mean)
-
-
-class Affine(nn.Module):
-    """x0 = a z + b: from pure noise, samples of N(b, a^2)."""
-
-    def __init__(self, a, b):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
-
-    def forward(self, x, t):
-        return self.a * x + self.b
-
-
-class Given(Role):
-    def __init__(self, network):
-        self.network = network
-
-    def build(self, source, name=None):
-        return Denoiser(self.network, source.process, "sample")
-
-
 def sgd(lr):
     return lambda parameters: torch.optim.SGD(parameters, lr=lr)
 

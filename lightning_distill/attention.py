@@ -39,7 +39,7 @@ def _rows(q: Tensor, k: Tensor) -> int:
 
 
 def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+    return mask if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
 
 
 def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, causal: bool, scale: float) -> Tensor:

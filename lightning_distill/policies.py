@@ -177,7 +177,9 @@ def mixture_posterior(
         E = sum_k w'_k (m_k + v_k n) / (1 + v_k z)
         ln w'_k = ln w_k - (z |m_k|^2 - 2 n m_k - v_k |n|^2) / (2 (1 + v_k z)) - C/2 ln(1 + v_k z)
 
-    Exact, so that for an isotropic mixture of data every later velocity of its flow follows from one posterior.
+    Exact, so that for an isotropic mixture of data every later velocity of its flow follows from one posterior. The
+    result does not depend on the origin of x0. With it at c = n / max(z, 1), nothing of the size 1/t^2 is left to
+    cancel, so that float32 is enough near clean data.
 
     Args:
         means: m_k, (B, K, C, ...).
@@ -196,9 +198,11 @@ def mixture_posterior(
     n = (expand(precision[0], x_t) * x_t - expand(precision[1], x_s) * x_s)[:, None]
     z = expand(z, means)
     shrink = 1.0 + variance * z
+    origin = n / z.clamp_min(1.0)
+    means, n = means - origin, n * (1.0 - z).clamp_min(0.0)
     fit = (z * means.square() - 2.0 * n * means - variance * n.square()).sum(2, keepdim=True)
     log_weights = log_weights - 0.5 * fit / shrink - 0.5 * means.shape[2] * shrink.log()
-    return (_normalised(log_weights) * (means + variance * n) / shrink).sum(1)
+    return origin.squeeze(1) + (_normalised(log_weights) * (means + variance * n) / shrink).sum(1)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,10 @@ class NoiseProcess(ABC):
         """
         return self.t_from_log_snr(2.0 * (alpha.log() - sigma.log()))
 
+    def t_beyond(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """As ``t_from_coefficients``, and a little past ``t_max`` as the schedule goes on, for differences in time."""
+        return self.t_from_coefficients(alpha, sigma)
+
     def log_snr(self, t: Tensor) -> Tensor:
         """2 log(alpha / sigma): +inf at clean data, -inf at pure noise."""
         return 2.0 * (self.alpha(t).log() - self.sigma(t).log())
@@ -274,12 +278,24 @@ class VariancePreserving(NoiseProcess):
         return phi.cos() * slope
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:  # noqa: D102
-        phi = torch.atan(torch.exp(-0.5 * log_snr.double()))
+        return self._t_from_angle(torch.atan(torch.exp(-0.5 * log_snr.double()))).clamp(0.0, 1.0)
+
+    def t_from_coefficients(self, alpha: Tensor, sigma: Tensor) -> Tensor:  # noqa: D102
+        t = self.t_beyond(alpha, sigma)
+        # rounding puts t_max beyond 1, where a clamp would have no derivative
+        return t + (t.clamp(0.0, 1.0) - t).detach()
+
+    def t_beyond(self, alpha: Tensor, sigma: Tensor) -> Tensor:  # noqa: D102
+        return self._t_from_angle(torch.atan2(sigma, alpha))
+
+    def _t_from_angle(self, phi: Tensor) -> Tensor:
+        """Inverse of phi(t), its last interval going on to both sides."""
         angles = self._angles.to(phi.device)
-        right = torch.searchsorted(angles, phi.contiguous()).clamp(1, self.num_train_timesteps)
+        right = torch.searchsorted(angles, phi.detach().contiguous()).clamp(1, self.num_train_timesteps)
         left = right - 1
-        fraction = (phi - angles[left]) / (angles[right] - angles[left])
-        return ((left + fraction) / self.num_train_timesteps).clamp(0.0, 1.0)
+        # take, not indexing: a 0-dim index would wait for the device
+        start = angles.take(left)
+        return (left + (phi - start) / (angles.take(right) - start)) / self.num_train_timesteps
 
     def network_time(self, t: Tensor) -> Tensor:  # noqa: D102
         return self.index_from_t(t)
@@ -402,7 +418,7 @@ class TrigFlow(NoiseProcess):
 
 
 def change_process(
-    t: Tensor, source: NoiseProcess, target: NoiseProcess, data_scale: float = 1.0
+    t: Tensor, source: NoiseProcess, target: NoiseProcess, data_scale: float = 1.0, beyond: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The same noisy sample seen by another process: x'_t' = c x_t, exactly, with the same x0 direction and eps.
 
@@ -415,11 +431,12 @@ def change_process(
         source: process of x_t.
         target: process wanted.
         data_scale: s, standard deviation of the data.
+        beyond: go on a little past the end of the target's times instead of stopping there, for differences in time.
 
     Returns:
         t', native times of ``target``, and the factor c = |(alpha', sigma')| / |(alpha s, sigma)|; both float64.
     """
     alpha, sigma = source.alpha(t) * data_scale, source.sigma(t)
-    t_new = target.t_from_coefficients(alpha, sigma)
+    t_new = target.t_beyond(alpha, sigma) if beyond else target.t_from_coefficients(alpha, sigma)
     scale = torch.hypot(target.alpha(t_new), target.sigma(t_new)) / torch.hypot(alpha, sigma)
     return t_new, scale

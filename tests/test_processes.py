@@ -245,3 +245,26 @@ def test_a_change_between_flows_is_differentiable_up_to_both_ends(source, target
     inside = ends + torch.tensor([step, -step], dtype=torch.float64)
     difference = (torch.stack(change_process(inside, source, target)) - found) / (inside - ends)
     torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [p for p in PROCESSES if isinstance(p, VariancePreserving)], ids=IDS[2:6])
+@pytest.mark.parametrize("source", [FlowMatching(), TrigFlow()], ids=["flow", "trig"])
+def test_time_has_a_derivative_at_the_noisiest_sample(source, target):
+    """Rounding puts it at or beyond t_max, where a clamp has none."""
+    end = change_process(torch.tensor([target.t_max], dtype=F64), target, source)[0]
+
+    def slope(t):
+        return torch.func.jvp(lambda t: change_process(t, source, target)[0], (t,), (torch.ones_like(t),))[1]
+
+    assert float(change_process(end, source, target)[0]) <= target.t_max
+    torch.testing.assert_close(slope(end), slope(end - 1e-9), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("target", [p for p in PROCESSES if isinstance(p, VariancePreserving)], ids=IDS[2:6])
+def test_differences_may_step_beyond_the_noisiest_sample(target):
+    end = change_process(torch.tensor([target.t_max], dtype=F64), target, FlowMatching())[0]
+    around = torch.cat([end - 1e-6, end + 1e-6])
+    t = change_process(around, FlowMatching(), target, beyond=True)[0]
+    slope = torch.func.jvp(lambda t: change_process(t, FlowMatching(), target)[0], (end,), (torch.ones_like(end),))[1]
+    torch.testing.assert_close((t[1:] - t[:1]) / 2e-6, slope, rtol=1e-4, atol=0)
+    assert float(change_process(around[1:], FlowMatching(), target)[0]) == target.t_max

@@ -61,6 +61,20 @@ def test_the_posterior_is_bayes_rule():
     assert float(found) == pytest.approx(float(want), rel=1e-9)
 
 
+@pytest.mark.parametrize("t", [0.1, 0.01, 1e-3])
+def test_single_precision_is_enough_near_clean_data(t):
+    """Precisions grow as 1/t^2; what is left of them must not be rounding."""
+    torch.manual_seed(0)
+    x_s, apart = torch.randn(64, 4, 2, 2, dtype=F64), 0.2 * torch.randn(64, 8, 1, 1, 1, dtype=F64)
+    means = torch.randn(64, 1, 4, 2, 2, dtype=F64) + apart
+    x = (1 - t) * means[:, 0] + t * x_s
+    given = (means, torch.full((64, 1, 1, 1, 1), 0.0025, dtype=F64), torch.zeros(64, 8, 1, 2, 2, dtype=F64), x_s)
+    early, late = torch.full((64,), 0.5, dtype=F64), torch.full((64,), t, dtype=F64)
+    exact = MixturePolicy(*given, early).velocity(x, late)
+    single = MixturePolicy(*(part.float() for part in given), early).velocity(x.float(), late)
+    assert float((single.double() - exact).abs().max()) < 3e-6 / t
+
+
 def test_channels_are_joint_and_positions_are_not():
     means, log_weights = torch.randn(2, 3, 2, 4, dtype=F64), torch.randn(2, 3, 1, 4, dtype=F64)
     x_s, x_t = (torch.randn(2, 2, 4, dtype=F64) for _ in range(2))

@@ -322,8 +322,8 @@ def tangents() -> str:
 
 def capabilities() -> str:
     """What students of each method are trained for, and the samplers that fit, for docs/flow_maps.md."""
+    from lightning_distill.capabilities import SAMPLERS_OF, TRAINED_FOR
     from lightning_distill.commands.methods import method_classes
-    from lightning_distill.samplers import SAMPLERS_OF, TRAINED_FOR
 
     found: dict[str, list[str]] = {}
     for cls in method_classes():

@@ -13,6 +13,7 @@ from lightning_distill.guidance import Guidance, guided, is_told
 from lightning_distill.losses.oftsr import perturbed_source
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
+from lightning_distill.networks.signatures import call_parameters
 from lightning_distill.networks.text_entries import MASK, TOKENS
 from lightning_distill.parameterisations import TrajectoryMap, takes_target
 from lightning_distill.prediction import Prediction
@@ -57,7 +58,7 @@ def needed_conditions(denoiser: Denoiser) -> list[str]:
     """
     needed = list(denoiser.family.required)
     if not denoiser.family.cond_keys:
-        own = list(inspect.signature(denoiser.network.forward).parameters.values())[2:]
+        own = list(call_parameters(denoiser.network).values())[2:]
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         needed += [p.name for p in own if p.default is p.empty and p.kind in kinds and p.name not in ("r", "guidance")]
     known = set() if denoiser.num_classes is None else {"class_labels"}
@@ -135,8 +136,8 @@ def bound(
 
     Students given a target time (``TwoTime``) become a ``TrajectoryMap``, of which every sampler takes what it needs:
     the jump to the next time (``flow_map``), to 0 (``renoise``), or the direction at t itself (``ode`` and higher
-    orders). Networks that have one from the start (AnyFlow) do so for ``flow_map``, and else predict at r = t, as
-    methods that know nothing of r train them and as their stock pipeline runs them.
+    orders). Networks that have one from the start (AnyFlow) do so for ``flow_map`` and where they were trained to jump;
+    else they predict at r = t, as methods that know nothing of r train them and as their stock pipeline runs them.
 
     Args:
         denoiser: student or teacher.
@@ -147,15 +148,15 @@ def bound(
             the median is taken.
 
     Raises:
-        ValueError: ``flow_map`` for a network without a target time, or guidance of a flow map.
+        ValueError: ``flow_map`` for a network without a target time, or guidance of jumps.
     """
     policy = guidance_scale if isinstance(guidance_scale, Guidance) else None
     scale = guidance_scale.scale if isinstance(guidance_scale, Guidance) else guidance_scale
     two_times = takes_target(denoiser)
-    maps = sampler == "flow_map" or not denoiser.family.needs_target
+    maps = sampler == "flow_map" or denoiser.jumps or not denoiser.family.needs_target
     if two_times and maps and (scale == 1.0 or is_told(denoiser)):
         return TrajectoryMap(denoiser, cond, None if scale == 1.0 else torch.tensor(scale))
-    if sampler == "flow_map":
+    if sampler == "flow_map" or (two_times and maps and sampler in ("renoise", "gamma")):
         name = type(denoiser.network).__name__
         if two_times:
             raise ValueError(
@@ -214,6 +215,7 @@ def generate(
     guidance_scale: float | Guidance = 1.0,
     generator: torch.Generator | None = None,
     noise_scale: float = 1.0,
+    noise_share: float = 0.2,
     batch_size: int | None = None,
     noisy: bool = False,
     until: float | None = None,
@@ -233,6 +235,7 @@ def generate(
         guidance_scale: w of classifier-free guidance, or a policy; 1 is none.
         generator: source of the fresh noise.
         noise_scale: factor on the fresh noise of the renoise sampler.
+        noise_share: share of fresh noise of the gamma sampler.
         batch_size: samples per network call; None means all at once. Stochastic samplers draw per chunk.
         noisy: ``noise`` is the noisy sample at ``times[0]`` itself, for example what ``until`` left; not for
             the sampler ``start_noise``, which adds the noise of the start to every prediction.
@@ -265,6 +268,8 @@ def generate(
         kwargs: dict[str, Any] = {"noise": fresh}
         if sampler == "renoise":
             kwargs["noise_scale"] = noise_scale
+        if sampler == "gamma":
+            kwargs["share"] = noise_share
         x = part if noisy else process.prior(beginning(denoiser, part, part_cond), times[0])
         if until is not None:
             kind: Literal["ode", "renoise"] = "ode" if sampler == "ode" else "renoise"

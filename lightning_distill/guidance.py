@@ -219,7 +219,7 @@ def check_guidance(teacher: Denoiser, *policies: Guidance) -> None:
                 f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
                 f"unconditional value for {missing[0]!r}; give null_cond=... of the teacher, or use Guidance(1)."
             )
-        if teacher.num_classes is None and not others:
+        if not others and teacher.missing_null(["class_labels"]):
             raise ValueError(
                 f"guidance scale {guidance.scale:g} needs an unconditional branch, but the teacher ({name}) has no "
                 "null class; give null_class=... of the teacher, or use Guidance(1)."

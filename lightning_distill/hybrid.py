@@ -57,6 +57,7 @@ def hybrid(
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
     noise_scale: float = 1.0,
+    noise_share: float = 0.2,
 ) -> Tensor:
     """Samples whose first student steps the teacher takes, deterministically and with its own guidance.
 
@@ -73,6 +74,7 @@ def hybrid(
         generator: source of the student's fresh noise.
         batch_size: samples per network call; None means all at once.
         noise_scale: factor on the student's fresh noise.
+        noise_share: share of fresh noise of the gamma sampler.
 
     Returns:
         x0, (N, ...), float32, on the student's device.
@@ -89,7 +91,7 @@ def hybrid(
             "where the other stops; give the teacher method_process=... of the student."
         )
     common: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
-    own = {**common, "noise_scale": noise_scale}
+    own = {**common, "noise_scale": noise_scale, "noise_share": noise_share}
     if first == 0:
         return generate(student, noise, cond, student_times, sampler, **own)
     if sampler == "start_noise" and first < len(student_times):

@@ -8,13 +8,13 @@ A student is a function ``student(x, t)`` or ``student(x, t, r)`` that returns a
     any_step        all            0               renoise (consistency functions)
     two_time        all            all             flow_map, renoise; ode and heun with r = t
     segments        all            next edge       ode, with the edges as times
+    own_times       its own        next one, or 0  as in training, with its own times
 
 Samplers read ``capability`` from the function that they are given and refuse what it was not trained for.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.policy_head import policy_head_of, policy_prediction
 from lightning_distill.networks.second_time import second_time_of
+from lightning_distill.networks.signatures import call_parameters
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import EDM, NoiseProcess, TrigFlow, change_process, expand
 from lightning_distill.samplers import transport
@@ -46,7 +47,7 @@ __all__ = [
     "trigflow_velocity",
 ]
 
-Capability = Literal["one_step_only", "any_step", "two_time", "segments"]
+Capability = Literal["one_step_only", "any_step", "two_time", "segments", "own_times"]
 
 
 # ------------------------------------------------------------------------------------------------ boundary functions
@@ -77,14 +78,14 @@ def lcm_boundary(index: Tensor, scaling: float = 10.0, sigma_data: float = 0.5) 
     The identity at the timestep i = 0 and the prediction x0_hat almost everywhere else.
 
     Args:
-        index: timesteps 0..999, any shape.
+        index: timesteps 0..999, any shape; times before the first count as the first.
         scaling: k.
         sigma_data: sd.
 
     Returns:
         c_skip and c_out, float64.
     """
-    scaled = scaling * index.double()
+    scaled = scaling * index.double().clamp_min(0.0)
     length = (scaled.square() + sigma_data**2).sqrt()
     return (sigma_data / length).square(), scaled / length
 
@@ -163,7 +164,7 @@ def takes_target(denoiser: Denoiser) -> bool:
     if installed is not None and installed.kind is not None:
         return True
     name = denoiser.family.target_time
-    return name is not None and name in inspect.signature(denoiser.network.forward).parameters
+    return name is not None and name in call_parameters(denoiser.network)
 
 
 class FewStep:

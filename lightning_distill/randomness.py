@@ -4,17 +4,20 @@ A run that is interrupted and resumed, or split over several processes, must see
 So no training draw depends on the state of a global generator: a draw names its stream ("student/noise"), the student
 update it belongs to and the global indices of its samples. Blocks of 16 consecutive samples share one seeded generator:
 few seedings per batch, and a rank computes only the blocks its samples lie in.
+
+Networks with dropout draw from torch's own generators; ``replayed`` gives several passes the same masks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Draws", "RandomStreams", "derive_seed"]
+__all__ = ["BLOCK", "Draws", "RandomStreams", "derive_seed", "replayed"]
 
 BLOCK = 16
 
@@ -133,3 +136,25 @@ class Draws:
     def integer(self, name: str, high: int) -> int:
         """One integer in [0, high), the same for all samples and ranks."""
         return self.streams.integer(f"{self.phase}/{name}", self.update, high)
+
+
+@contextmanager
+def replayed(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What torch's own generators draw within is drawn again behind it: passes of a network that share their dropout.
+
+        with replayed([x]):
+            first = network(x, t)
+        second = network(y, r)
+
+    The generators are left as the second pass leaves them. Nothing waits for a device, which keeps its generator's
+    state on the host; a compiler does not see it.
+
+    Args:
+        tensors: arguments of the passes, which say whose generators besides that of the CPU.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    devices = {p.device.index or 0 for p in tensors if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_distill.capabilities import check_capability
 from lightning_distill.losses.subinterval import noise_further
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import FlowMatching, NoiseProcess, change_process, expand
@@ -24,8 +25,6 @@ from lightning_distill.times import validate_times
 
 __all__ = [
     "SAMPLERS",
-    "SAMPLERS_OF",
-    "TRAINED_FOR",
     "adams",
     "adams_coefficients",
     "adams_direction",
@@ -63,53 +62,6 @@ def to_clean(denoise: Denoise) -> Denoise:
         return denoise
     two_times: Callable[..., Prediction] = denoise
     return lambda x, t: two_times(x, t, torch.zeros_like(t))
-
-
-#: by capability: what a student was trained for, and how it is sampled
-TRAINED_FOR = {
-    "one_step_only": ("one step from t_max", "sampler 'renoise' or 'ode' with the one time t_max"),
-    "any_step": ("jumps to clean data", "sampler 'renoise'"),
-    "two_time": ("jumps between two times", "sampler 'flow_map', 'gamma', 'renoise', 'ode' or 'heun'"),
-    "segments": ("jumps to the end of a segment", "sampler 'ode' with the edges as times"),
-}
-#: samplers of students that take other times than t_max
-SAMPLERS_OF = {
-    "any_step": ("renoise",),
-    "two_time": ("flow_map", "gamma", "renoise", "ode", "heun"),
-    "segments": ("ode",),
-}
-
-
-def check_capability(denoise: object, sampler: str, times: Sequence[float], process: NoiseProcess) -> None:
-    """Refuse to sample a student in a way it was not trained for; functions without ``capability`` pass.
-
-    Args:
-        denoise: what the sampler calls; see ``parameterisations`` for the capabilities.
-        sampler: name of the sampler.
-        times: its times.
-        process: process of the times.
-
-    Raises:
-        ValueError: the student's capability does not cover this sampler or these times.
-    """
-    capability = getattr(denoise, "capability", None)
-    if capability is None or (len(times) == 1 and times[0] == process.t_max):
-        # one step from t_max is what every student can do; a flow map needs the second time all the same
-        if (
-            capability in (None, "two_time")
-            or sampler not in ("flow_map", "gamma")
-            or getattr(denoise, "takes_target", False)
-        ):
-            return
-    elif capability != "one_step_only" and sampler in SAMPLERS_OF[capability]:
-        edges = getattr(denoise, "edges", None)
-        if edges is None or list(edges) == list(times):
-            return
-    trained, remedy = TRAINED_FOR[capability]
-    raise ValueError(
-        f"this student was trained for {trained} ({capability}), so sampler {sampler!r} with times "
-        f"{[round(float(t), 4) for t in times]} would not give its samples; use {remedy}."
-    )
 
 
 def transport(prediction: Prediction, r: Tensor | float, eps: Tensor | None = None) -> Tensor:

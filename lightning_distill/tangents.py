@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_distill.attention import differentiable_attention
 from lightning_distill.forward_rules import forward_rules
 from lightning_distill.networks.compiling import eager_blocks
+from lightning_distill.randomness import replayed
 
 __all__ = ["DEFAULT_STEPS", "TangentMode", "discrepancy", "tangent", "value_and_tangent"]
 
@@ -97,11 +98,11 @@ def tangent(
         if mode == "semi":
             return _semi(f, primals, directions, h)
         if mode == "one_sided":
-            with _replayed(primals):
+            with replayed(primals):
                 before = f(*_shifted(primals, directions, -h))
             value = f(*primals)
             return value, (value - before) / h
-        with _replayed(primals):
+        with replayed(primals):
             difference = _central(f, primals, directions, h)
         return f(*primals), difference
 
@@ -146,11 +147,11 @@ def value_and_tangent(
     # a value under autocast is too coarse to take a difference of
     reuse = not _autocasting(primals)
     base = change = None
-    with _replayed(primals), torch.no_grad(), _precision(primals, keep=False):
+    with replayed(primals), torch.no_grad(), _precision(primals, keep=False):
         if mode == "central":
             change = _central(f, primals, directions, h)
         elif mode == "one_sided":
-            with _replayed(primals):
+            with replayed(primals):
                 before = f(*_shifted(primals, directions, -h))
             base = None if reuse else f(*primals)
         else:
@@ -176,7 +177,7 @@ def discrepancy(
     Returns:
         |central - exact| / |exact|, 0-dim.
     """
-    with _replayed(primals):
+    with replayed(primals):
         exact = tangent(f, primals, tangents)[1]
     approximate = tangent(f, primals, tangents, "central", step=step)[1]
     return (approximate - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)
@@ -251,7 +252,7 @@ def _unwrap(owner: object) -> None:
 
 
 def _central(f: _Function, primals: Sequence[Tensor], directions: Sequence[Tensor | None], h: float) -> Tensor:
-    with _replayed(primals):
+    with replayed(primals):
         after = f(*_shifted(primals, directions, h))
     return (after - f(*_shifted(primals, directions, -h))) / (2.0 * h)
 
@@ -262,7 +263,7 @@ def _semi(
     rest = [None, *directions[1:]]
     total: Tensor | None = None
     if any(d is not None for d in rest):
-        with _replayed(primals):
+        with replayed(primals):
             total = _central(f, primals, rest, h)
     if directions[0] is None:
         assert total is not None
@@ -329,15 +330,4 @@ def _precision(primals: Sequence[Tensor], keep: bool) -> Iterator[None]:
         return
     torch.clear_autocast_cache()
     with nullcontext() if keep else torch.autocast(primals[0].device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def _replayed(primals: Sequence[Tensor]) -> Iterator[None]:
-    """What is drawn within is drawn again behind it."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    devices = {p.device.index or 0 for p in primals if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
         yield

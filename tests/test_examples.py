@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_distill.configs import config_path
@@ -13,10 +14,14 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(Path(__file__).parent / "networks"))
 sys.path.insert(0, str(Path(__file__).parent / "configs"))
 from recipe_stand_ins import stand_in  # noqa: E402
+from test_adm_weights import HEAD, LAYERS, weights  # noqa: E402
 
 
 def words(name):
     """Arguments of an example, with what they name written below the current folder."""
+    if name == "imagenet64_teacher.py":
+        torch.save(weights(), "tiny.pt")
+        return ["tiny.pt", "teacher", "--size", "16", "--layers", str(LAYERS), "--head", str(HEAD)]
     if name != "sdxl_lora_one_gpu.py":
         return []
     config = yaml.safe_load(config_path("recipe/sdxl_dmd2_4step_lora.yaml").read_text())

@@ -22,9 +22,11 @@ from lightning_distill.generation import draw_noise, generate
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter
 from lightning_distill.networks.merging import merged_network
+from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.second_time import add_guidance, add_second_time, remove_second_time, second_time_of
 from lightning_distill.networks.small import small_unet
 from lightning_distill.networks.specs import PretrainedDenoiser
+from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import FlowMatching, VariancePreserving
 from lightning_distill.times import few_step_times
 
@@ -121,6 +123,39 @@ def test_other_samplers_and_a_layer_that_has_an_adapter_already(tmp_path):
     out = export_lora(student, [1.0], "flow_map", tmp_path / "lora", shape=shape)
     x0, cond = samples(student, shape, [1.0], "flow_map", out)
     assert verify_export(out, x0, seed=3, cond=cond, base=base) <= 1e-5
+
+
+@pytest.mark.parametrize(("steps", "lora"), [(1, False), (4, True)])
+def test_networks_that_are_told_two_times_jump_in_their_own_pipeline(steps, lora, tmp_path):
+    student, shape = read("anyflow", tmp_path / "base")
+    if lora:
+        student = add_adapter(student, "student", rank=2, target_modules=["attn1.to_q"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    times = few_step_times(student.process, steps)
+    folders = [export_denoiser(student, times, "flow_map", tmp_path / "pipeline", shape=shape)]
+    if lora:
+        folders += [export_lora(student, times, "flow_map", tmp_path / "lora", shape=shape)]
+    x0, cond = samples(student, shape, times, "flow_map", folders[0])
+    for folder, base in zip(folders, (None, tmp_path / "base")):
+        assert json.loads((folder / "distill_config.json").read_text())["call"]["use_mean_velocity"] is True
+        assert verify_export(folder, x0, seed=3, cond=cond, base=base) <= 1e-5
+    assert not torch.allclose(x0, samples(student, shape, times, "ode", folders[0])[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("read_from_file", [False, True])
+def test_adapters_of_layers_that_the_original_lacks_are_refused(read_from_file, tmp_path):
+    student, shape = read("sd15", tmp_path / "base") if read_from_file else (MAKERS["sd15"]().denoiser(), None)
+    shape = shape or MAKERS["sd15"]().shape
+    role = TwoTime(role=Lora(rank=2), kind=None, guidance=True).build(student, "student")
+    assert any("cond_proj" in key for key in role.adapter_state_dict())
+    for style in ("diffusers", "kohya"):
+        with pytest.raises(ValueError, match=r"time_embedding.cond_proj, which was installed.*export the pipeline"):
+            export_lora(role, few_step_times(role.process, 2), "renoise", tmp_path / "out", style=style, shape=shape)
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_are_not_read_back_are_refused(tmp_path):

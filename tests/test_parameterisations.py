@@ -1,5 +1,7 @@
 """Boundary functions, trajectory maps, and what samplers may do with a student."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -178,6 +180,30 @@ def test_samplers_refuse_what_a_student_was_not_trained_for(capability):
     if capability == "one_step_only":
         with pytest.raises(ValueError, match="one step from t_max"):
             renoise(student, x, [0.8], process)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_students_of_their_own_times_are_sampled_at_these(chained):
+    process, own = FlowMatching(), [1.0, 0.7, 0.2]
+    student = SimpleNamespace(capability="own_times", student_times=own, sampler="ode", edges=own if chained else None)
+    check_capability(student, "ode", list(own), process)
+    for times in ([1.0], [1.0, 0.2]):
+        if chained:  # each time leads to the next one
+            with pytest.raises(ValueError, match=r"own times alone.*use sampler 'ode' with \[1.0, 0.7, 0.2\]"):
+                check_capability(student, "ode", times, process)
+        else:
+            check_capability(student, "ode", times, process)
+    for name, times in (("ode", [1.0, 0.5]), ("heun", own), ("ode", [0.7, 0.5, 0.2])):
+        with pytest.raises(ValueError, match="own_times"):
+            check_capability(student, name, times, process)
+
+
+def test_policies_are_sampled_with_their_own_segments():
+    student = SimpleNamespace(capability="two_time", edges=[1.0, 0.5], takes_target=True)
+    check_capability(student, "flow_map", [1.0, 0.5], FlowMatching())
+    for times in ([1.0], [1.0, 0.4]):
+        with pytest.raises(ValueError, match=r"with these: \[1.0, 0.5\]"):
+            check_capability(student, "flow_map", times, FlowMatching())
 
 
 def test_functions_without_capability_pass():

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lightning_distill.randomness import BLOCK, Draws, RandomStreams, derive_seed
+from lightning_distill.randomness import BLOCK, Draws, RandomStreams, derive_seed, replayed
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
@@ -96,3 +96,11 @@ def test_seeds_do_not_depend_on_the_process():
     assert int(out.stdout) == derive_seed(3, "student0/noise", 17, 2)
     assert 0 <= derive_seed("x") < 2**63
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+def test_what_is_replayed_is_drawn_again():
+    drop, x = torch.nn.Dropout(0.5), torch.ones(64)
+    with replayed([x]):
+        first = drop(x)
+    assert torch.equal(drop(x), first)
+    assert not torch.equal(drop(x), first)

@@ -122,9 +122,11 @@ class GenerativeEvaluation(Callback):
 
     # ------------------------------------------------------------------------------------------------ when
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check every file and condition that will be needed, before anything runs."""
+        """Check every file, condition and number of steps that will be needed, before anything runs."""
         module = as_distillation(self, pl_module)
         module.configure_model()
+        for nfe in self.steps or (None,):
+            module.evaluation_times(nfe)
         self._conditions = conditions_of(trainer)
         for name in self._weights(module):
             self._conditions(module.sampling_network(None if name == "ema" else name), 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_distill.callbacks.isolation import as_distillation, run_folder, undisturbed
 from lightning_distill.evaluation.conditions import Conditions, RunConditions, conditions_of
 from lightning_distill.evaluation.sampling import makes_pixels, sample_many
-from lightning_distill.generation import bound, index_noise
+from lightning_distill.generation import beginning, bound, index_noise
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.pixel_decoder import PixelDecoder
 from lightning_distill.plots import save_comparison, save_strips
@@ -83,13 +83,15 @@ class SampleGrid(Callback):
         self._drawn = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse weights that the module does not have, and networks whose conditions the run's data do not give.
+        """Refuse weights and numbers of steps that the module does not have, and conditions that the data do not give.
 
         Raises:
-            ValueError: of either, or a decoder that does not fit the samples.
+            ValueError: of these, or a decoder that does not fit the samples.
         """
         module = as_distillation(self, pl_module)
         module.configure_model()
+        for nfe in self.steps or (None,):
+            module.evaluation_times(nfe)
         network = module.sampling_network(self._weights(module))
         self._conditions = conditions_of(trainer)
         self._conditions(network, 1)
@@ -162,13 +164,16 @@ class SampleGrid(Callback):
         Args:
             module: in evaluation mode.
             bf16: sample under bfloat16 autocast.
+
+        Raises:
+            ValueError: the student is not sampled in so many steps, or not from noise and conditions alone.
         """
         shape, weights = module.sample_shape, self._weights(module)
         network = module.sampling_network(weights)
         panels: dict[str, Tensor] = {}
         own = len(module.student_times)
         for nfe in self.steps or [own]:
-            times = module.student_times if nfe == own else few_step_times(module.process, nfe)
+            times = module.evaluation_times(nfe)
             samples, labels = sample_many(
                 network,
                 self.num_samples,
@@ -178,6 +183,7 @@ class SampleGrid(Callback):
                 bf16=bf16,
                 shape=shape,
                 noise_scale=module.noise_scale,
+                noise_share=module.noise_share,
                 conditions=self._conditions,
             )
             panels[f"student, {_steps(nfe)}"] = _by_class(samples, labels)
@@ -247,7 +253,8 @@ def trajectory_strips(
         for role in (teacher, student)
     )
     grid = few_step_times(process, times)
-    x = process.prior(index_noise(samples, module.sample_shape, seed).to(teacher.device), grid[0])
+    noise = index_noise(samples, module.sample_shape, seed).to(teacher.device)
+    x = process.prior(beginning(student, noise, own), grid[0])
     directions = bound(teacher, cond, "ode", module.teacher_guidance)
     ends = to_clean(bound(student, own, "flow_map" if module.capability == "two_time" else "renoise"))
     seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}

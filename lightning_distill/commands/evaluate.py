@@ -86,6 +86,9 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(f"--seed {args.seed} was used while training; the pass rule needs noise that was not.")
     config = read_config(run)
     module = load_run(run, args.checkpoint)
+    steps = args.steps or [len(module.student_times)]
+    for nfe in steps:
+        module.evaluation_times(nfe)  # raises where the student is not sampled so
     weights = args.weights or ["ema" if module.student_ema else "student"]
     for name in weights:
         weights_name(module, name)
@@ -105,7 +108,6 @@ def main(words: Sequence[str]) -> None:
     if needed:
         conditions(module.student, 1)  # raises where the data do not give them
     runner = EvaluationRunner(evaluator, args.n, args.seed, bf16=args.bf16, conditions=conditions)
-    steps = args.steps or [len(module.student_times)]
     wanted = [*steps, args.teacher_steps] if args.teacher_steps else []
     updates = _updates(run, args.checkpoint)
     teacher = (

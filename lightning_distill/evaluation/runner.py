@@ -81,6 +81,7 @@ class EvaluationRunner:
         shape: Sequence[int],
         guidance_scale: float | Guidance = 1.0,
         noise_scale: float = 1.0,
+        noise_share: float = 0.2,
     ) -> tuple[dict[str, float], float]:
         """Figures of a network, equal on every rank, and the seconds they took.
 
@@ -91,6 +92,7 @@ class EvaluationRunner:
             shape: of one sample.
             guidance_scale: w, or a policy.
             noise_scale: factor on the fresh noise of the renoise sampler.
+            noise_share: share of fresh noise of the gamma sampler.
 
         Raises:
             ValueError: an extractor cannot read samples of this shape; raised before any is made.
@@ -111,6 +113,7 @@ class EvaluationRunner:
             bf16=self.bf16,
             shape=shape,
             noise_scale=noise_scale,
+            noise_share=noise_share,
             conditions=self.conditions,
         )
         sampling = time.perf_counter() - start
@@ -204,12 +207,18 @@ class EvaluationRunner:
             weights: ``ema`` (the first average), ``student``, or the name of an average.
             teacher: rows of the teacher.
             **facts: further fields of the row (``step``, ``stage``).
+
+        Raises:
+            ValueError: the student is not sampled in so many steps, or not from noise and conditions alone.
         """
         network = module.sampling_network(None if weights == "ema" else weights)
-        own = module.student_times
-        times = own if nfe == len(own) else few_step_times(module.process, nfe)
         figures, seconds = self.measure(
-            network, times, module.sampler, module.sample_shape, noise_scale=module.noise_scale
+            network,
+            module.evaluation_times(nfe),
+            module.sampler,
+            module.sample_shape,
+            noise_scale=module.noise_scale,
+            noise_share=module.noise_share,
         )
         few = next((row.metrics for row in teacher if row.nfe == nfe), None)
         figures = self.evaluator.with_progress(figures, few, [row.metrics for row in teacher])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.evaluation.conditions import Conditions, RunConditions
-from lightning_distill.generation import bound, index_noise
+from lightning_distill.generation import beginning, bound, index_noise
 from lightning_distill.guidance import Guidance
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.randomness import RandomStreams
@@ -49,6 +49,7 @@ def sample_many(
     bf16: bool = False,
     shape: Sequence[int] | None = None,
     noise_scale: float = 1.0,
+    noise_share: float = 0.2,
     conditions: Conditions | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Many samples whose starting and fresh noise depend on the sample's index only, not on how they are batched.
@@ -65,6 +66,7 @@ def sample_many(
         bf16: run the network under bfloat16 autocast.
         shape: of one sample; None asks the network.
         noise_scale: factor on the fresh noise.
+        noise_share: share of fresh noise of the gamma sampler.
         conditions: give the samples theirs, by index; None for the classes in turn.
 
     Returns:
@@ -73,7 +75,7 @@ def sample_many(
 
     Raises:
         ValueError: no shape was given and the network does not know it, the sampler is unknown, or the network needs
-            conditions that nothing gives.
+            conditions that nothing gives, that at which its samples begin among them.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(sorted(SAMPLERS))}.")
@@ -82,6 +84,7 @@ def sample_many(
         raise ValueError(f"{type(denoiser.network).__name__} does not know the shape of its samples; give shape.")
     made = RunConditions() if conditions is None else conditions
     streams, device, process = RandomStreams(seed), denoiser.device, denoiser.process
+    kwargs = {"share": noise_share} if sampler == "gamma" else {}
     parts, labels = [], []
     for done in range(0, n, batch_size):
         begin, count = first + done, min(batch_size, n - done)
@@ -97,7 +100,8 @@ def sample_many(
             return noise_scale * streams.normal(f"sample/fresh{step}", 0, begin, x.shape).to(x)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x0 = SAMPLERS[sampler](denoise, process.prior(start, times[0]), times, process, noise=fresh)
+            x = process.prior(beginning(denoiser, start, cond), times[0])
+            x0 = SAMPLERS[sampler](denoise, x, times, process, noise=fresh, **kwargs)
         parts.append(x0.float().cpu())
     samples = torch.cat(parts)
     if samples.ndim == 4 and makes_pixels(denoiser, shape):

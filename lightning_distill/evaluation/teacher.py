@@ -47,7 +47,7 @@ def baseline_key(
 
     Args:
         fingerprint: SHA-256 of the teacher's weights.
-        teacher: for its process, prediction type and the dtype of its weights.
+        teacher: for its process, prediction type, the dtype of its weights and where its samples begin.
         steps: number of Euler steps.
         guidance: w, or a policy.
         n: number of samples.
@@ -56,7 +56,8 @@ def baseline_key(
         shape: of one sample.
     """
     dtype = next((str(p.dtype) for p in teacher.network.parameters()), "")
-    how = (vars(teacher.process), type(teacher.process).__name__, teacher.prediction_type, dtype)
+    begins = () if teacher.family.start is None else (teacher.family.start,)
+    how = (vars(teacher.process), type(teacher.process).__name__, teacher.prediction_type, dtype, *begins)
     text = repr((fingerprint, how, steps, guidance, n, seed, what, tuple(shape)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -25,6 +25,7 @@ from lightning_distill.export.folders import atomic_folder, check_target, read_s
 from lightning_distill.export.pipeline import call_size, stock_student
 from lightning_distill.export.stock import check_no_policy, stock_parts
 from lightning_distill.export.target_times import Steps, low_rank, record_steps, stock_sampler
+from lightning_distill.networks.adapter_bank import added_parts
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.second_time import SECOND_TIME, second_time_of
@@ -75,7 +76,7 @@ def export_lora(
 
     Raises:
         ValueError: the student is no adapter, its pipeline reads no LoRA files, the style has no place for its
-            magnitudes (DoRA), or as ``export_pipeline``.
+            magnitudes (DoRA), it adapts a layer that the original network has not, or as ``export_pipeline``.
         FileExistsError: ``out_dir`` exists and is not to be overwritten.
     """
     if style not in LORA_STYLES:
@@ -109,6 +110,7 @@ def export_lora(
         network, process, denoiser.prediction_type, times, sampler, None, start, source=root, guidance=scale
     )
     _check_reader(parts.pipeline, parts.entry is not None and parts.entry.kohya, style)
+    _check_layers(denoiser, root, parts.network_name)
     steps = record_steps(denoiser, own_times, given, shape, scale)
     config = student_config(network, process, denoiser.prediction_type, times, sampler, card, dtype)
     vae = None if root is None else source_vae(root)
@@ -217,6 +219,32 @@ def _original_class(denoiser: AdapterDenoiser) -> Any:
         )
     with torch.device("meta"):
         return cls.from_config(denoiser.network.config)
+
+
+def _check_layers(denoiser: AdapterDenoiser, root: Path | None, component: str) -> None:
+    """Refuse adapters of layers that were installed for the student: a LoRA file is loaded into the original network.
+
+    Args:
+        denoiser: the student.
+        root: pipeline folder of the original network; None to ask what was installed.
+        component: name of the network in the pipeline.
+    """
+    layers = dict.fromkeys(key.removesuffix(".weight").rpartition(".")[0] for key in denoiser.adapter_state_dict())
+    # the branch of target times, which is folded into layers of the original
+    own = [layer for layer in layers if not layer.startswith(f"{SECOND_TIME}.")]
+    if root is not None and (root / component / "config.json").is_file():
+        cls: Any = type(denoiser.network)
+        with torch.device("meta"):
+            original = {name for name, _ in cls.from_config(cls.load_config(root / component)).named_modules()}
+        missing = [layer for layer in own if layer not in original]
+    else:
+        installed = {key.rpartition(".")[0] for key in added_parts(denoiser.network)}
+        missing = [layer for layer in own if layer in installed]
+    if missing:
+        raise ValueError(
+            f"this adapter also has the layer {missing[0]}, which was installed for the student and which the original "
+            "network, into which a LoRA file is loaded, lacks; export the pipeline, whose weights hold both."
+        )
 
 
 def _check_reader(pipeline: Any, kohya: bool, style: str) -> None:

@@ -56,6 +56,8 @@ class StockPipeline:
         guidance_off: arguments that switch classifier-free guidance off.
         guided: arguments besides the scale with which a call computes  y_u + w (y_c - y_u); None where it cannot.
         fixed: further arguments of every call.
+        jumps: arguments in their place with which a call tells the network the next time, as ``flow_map`` does; None
+            where it cannot.
         inputs: arguments by condition.
         with_embeddings: further arguments of a call with embeddings instead of prompts.
         lists: conditions with a mask are lists of unpadded rows.
@@ -75,6 +77,7 @@ class StockPipeline:
     guidance_off: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     guided: Mapping[str, Any] | None = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    jumps: Mapping[str, Any] | None = None
     inputs: Mapping[str, str] = field(default_factory=lambda: _TEXT)
     with_embeddings: Mapping[str, Any] = field(default_factory=dict)
     lists: bool = False
@@ -196,7 +199,11 @@ ENTRIES: tuple[StockPipeline, ...] = (
     ),
     StockPipeline("WanPipeline", "WanTransformer3DModel"),
     StockPipeline(
-        "AnyFlowPipeline", "AnyFlowTransformer3DModel", grid_argument="sigmas", fixed={"use_mean_velocity": False}
+        "AnyFlowPipeline",
+        "AnyFlowTransformer3DModel",
+        grid_argument="sigmas",
+        fixed={"use_mean_velocity": False},
+        jumps={"use_mean_velocity": True},
     ),
     StockPipeline(
         "CogVideoXPipeline",

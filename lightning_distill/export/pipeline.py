@@ -38,6 +38,7 @@ from lightning_distill.export.folders import (
     source_of,
     source_vae,
 )
+from lightning_distill.export.schedules import OTHERWISE
 from lightning_distill.export.stock import StockParts, check_no_policy, check_sampler, start_scale, stock_parts
 from lightning_distill.export.stock_run import quiet
 from lightning_distill.export.target_times import fold_into, record_steps, stock_sampler
@@ -45,7 +46,8 @@ from lightning_distill.export.two_passes import constant_scale, null_values, wri
 from lightning_distill.guidance import is_told
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import family_of
-from lightning_distill.processes import NoiseProcess, change_process
+from lightning_distill.networks.preconditioning import PreconditionedEDM
+from lightning_distill.processes import EDM, NoiseProcess, change_process
 from lightning_distill.times import validate_times
 
 #: of stock flow-matching schedulers, in which a boundary between experts is counted
@@ -194,7 +196,7 @@ def export_denoiser(
         denoiser, options["second"], options["boundary_ratio"] = _switched(denoiser)
     check_no_policy(denoiser.network)
     kind = stock_sampler(denoiser.network, sampler)
-    check_sampler(kind)
+    check_sampler(kind, denoiser.network)
     check_target(Path(out_dir), options.get("overwrite", False))
     process, stock_times, start = stock_student(denoiser, times)
     options.setdefault("null_class", denoiser.null_class)
@@ -215,9 +217,8 @@ def export_denoiser(
     if isinstance(options.get("second"), Denoiser):
         options["second"] = folded(options["second"])
     network = folded(denoiser)
-    return export_pipeline(
-        network, process, denoiser.prediction_type, stock_times, kind, out_dir, start_scale=start, **options
-    )
+    options.setdefault("start_scale", start)
+    return export_pipeline(network, process, denoiser.prediction_type, stock_times, kind, out_dir, **options)
 
 
 def stock_student(denoiser: Denoiser, times: Sequence[float]) -> tuple[NoiseProcess, list[float], float]:
@@ -232,12 +233,20 @@ def stock_student(denoiser: Denoiser, times: Sequence[float]) -> tuple[NoiseProc
     """
     if not denoiser.stands_alone:
         raise ValueError(
-            f"the predictions of a {type(denoiser).__name__} need more than its network, and no stock pipeline has the "
-            "rest; keep the run and sample it with 'lightning-distill sample RUN_DIR'."
+            f"the predictions of this {type(denoiser.network).__name__} student need more than its network, and no "
+            "stock pipeline has the rest (adapters beside it, a rendering to leap from); keep the run and sample it "
+            "with 'lightning-distill sample RUN_DIR'."
         )
     process, start = denoiser.process, start_scale(denoiser.process, times[0])
     if denoiser.network_process is None:
         return process, list(times), start
+    if isinstance(inner_process := denoiser.network_process, PreconditionedEDM) and type(process) is EDM:
+        if denoiser.family.sign != -1.0:
+            raise ValueError(
+                "the network puts out a v-prediction behind EDM's preconditioning, and the stock pipeline reads EDM's "
+                f"F, which has the other sign. {OTHERWISE}"
+            )
+        return inner_process, list(times), start
     if denoiser.data_scale != 1.0:
         raise ValueError(
             f"the student's network works on data divided by {denoiser.data_scale:g}, which no stock "

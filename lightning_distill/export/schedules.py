@@ -7,6 +7,7 @@
     FlowMatching        renoise  FlowMatchLCMScheduler, shift and last time fitted, or times given at the call
     FlowMatching        ode      FlowMatchEulerDiscreteScheduler, likewise; FlowMapEuler in DiTPipeline
     TrigFlow            renoise  SCMScheduler
+    PreconditionedEDM   renoise  CMStochasticIterativeScheduler, with times given at the call
 
 With one step both samplers are the same. Functions return the scheduler and the arguments that a call needs beyond the
 number of steps.
@@ -22,9 +23,18 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
+from lightning_distill.networks.preconditioning import PreconditionedEDM
 from lightning_distill.processes import FlowMatching, TrigFlow, VariancePreserving, change_process
 
-__all__ = ["OTHERWISE", "check_start", "flow_map_scheduler", "flow_scheduler", "scm_scheduler", "vp_scheduler"]
+__all__ = [
+    "OTHERWISE",
+    "check_start",
+    "cm_scheduler",
+    "flow_map_scheduler",
+    "flow_scheduler",
+    "scm_scheduler",
+    "vp_scheduler",
+]
 
 #: what remains possible where nothing of diffusers fits
 OTHERWISE = "export_weights(...) writes the weights and a card for use with this package."
@@ -241,6 +251,58 @@ def _no_flow_grid(scheduler: Any, offered: list[float], times: list[float]) -> V
         f"with {len(times)} steps the stock {type(scheduler).__name__} can give by default the times "
         f"{[round(s, 4) for s in offered]}, but the student has {[round(t, 4) for t in times]}; train "
         f"it on a shifted trailing grid: few_step_times(FlowMatching(shift), N). {OTHERWISE}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ EDM
+def cm_scheduler(
+    process: PreconditionedEDM, times: list[float], fresh_noise: bool, start: float
+) -> tuple[Any, dict[str, Any]]:
+    """Scheduler of consistency models for a student with EDM's preconditioning.
+
+    Its boundary condition is EDM's own c_skip and c_out at sigma_min = 0. Its noise levels lie on a grid of N between
+    sigma_max and that, evenly spaced to the power 1 / rho, of which the call names some; N and rho are searched.
+
+    Args:
+        process: of the network, told 250 ln sigma.
+        times: descending noise levels.
+        fresh_noise: renoise, the one sampler there is for two or more steps.
+        start: factor on the starting noise.
+
+    Raises:
+        ValueError: the pipeline has no such times, start or sampler; the message says what would do.
+    """
+    if process.time_factor != 250.0:
+        raise ValueError(
+            f"the network is told {process.time_factor:g} ln sigma, and ConsistencyModelPipeline tells 250 ln sigma. "
+            f"{OTHERWISE}"
+        )
+    if not fresh_noise and len(times) > 1:
+        raise ValueError(
+            "ConsistencyModelPipeline adds fresh noise in every step; train the student with one step or with "
+            f"sampler='renoise'. {OTHERWISE}"
+        )
+    if abs(start / times[0] - 1.0) > 1e-6:
+        raise ValueError(
+            f"the student starts from {start:g} x noise at sigma = {times[0]:g}, but ConsistencyModelPipeline from "
+            f"{times[0]:g} x noise. {OTHERWISE}"
+        )
+    levels = {"sigma_min": 0.0, "sigma_max": times[0], "sigma_data": process.sigma_data, "clip_denoised": False}
+    cls = _stock("CMStochasticIterativeScheduler")
+    if len(times) == 1:
+        return cls(num_train_timesteps=2, **levels), {}
+    shares = np.array(times) / times[0]
+    sizes = np.arange(len(times), 20_000, dtype=np.float64)[:, None]  # N - 1
+    for rho in (7.0, 1.0):
+        indices = np.round((1.0 - shares ** (1.0 / rho)) * sizes)
+        errors = np.abs((1.0 - indices / sizes) ** rho / shares - 1.0).max(axis=1)
+        if (found := np.flatnonzero(errors < 1e-6)).size:
+            chosen = [int(i) for i in indices[found[0]]]
+            scheduler = cls(num_train_timesteps=int(sizes[found[0], 0]) + 1, rho=rho, **levels)
+            return scheduler, {"timesteps": chosen[::-1]}
+    raise ValueError(
+        f"the noise levels {[round(t, 4) for t in times]} lie on no grid of the stock {cls.__name__}; train the "
+        f"student on few_step_times(EDM(), {len(times)}), or on two of any levels. {OTHERWISE}"
     )
 
 

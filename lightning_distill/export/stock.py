@@ -3,6 +3,7 @@
     network             process, output         sampler  pipeline                  scheduler
     UNet2DModel         VP: epsilon, sample, v  both     ConsistencyModelPipeline  LCM; DDIM, DPM-Solver or Euler
     UNet2DModel         flow: flow_prediction   both     DDPMPipeline (no labels)  FlowMatchLCM; FlowMatchEuler
+    UNet2DModel         EDM: F                  renoise  ConsistencyModelPipeline  CMStochasticIterative
     DiT + VAE           VP: epsilon, sample, v  both     DiTPipeline               LCM; trailing DDIM
     DiT + VAE           flow: flow_prediction   ode      DiTPipeline               FlowMapEuler
     text to image, video  VP or flow            both     see ``entries``           see ``schedules``
@@ -25,6 +26,7 @@ from lightning_distill.export.entries import ENTRIES, StockPipeline, entry_of
 from lightning_distill.export.schedules import (
     OTHERWISE,
     check_start,
+    cm_scheduler,
     flow_map_scheduler,
     flow_scheduler,
     scm_scheduler,
@@ -33,6 +35,7 @@ from lightning_distill.export.schedules import (
 from lightning_distill.export.two_passes import guided_call
 from lightning_distill.networks.families import family_of
 from lightning_distill.networks.policy_head import policy_head_of
+from lightning_distill.networks.preconditioning import PreconditionedEDM
 from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving
 from lightning_distill.times import validate_times
@@ -85,13 +88,18 @@ def check_no_policy(network: nn.Module) -> None:
         )
 
 
-def check_sampler(sampler: str) -> None:
+def check_sampler(sampler: str, network: nn.Module) -> None:
     """Refuse samplers that no stock scheduler has.
 
+    Args:
+        sampler: of the student.
+        network: the student's.
+
     Raises:
-        ValueError: neither ``renoise`` nor ``ode``.
+        ValueError: neither ``renoise`` nor ``ode``, nor ``flow_map`` of a network whose pipeline tells it two times.
     """
-    if sampler not in ("renoise", "ode"):
+    jumps = any(entry.jumps for entry in ENTRIES if entry.model_class == type(network).__name__)
+    if sampler not in ("renoise", "ode") and not (sampler == "flow_map" and jumps):
         remedy = ""
         if sampler == "adams":
             remedy = (
@@ -133,7 +141,7 @@ def stock_parts(
         process: noise process of the network.
         prediction_type: what the network outputs.
         times: the student's descending native times, without the final 0.
-        sampler: ``renoise`` or ``ode``.
+        sampler: ``renoise`` or ``ode``; ``flow_map`` where the pipeline tells its network the next time.
         vae: autoencoder of a latent DiT, else None.
         given_start: factor on the starting noise, None to ask the process.
         source: pipeline folder that the network comes from.
@@ -147,7 +155,7 @@ def stock_parts(
     validate_times(times, process)
     name = type(network).__name__
     _check_unaltered(network)
-    check_sampler(sampler)
+    check_sampler(sampler, network)
     entry = entry_of(network, source)
     if entry is None and not isinstance(network, (UNet2DModel, DiTTransformer2DModel)):
         known = ", ".join(dict.fromkeys(entry.model_class for entry in ENTRIES))
@@ -179,10 +187,13 @@ def stock_parts(
             raise ValueError(f"stock flow-matching schedulers read flow_prediction, not {prediction_type}; {OTHERWISE}")
         check_start(start, "flow-matching schedulers")
         scheduler, extra = _flow(network, name, entry, times, fresh_noise)
+    elif isinstance(process, PreconditionedEDM) and isinstance(network, UNet2DModel):
+        scheduler, extra = cm_scheduler(process, times, fresh_noise, start)
     else:
         raise ValueError(
             f"no stock pipeline samples a {name} in {type(process).__name__}; a network that itself works in "
-            f"VariancePreserving or FlowMatching (Denoiser's network_process) can be exported. {OTHERWISE}"
+            "VariancePreserving or FlowMatching (Denoiser's network_process), or a UNet2DModel behind EDM's "
+            f"preconditioning, can be exported. {OTHERWISE}"
         )
     call: dict[str, Any] = {"num_inference_steps": len(times)}
     if entry is not None:
@@ -190,7 +201,8 @@ def stock_parts(
             scheduler.register_to_config(steps_offset=1)
         family = family_of(network)
         embeds = family.guidance is not None and family.guidance(network, torch.ones(1)) is not None
-        call |= {**extra, **entry.guidance_off, **entry.fixed, **guided}
+        fixed = (entry.jumps or {}) if sampler == "flow_map" else entry.fixed
+        call |= {**extra, **entry.guidance_off, **fixed, **guided}
         if embeds:
             call["guidance_scale"] = family.guidance_scale if guidance is None else guidance
         return StockParts(
@@ -208,7 +220,8 @@ def _pipeline(network: nn.Module, entry: StockPipeline | None, process: NoisePro
         return getattr(diffusers, entry.name)
     if isinstance(network, DiTTransformer2DModel):
         return diffusers.DiTPipeline
-    return diffusers.ConsistencyModelPipeline if isinstance(process, VariancePreserving) else diffusers.DDPMPipeline
+    told = isinstance(process, (VariancePreserving, PreconditionedEDM))
+    return diffusers.ConsistencyModelPipeline if told else diffusers.DDPMPipeline
 
 
 def start_scale(process: NoiseProcess, t: float) -> float:

@@ -65,8 +65,8 @@ def distance(a: Tensor, b: Tensor, metric: Metric = "pseudo_huber", c: float | N
         a: samples, (B, ...).
         b: samples, same shape.
         metric: one of the above.
-        c: constant of pseudo-Huber; None is ``huber_constant`` (whole vector) or 1e-3 (elementwise). With 0 the vector
-            form is the Euclidean norm, whose gradient is 0 where a = b.
+        c: constant of pseudo-Huber; None is ``huber_constant`` (whole vector) or 1e-3 (elementwise). With 0 they are
+            the Euclidean norm and the mean absolute difference, whose gradients are 0 where a = b.
 
     Returns:
         (B,).
@@ -98,6 +98,8 @@ def distance(a: Tensor, b: Tensor, metric: Metric = "pseudo_huber", c: float | N
         return squared / ((squared + c**2).sqrt() + c)
     if metric == "pseudo_huber_elementwise":
         c = 1e-3 if c is None else c
+        if c == 0.0:
+            return difference.abs().mean(1)
         squared = difference.square()
         return (squared / ((squared + c**2).sqrt() + c)).mean(1)
     raise ValueError(

@@ -16,6 +16,7 @@ Targets are returned without graph; residuals with the graph of what they are gi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.processes import expand
+from lightning_distill.randomness import replayed
 
 __all__ = [
     "adaptive_weight",
@@ -168,6 +170,9 @@ def rcgm_target(
     (the released code). For N = 1 they are the same. ``even`` divides the whole mismatch between u and its parts by h,
     which takes the limit to be stable, ``near`` only what of it changes over h.
 
+    All jumps have the same random numbers (dropout), whose differences would be divided by h; ``online`` has them, too,
+    where it was made within ``randomness.replayed``.
+
     Args:
         average: student without graph.
         online: u(x, t, r), (B, ...).
@@ -193,8 +198,10 @@ def rcgm_target(
         y, moved = x - step * velocity, step * velocity
         start = torch.maximum(t - step, r)
         ends = [start - k * step if spacing == "near" else torch.lerp(start, r, k / order) for k in range(1, order)]
-        for s, end in pairwise([start, *(torch.maximum(end, r) for end in ends), r]):
-            u = average(y, s, end)
+        jumps = list(pairwise([start, *(torch.maximum(end, r) for end in ends), r]))
+        for k, (s, end) in enumerate(jumps, 1):
+            with replayed([y]) if k < len(jumps) else nullcontext():
+                u = average(y, s, end)
             y, moved = flow_jump(y, u, s, end), moved + expand(s - end, x) * u
         change = (expand(t - r, x) * online - moved) / step
         if clamp is not None:

@@ -188,10 +188,10 @@ def gradient_ratio(first: Tensor, other: Tensor, limit: float = 1e4) -> Tensor:
         limit: largest weight.
 
     Returns:
-        without graph; 1 where neither term has a gradient.
+        without graph; 1 where the other term has no gradient.
     """
     ratio = (first.detach() / other.detach()).sqrt()
-    return torch.where(ratio.isnan(), torch.ones_like(ratio), ratio).clamp_max(limit)
+    return torch.where(ratio.isfinite(), ratio, torch.ones_like(ratio)).clamp_max(limit)
 
 
 # ------------------------------------------------------------------------------------------------ experts

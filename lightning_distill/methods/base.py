@@ -4,6 +4,7 @@ A method overrides losses; this class owns everything that is not the idea of a 
 draws and checkpoints, and by its parts the cycle of updates (``methods.cycle``), sampling and measuring.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -101,7 +102,7 @@ class DistillationModule(StudentSampling, Probing):
         self.automatic_optimization = False
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a student needs at least one step.")
-        if student_times is not None and num_steps not in (1, len(student_times)):
+        if student_times is not None and num_steps not in (1, len(student_times), _usual_steps(type(self))):
             raise ValueError(
                 f"num_steps={num_steps} and the {len(student_times)} student_times disagree; leave num_steps out, the "
                 "times say it."
@@ -278,3 +279,11 @@ class DistillationModule(StudentSampling, Probing):
         """Refuse a checkpoint of another method or teacher; restore the global generators."""
         self.configure_model()
         checkpoints.check_header(self, checkpoint.get("lightning_distill"))
+
+
+def _usual_steps(method: type) -> Any:
+    """Default of ``num_steps`` where a method, or the first of its bases that names it, has one."""
+    signatures = (
+        inspect.signature(vars(kind)["__init__"]).parameters for kind in method.__mro__ if "__init__" in vars(kind)
+    )
+    return next(parameters["num_steps"].default for parameters in signatures if "num_steps" in parameters)

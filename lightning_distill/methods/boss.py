@@ -36,7 +36,7 @@ class Straightening(TeacherPaths):
 
     learns_from = "teacher alone; or its stored trajectories"
     samplers: ClassVar[tuple[str, ...]] = ("ode",)
-    capability: ClassVar[Capability | None] = None
+    capability: ClassVar[Capability | None] = "own_times"
 
     def __init__(
         self,
@@ -49,6 +49,11 @@ class Straightening(TeacherPaths):
     ) -> None:
         super().__init__(teacher, sampler=sampler, **kwargs)
         self.metric, self.huber = metric, huber
+
+    @property
+    def edges(self) -> list[float]:  # type: ignore[override]
+        """Each of its times leads to the next one."""
+        return self.student_times
 
     def solver_times(self) -> list[float]:
         """The solver's grid with the student's times in it."""

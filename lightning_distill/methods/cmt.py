@@ -1,12 +1,13 @@
 """CMT: mid-training on the teacher's own trajectories (consistency mid-training, arXiv:2509.24526)."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from lightning_distill.batch import Batch, slice_cond
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.consistency_distillation import Metric
 from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
@@ -25,7 +26,8 @@ class CMT(TeacherPaths):
 
     Args:
         teacher: the pretrained model.
-        form: what the student is; ``flow_map`` needs ``student=TwoTime(...)`` and sampler ``flow_map``.
+        form: what the student is; ``flow_map`` needs ``student=TwoTime(...)``.
+        sampler: None for ``flow_map`` in the form of that name, else ``renoise``, each step a jump to the end.
         metric: distance, see ``losses.consistency.distance``.
         huber: constant of pseudo-Huber, None for the default.
         **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``.
@@ -44,14 +46,17 @@ class CMT(TeacherPaths):
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
         form: Literal["consistency", "flow_map"] = "consistency",
-        sampler: Literal["renoise", "flow_map"] = "renoise",
-        metric: Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber",
+        sampler: Literal["renoise", "flow_map"] | None = None,
+        metric: Metric = "pseudo_huber",
         huber: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, sampler=sampler, **kwargs)
+        own: Literal["renoise", "flow_map"] = "flow_map" if form == "flow_map" else "renoise"
+        super().__init__(teacher, sampler=sampler or own, **kwargs)
         if form not in ("consistency", "flow_map"):
             raise ValueError(f"form={form!r} must be consistency or flow_map.")
+        if not callable(metric) and metric not in get_args(Metric):
+            raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(get_args(Metric))}.")
         self.form = form
         self.metric, self.huber = metric, huber
         self.__dict__["capability"] = "two_time" if form == "flow_map" else "any_step"

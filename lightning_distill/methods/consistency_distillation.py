@@ -1,7 +1,10 @@
 """Consistency distillation (arXiv:2303.01469)."""
 
+from bisect import bisect_left
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +18,10 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import ConsistencyFunction
 from lightning_distill.processes import expand
+from lightning_distill.randomness import replayed
 from lightning_distill.times import t_min
 
-__all__ = ["ConsistencyDistillation", "Metric", "Pair", "PairMethod"]
+__all__ = ["ConsistencyDistillation", "Metric", "Pair", "PairMethod", "target_profile"]
 
 
 Metric = Literal["l2", "mse", "l1", "pseudo_huber", "pseudo_huber_elementwise"]
@@ -46,6 +50,29 @@ class Pair:
     gap: tuple[Tensor, Tensor] | None = None
 
 
+def target_profile(
+    given: EMAProfile | Literal["none"] | None, default: EMAProfile | None = None, needed: bool = False
+) -> EMAProfile | None:
+    """Profile of a method's target; None is the student itself without gradient.
+
+    Args:
+        given: a profile, ``none`` for the student itself, or None for the default.
+        default: of the method.
+        needed: the method has no target but an average.
+
+    Raises:
+        ValueError: anything else was given.
+    """
+    if given is None:
+        return default
+    if isinstance(given, EMAProfile):
+        return given
+    if given == "none" and not needed:
+        return None
+    known = "a profile such as ConstantEMA(0.95)" + ("" if needed else ", or 'none' for the student itself")
+    raise ValueError(f"target_ema={given!r} is no average of the student; give {known}.")
+
+
 class PairMethod(TrajectoryMethod):
     """Base of discrete consistency: f is the same at both ends of a pair of times on one trajectory.
 
@@ -55,9 +82,10 @@ class PairMethod(TrajectoryMethod):
         teacher: the pretrained model.
         boundary: how f is made of the network: ``plain``, its x0, or ``lcm`` (see ``ConsistencyFunction``).
         metric: distance d of ``losses.consistency.distance``.
-        huber: constant of pseudo-Huber, None for the default.
+        huber: constant of pseudo-Huber, from 0 on; None for the default.
         weight: w(t, r), see ``losses.consistency.pair_weight``.
-        target_ema: profile of the average f' (.95 in the paper); None is the student itself without gradient.
+        target_ema: profile of the average f' (.95 in the paper); None or ``none`` is the student itself without
+            gradient, whose two passes have the same dropout.
         **kwargs: see ``TrajectoryMethod``. Students of several steps are sampled by ``renoise``.
 
     Notes:
@@ -73,17 +101,25 @@ class PairMethod(TrajectoryMethod):
         metric: Metric = "pseudo_huber",
         huber: float | None = None,
         weight: PairWeight = "one",
-        target_ema: EMAProfile | None = None,
+        target_ema: EMAProfile | Literal["none"] | None = None,
         **kwargs: Any,
     ) -> None:
+        average = target_profile(target_ema)
         super().__init__(teacher, **kwargs)
+        if isinstance(metric, str) and metric not in get_args(Metric):
+            raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(get_args(Metric))}.")
+        if huber is not None and (metric not in ("pseudo_huber", "pseudo_huber_elementwise") or not huber >= 0.0):
+            raise ValueError(
+                f"huber={huber} is the constant of pseudo-Huber, 0 or more, and the metric is {metric!r}; leave it "
+                "out, or give metric='pseudo_huber' or 'pseudo_huber_elementwise'."
+            )
         self.boundary: Literal["plain", "lcm"] = boundary
         self.metric: Metric = metric
         self.huber, self.weight = huber, weight
-        self.target_name = None if target_ema is None else target_ema.name
+        self.target_name = None if average is None else average.name
         self._sampled = list(self.ema_profiles)
-        if target_ema is not None and target_ema.name not in {profile.name for profile in self.ema_profiles}:
-            self.ema_profiles.append(target_ema)
+        if average is not None and average.name not in {profile.name for profile in self.ema_profiles}:
+            self.ema_profiles.append(average)
 
     def on_fit_start(self) -> None:
         """Averages to sample from should forget the teacher; that of the target may be as slow as it likes."""
@@ -97,6 +133,45 @@ class PairMethod(TrajectoryMethod):
     def grid(self) -> list[float]:
         """Descending times whose neighbours make pairs."""
         raise NotImplementedError
+
+    def finest_grid(self, most: int) -> int:
+        """The largest number of intervals, up to ``most``, whose grid falls strictly to its end; 0 if none does."""
+
+        def fails(intervals: int) -> bool:
+            try:
+                grid = self.solver_grid(intervals)
+            except ValueError:  # more than a process of timesteps can tell apart
+                return True
+            return any(r >= t for t, r in pairwise(grid))
+
+        return bisect_left(range(1, most + 1), True, key=fails)
+
+    def check_grid(self, name: str, intervals: int) -> None:
+        """Refuse a grid with pairs of equal times.
+
+        Args:
+            name: of the setting.
+            intervals: its value.
+
+        Raises:
+            ValueError: the process has no such grid.
+        """
+        if (finest := self.finest_grid(intervals)) < intervals:
+            raise ValueError(
+                f"{name}={intervals} is a finer grid than {self.process!r} has above its least time, "
+                f"{t_min(self.process):g}; give at most {finest}."
+            )
+
+    def shared_dropout(self, x: Tensor) -> AbstractContextManager[None]:
+        """For the online pass: a target by the student itself, which follows, then has its dropout.
+
+        Two masks would differ by more than two neighbours of a fine grid do. Averages have no dropout.
+
+        Args:
+            x: what the student sees, (B, ...).
+        """
+        drops = self.student.training or self.student.network.training
+        return replayed([x]) if self.target_name is None and drops else nullcontext()
 
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
         """Times t > r of each sample, (n,), float64: neighbours on the grid."""
@@ -125,7 +200,8 @@ class PairMethod(TrajectoryMethod):
 
     def ends(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Where f leads from both points, (B, ...) each; the second without graph."""
-        online = self.function(self.student, pair.batch, pair.scale)(pair.x_t, pair.t).x0
+        with self.shared_dropout(pair.x_t):
+            online = self.function(self.student, pair.batch, pair.scale)(pair.x_t, pair.t).x0
         return online, self.target(pair.x_r, pair.r, pair.batch, pair.scale)
 
     def compare(self, pair: Pair, online: Tensor, target: Tensor) -> Terms:
@@ -180,6 +256,11 @@ class ConsistencyDistillation(PairMethod):
     def grid(self) -> list[float]:
         """Descending times whose neighbours make pairs."""
         return self.solver_grid(self.intervals)
+
+    def build_roles(self) -> None:
+        """The student; the times of the grid must differ."""
+        super().build_roles()
+        self.check_grid("intervals", self.intervals)
 
     def earlier(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, eps: Tensor) -> Tensor:
         """One solver step of the guided teacher."""

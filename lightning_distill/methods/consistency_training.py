@@ -18,10 +18,11 @@ from lightning_distill.losses.consistency import (
 )
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import PairMethod
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.processes import EDM
-from lightning_distill.times import LogNormal, TimeDistribution, Uniform
+from lightning_distill.processes import EDM, VariancePreserving
+from lightning_distill.times import LogNormal, TimeDistribution, Uniform, t_min
 
 __all__ = ["ECT", "ICT", "ConsistencyTraining", "ScheduledEMA"]
 
@@ -93,6 +94,21 @@ class ConsistencyTraining(PairMethod):
         self.first_intervals, self.last_intervals = first_intervals, last_intervals
         self.interval_distribution = interval_distribution
 
+    def build_roles(self) -> None:
+        """The student; the process must have the grid of the last stage."""
+        super().build_roles()
+        self.check_last_grid()
+
+    def check_last_grid(self) -> None:
+        """Refuse a last stage with pairs of equal times."""
+        self.check_grid("last_intervals", self.last_intervals)
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before the grid is at its finest."""
+        super().on_fit_start()
+        if self.schedule != "fixed":
+            check_schedule(self, "total_updates", self.total_updates, "the grid has not become as fine as it should")
+
     def current_intervals(self) -> int:
         """N at this update."""
         if self.schedule == "fixed":
@@ -132,7 +148,7 @@ class ICT(ConsistencyTraining):
         teacher: where the student's weights come from.
         schedule: see ``ConsistencyTraining``.
         first_intervals: s0.
-        last_intervals: s1.
+        last_intervals: s1; None is the paper's 1280, halved until the process has that many times.
         interval_distribution: see ``ConsistencyTraining``.
         weight: w(t, r); None is the paper's 1 / (t - r) in EDM, whose gaps grow with the noise, and ``inverse_c_out``
             in processes whose grids are even.
@@ -147,7 +163,7 @@ class ICT(ConsistencyTraining):
         *,
         schedule: Literal["sqrt", "doubling", "fixed"] = "doubling",
         first_intervals: int = 10,
-        last_intervals: int = 1280,
+        last_intervals: int | None = None,
         interval_distribution: Literal["uniform", "lognormal"] = "lognormal",
         weight: PairWeight | None = None,
         **kwargs: Any,
@@ -156,18 +172,27 @@ class ICT(ConsistencyTraining):
             teacher,
             schedule=schedule,
             first_intervals=first_intervals,
-            last_intervals=last_intervals,
+            last_intervals=1280 if last_intervals is None else last_intervals,
             interval_distribution=interval_distribution,
             weight=weight or "inverse_gap",
             **kwargs,
         )
-        self._default_weight = weight is None
+        self._default_weight, self._default_last = weight is None, last_intervals is None
 
     def build_roles(self) -> None:
         """As usual; the default weight depends on the process."""
         super().build_roles()
         if self._default_weight and not isinstance(self.process, EDM):
             self.weight = "inverse_c_out"
+
+    def check_last_grid(self) -> None:
+        """As usual; by default it is made one that the process has."""
+        if self._default_last:
+            self.check_grid("first_intervals", self.first_intervals)
+            finest = self.finest_grid(self.last_intervals)
+            while self.last_intervals > finest:
+                self.last_intervals = max(self.last_intervals // 2, self.first_intervals)
+        super().check_last_grid()
 
 
 class ECT(ConsistencyTraining):
@@ -186,7 +211,8 @@ class ECT(ConsistencyTraining):
 
     Notes:
         r(t) is written in the process' own time, which is the paper's noise level in EDM alone; in flow matching the
-        first stage is denoising at all times.
+        first stage is denoising at all times. Before the first timestep of a variance-preserving model, which its
+        network does not know, r is 0.
     """
 
     paper = "2406.14548"
@@ -217,13 +243,24 @@ class ECT(ConsistencyTraining):
         default = LogNormal(-1.1, 2.0) if isinstance(self.process, EDM) else Uniform(0.0, 1.0)
         self.training_times = self._given_training_times or default
 
+    def check_last_grid(self) -> None:
+        """Nothing to check: its pairs lie on no grid."""
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends in its first stage."""
+        PairMethod.on_fit_start(self)  # whose schedule of a grid is not used
+        if self.stage_updates:
+            consequence = "its pairs are as far apart as at the beginning"
+            check_schedule(self, "stage_updates", self.stage_updates + 1, consequence)
+
     def stage(self) -> int:
         """Stage of this update."""
         return self.first_stage + (self.draws.update // self.stage_updates if self.stage_updates else 0)
 
     def earlier_times(self, t: Tensor) -> Tensor:
         """r(t) at this stage, native times; 0 is clean data."""
-        return ect_time(t, self.stage(), self.q)
+        r = ect_time(t, self.stage(), self.q)
+        return torch.where(r < t_min(self.process), 0.0, r) if isinstance(self.process, VariancePreserving) else r
 
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
         """Times of ``training_times`` and r(t)."""

@@ -12,8 +12,9 @@ from lightning_distill.losses.consistency import consistency_loss, pair_weight, 
 from lightning_distill.losses.score_matching import denoising_loss
 from lightning_distill.losses.segments import gradient_ratio, soft_consistency
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric
+from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric, target_profile
 from lightning_distill.methods.end_game import EndGame, Ends
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
@@ -44,14 +45,15 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
         gan: the game on clean samples; None for none.
         gan_real: what is real, the ``data`` or the ``target``.
         gan_from: student update from which the student plays.
+        noise_share: gamma of ``sampler="gamma"``, in [0, 1]: the share of noise that is fresh after each jump.
         adaptive: lambda_d and lambda_g are such that each term has the gradient of L_CTM (times ``loss_weights``).
         **kwargs: see ``ConsistencyDistillation``, ``TwoTimeMethod`` (``training_times`` are those of the denoising
-            term) and ``EndGame``. With ``sampler="gamma"`` some noise is added between the jumps of several steps.
+            term) and ``EndGame``.
 
     Notes:
         The paper's adaptive weights compare gradients of the last layer within an update. Here they are those of the
         network's outputs, over all micro-batches and processes, and of the update before, so that a batch may be split
-        in any way; in the first update they are 1.
+        in any way; in the first update of a term its weight is 1.
         Trajectories end at 0, in the paper at its smallest noise level; Heun's method is that of ``solver_step``.
         The denoising term has no weight over time, in the released code that of EDM. Both jumps of the target are those
         of the average; the released code takes the first from the student, without gradient.
@@ -79,6 +81,7 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
         gan: Adversary | None = None,
         gan_real: Literal["target", "data"] = "data",
         gan_from: int = 0,
+        noise_share: float = 0.2,
         adaptive: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -88,7 +91,7 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
             intervals=intervals,
             solver=solver,
             metric=metric,
-            target_ema=target_ema or ConstantEMA(0.999),
+            target_ema=target_profile(target_ema, ConstantEMA(0.999), needed=True),
             gan=gan,
             gan_real=gan_real,
             boundary="plain",
@@ -98,11 +101,24 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
             raise ValueError(f"solver_steps={solver_steps}: give 1 to the {intervals} intervals of the grid.")
         if gan_from < 0:
             raise ValueError(f"gan_from={gan_from}: give the student update from which the game counts, 0 or later.")
+        if not 0.0 <= noise_share <= 1.0:
+            raise ValueError(f"noise_share={noise_share}: the share of fresh noise lies in [0, 1].")
+        if noise_share != 0.2 and self.sampler != "gamma":
+            raise ValueError(
+                f"noise_share={noise_share:g} needs sampler='gamma'; {self.sampler!r} has no share of fresh noise."
+            )
         self.solver_steps, self.gan_from, self.adaptive = solver_steps, gan_from, adaptive
-        #: lambda of the denoising term and of the game
+        self.noise_share = noise_share
+        #: lambda of the denoising term and of the game, 1 until their gradient has been seen
         self.register_buffer("balance", torch.ones(2))
         #: squared gradients so far in this update, of consistency, denoising and game
         self.register_buffer("gradient_squares", torch.zeros(3))
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before the student plays."""
+        super().on_fit_start()
+        if self.gan is not None:
+            check_schedule(self, "gan_from", self.gan_from + 1, "the student has never played")
 
     # ------------------------------------------------------------------------------------------------ parts
     def trajectory_times(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,12 +202,13 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
                 self.gradient_squares[index] += gradient.detach().float().square().sum()
 
     def after_phase(self, phase: str) -> None:
-        """The weights of the next update."""
+        """The weights of the next update, of those terms that have had a gradient in this one."""
         super().after_phase(phase)
         if phase != "student" or not self.adaptive:
             return
         squares = mean_over_processes(self.gradient_squares)
-        self.balance.copy_(gradient_ratio(squares[:1], squares[1:]))
+        consistency, others = squares[:1], squares[1:]
+        self.balance.copy_(torch.where(others > 0.0, gradient_ratio(consistency, others), self.balance))
         self.gradient_squares.zero_()
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102

@@ -12,13 +12,15 @@ from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.losses.consistency import phase_edges
 from lightning_distill.losses.segments import feature_distance, temporal_coherence
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.consistency_distillation import Pair
+from lightning_distill.methods.consistency_distillation import Pair, target_profile
 from lightning_distill.methods.end_game import Ends
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.pcm import PCM
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ExpertNetwork, Experts
 from lightning_distill.networks.roles import Role
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.randomness import Draws
 from lightning_distill.times import few_step_times
 
 __all__ = ["DCM"]
@@ -63,13 +65,14 @@ class DCM(PCM):
         frame_lag: frames whose change is compared, for videos (channels, frames, height, width); None for no such term.
         target_ema: profile of f'; None for ``ConstantEMA(.95)``.
         **kwargs: see ``PCM``; ``gan`` is the detail expert's. Default weights: ``student/coherence`` 1, ``student/gan``
-            5 and ``student/features`` 10.
+            .5 and ``student/features`` 1.
 
     Notes:
         Both experts are networks of their own; the paper's detail expert is the semantic one with adapters and new
         embedding layers, which saves memory.
         What is real to the discriminator is the target, noised like the student's point; features are compared under
-        equal noise. Student and discriminator share a cycle; the paper alternates.
+        equal noise. Student and discriminator share a cycle, and the heads rest, with their schedule, in the turns of
+        the semantic expert; the paper alternates.
         Every batch belongs to one expert. The paper's weights 5 and 10 have a common factor of .1 in the released code.
     """
 
@@ -90,7 +93,7 @@ class DCM(PCM):
         target_ema: EMAProfile | None = None,
         **kwargs: Any,
     ) -> None:
-        average = target_ema or ConstantEMA(0.95)
+        average = target_profile(target_ema, ConstantEMA(0.95), needed=True)
         steps = semantic_steps + detail_steps
         super().__init__(teacher, student=student, num_steps=steps, intervals=intervals, target_ema=average, **kwargs)
         if not 1 <= semantic_steps <= semantic_intervals or not 1 <= detail_steps <= intervals - semantic_intervals:
@@ -125,12 +128,29 @@ class DCM(PCM):
             video = torch.zeros(1, *self.sample_shape)
             temporal_coherence(video, video, self.frame_lag)
 
+    def on_fit_start(self) -> None:
+        """Say so where the run ends in the semantic expert's part."""
+        super().on_fit_start()
+        consequence = "the detail expert has not been trained"
+        check_schedule(self, "semantic_updates", (self.semantic_updates or 0) + 1, consequence)
+
     # ------------------------------------------------------------------------------------------------ turns
-    def turn(self) -> int:
-        """Number of the expert that is trained at this update, the same in all phases and processes."""
+    def turn(self, update: int | None = None) -> int:
+        """Number of the expert that is trained at a student update, the same in all phases and processes.
+
+        Args:
+            update: None for that of ``draws``.
+        """
+        update = self.draws.update if update is None else update
         if self.semantic_updates is not None:
-            return int(self.draws.update >= self.semantic_updates)
-        return int(self.draws.of_slice().integer("expert", self.intervals) >= self.semantic_intervals)
+            return int(update >= self.semantic_updates)
+        draws = Draws(self.streams, update, 0, "student0").of_slice()
+        return int(draws.integer("expert", self.intervals) >= self.semantic_intervals)
+
+    def phase_plan(self) -> list[tuple[str, int]]:
+        """The student alone in the semantic expert's turn: momentum would move heads that have no gradient."""
+        plan = super().phase_plan()
+        return plan if self.turn(0 if self._trainer is None else self.trainer.global_step) else plan[:1]
 
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
         """Neighbours on the expert's part of the grid."""

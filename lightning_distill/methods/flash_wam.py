@@ -12,7 +12,7 @@ from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.guidance import guided
 from lightning_distill.losses.consistency import PairWeight, consistency_loss, pair_weight
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric
+from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric, target_profile
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.networks.streams import StreamBoundary, StreamsNetwork, check_boundaries
@@ -72,8 +72,7 @@ class FlashWAM(ConsistencyDistillation):
         target_ema: EMAProfile | Literal["none"] | None = None,
         **kwargs: Any,
     ) -> None:
-        average = None if target_ema == "none" else target_ema or ConstantEMA(0.995)
-        assert not isinstance(average, str)
+        average = target_profile(target_ema, ConstantEMA(0.995))
         super().__init__(
             teacher, intervals=intervals, solver=solver, metric=metric, weight=weight, target_ema=average, **kwargs
         )
@@ -162,7 +161,8 @@ class FlashWAM(ConsistencyDistillation):
     def student_loss(self, batch: Batch) -> Terms:
         """Consistency of every stream, and flow matching of some."""
         pair = self.pair(batch)
-        prediction = self.function(self.student, pair.batch, pair.scale)(pair.x_t, pair.t)
+        with self.shared_dropout(pair.x_t):
+            prediction = self.function(self.student, pair.batch, pair.scale)(pair.x_t, pair.t)
         online, unpack = self.layout.unpack(prediction.x0), self.layout.unpack
         target = unpack(self.target(pair.x_r, pair.r, pair.batch, pair.scale))
         weight = pair_weight(self.weight, pair.t, pair.r)

@@ -17,7 +17,7 @@ from lightning_distill.methods.base import Terms
 from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.processes import expand
+from lightning_distill.processes import FlowMatching, expand
 from lightning_distill.tangents import tangent, value_and_tangent
 
 __all__ = ["FlowMapDistillation"]
@@ -62,6 +62,8 @@ class FlowMapDistillation(TwoTimeMethod):
         super().__init__(teacher, **kwargs)
         if objective not in ("lagrangian", "eulerian", "progressive"):
             raise ValueError(f"objective={objective!r} is unknown; choose lagrangian, eulerian or progressive.")
+        if middle not in ("random", "half"):
+            raise ValueError(f"middle={middle!r} is unknown; choose random or half.")
         if not 0.0 <= equal_share < 1.0:
             raise ValueError(f"equal_share={equal_share}: give a share from 0 to below 1.")
         if objective == "progressive" and equal_share == 0.0:
@@ -70,11 +72,16 @@ class FlowMapDistillation(TwoTimeMethod):
         self.equal_share = equal_share
         self.middle = middle
 
+    def ordered_times(self, n: int) -> tuple[Tensor, Tensor]:
+        """Flow-matching times t >= r of each sample, (n,), float64; targets r may lie below all known times."""
+        one, other = (self.training_times.quantile(self.draws.uniform(name, n), FlowMatching()) for name in ("t", "r"))
+        t = torch.maximum(one, other).clamp(self._flow_min, self._flow_max)
+        return t, torch.minimum(torch.minimum(one, other), t)
+
     def student_loss(self, batch: Batch) -> Terms:
         """Mean squared residual of the identity."""
         n = batch.size
-        one, other = self.flow_times("t", n), self.flow_times("r", n)
-        t, r = torch.maximum(one, other), torch.minimum(one, other)
+        t, r = self.ordered_times(n)
         r = torch.where(self.draws.uniform("equal", n) < self.equal_share, t, r)
         x, _ = self.flow_state(batch, t)
         residual = getattr(self, f"_{self.objective}")(batch, x, t, r)
@@ -108,8 +115,7 @@ class FlowMapDistillation(TwoTimeMethod):
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of an update."""
-        jvp = self.tangent == "jvp"
-        calls = {"lagrangian": 1 if jvp else 3, "eulerian": 2 if jvp else 3, "progressive": 3}[self.objective]
-        if self.tangent == "one_sided":
-            calls -= self.objective != "progressive"
-        return {"student": {"student": calls, "teacher": 1}}
+        calls = {"jvp": 1, "central": 3, "one_sided": 2, "semi": 3}
+        if self.objective == "eulerian":  # which takes the value by itself, and moves the sample as well
+            calls |= {"jvp": 2, "semi": 4}
+        return {"student": {"student": 3 if self.objective == "progressive" else calls[self.tangent], "teacher": 1}}

@@ -16,6 +16,7 @@ from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import TrajectoryMap
+from lightning_distill.processes import FlowMatching
 from lightning_distill.tangents import value_and_tangent
 
 __all__ = ["CorrectedFreeFlow", "FreeFlow"]
@@ -53,7 +54,7 @@ class FreeFlow(TwoTimeMethod):
     def student_loss(self, batch: Batch) -> Terms:
         """Regression onto the generating velocity."""
         n = batch.size
-        r = self.flow_times("r", n)
+        r = self.training_times.quantile(self.draws.uniform("r", n), FlowMatching()).clamp_max(self._flow_max)
         t = torch.full_like(r, self._flow_max)
         x = self._flow_max * self.draws.normal("noise", (n, *self.sample_shape))
         average = self.average(self.student, batch, self.told_scale(self.native(x, t)[1]))

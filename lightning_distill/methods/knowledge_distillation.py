@@ -1,7 +1,7 @@
 """Regression of the teacher's samples from the noise they came from (Luhman and Luhman, arXiv:2101.02388)."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning_distill.methods.perceiving import Perceptual, perceived, perceivi
 from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.parameterisations import Capability
 
 __all__ = ["InstaFlow", "KnowledgeDistillation"]
 
@@ -48,7 +49,7 @@ class KnowledgeDistillation(TeacherPaths):
     paper = "2101.02388"
     learns_from = "teacher's pairs, stored or made from noise"
     samplers = ("ode", "renoise")
-    capability = None
+    capability: ClassVar[Capability | None] = "own_times"
 
     def __init__(
         self,

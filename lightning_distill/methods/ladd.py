@@ -148,7 +148,7 @@ class LADD(Discriminating, DistillationModule):
         """Mean of alpha_t |x - y_T(x_t)|^2 (ADD, Eq. 4), without gradient through y_T."""
         x_t, t, _ = self.renoise(x.detach(), bounded(self.process, 0.02, 0.98), "distillation")
         with torch.no_grad():
-            u = self.draws.uniform("guidance", len(x))
+            u = self.draws.of_slice().uniform("guidance", len(x))  # the scale that made the sample
             real = self.guidance(self.require_teacher(), x_t, t, batch.cond, u).x0
         return (expand(self.process.alpha(t), x) * (x - real).square()).mean()
 

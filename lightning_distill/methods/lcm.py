@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.guidance import Guidance, RandomGuidance
-from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
+from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, target_profile
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Role
 from lightning_distill.networks.specs import DenoiserSpec
@@ -48,8 +48,6 @@ class LCM(ConsistencyDistillation):
         target_ema: EMAProfile | Literal["none"] | None = None,
         **kwargs: Any,
     ) -> None:
-        average = None if target_ema == "none" else target_ema or ConstantEMA(0.95)
-        assert not isinstance(average, str)
         super().__init__(
             teacher,
             student=student or TwoTime(kind=None, guidance=True),
@@ -58,7 +56,7 @@ class LCM(ConsistencyDistillation):
             solver=solver,
             boundary=boundary,
             metric=metric,
-            target_ema=average,
+            target_ema=target_profile(target_ema, ConstantEMA(0.95)),
             **kwargs,
         )
 

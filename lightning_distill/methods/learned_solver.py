@@ -17,6 +17,7 @@ from lightning_distill.methods.boss import BOSS
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Role, with_network
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.parameterisations import Capability
 from lightning_distill.processes import FlowMatching, NoiseProcess, VariancePreserving, change_process
 from lightning_distill.samplers import adams_coefficients, adams_direction
 
@@ -122,6 +123,8 @@ class LearnedSolver(BOSS):
     learns_from = "teacher alone; or its stored pairs"
     default_lr = 1e-2
     samplers: ClassVar[tuple[str, ...]] = ("ode", "adams")
+    #: the teacher's network, which knows all times
+    capability: ClassVar[Capability | None] = None
 
     def __init__(
         self,

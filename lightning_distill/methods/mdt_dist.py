@@ -1,5 +1,6 @@
 """MDT-dist: velocity matching and velocity distillation (arXiv:2509.04406)."""
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,13 @@ from lightning_distill.losses.velocity_matching import (
     velocity_matching_target,
 )
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.told_scale import telling
 from lightning_distill.methods.trajectory import FlowMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import FlowMatching
 from lightning_distill.tangents import TangentMode, tangent, value_and_tangent
+from lightning_distill.time_coverage import check_coverage
 from lightning_distill.times import LogitNormal, TimeDistribution
 
 __all__ = ["MDTDist"]
@@ -85,7 +88,7 @@ class MDTDist(FlowMethod):
         return LogitNormal(1.0, 1.0)
 
     def check_configuration(self) -> None:
-        """Both kinds of guidance must be possible, and a student can be told one scale only."""
+        """Guidance and times must be possible, and matching be trained where distillation uses it."""
         super().check_configuration()
         check_guidance(self.require_teacher(), self.distillation_guidance)
         if self._tells_scale and self.distillation_guidance is not self.guidance:
@@ -93,6 +96,12 @@ class MDTDist(FlowMethod):
                 "this student embeds a guidance scale, which would be another one in distillation; leave out "
                 "distillation_guidance, or the embedding."
             )
+        if self.tangent != "jvp" and 2.0 * (self.tangent_step or 0.0) >= self._flow_max:
+            raise ValueError(
+                f"tangent_step={self.tangent_step}: times stay at least two steps above 0, which leaves none below the "
+                f"noisiest, {self._flow_max:.3g}; give a small step, .01 in the paper."
+            )
+        check_coverage(self.distillation_times, self.training_times, FlowMatching())
 
     def to_clean(self, batch: Batch, scale: Tensor | None) -> Any:
         """u(x, t) in flow-matching coordinates."""
@@ -106,17 +115,19 @@ class MDTDist(FlowMethod):
         """Flow-matching times with room for a difference below them, (n,), float64."""
         room = 0.0 if self.tangent == "jvp" or self.tangent_step is None else self.tangent_step
         t = distribution.quantile(self.draws.uniform(name, n), FlowMatching())
-        return t.clamp(2.0 * room, self._flow_max)
+        return t.clamp(max(2.0 * room, self._flow_min), self._flow_max)
 
     def student_loss(self, batch: Batch) -> Terms:
         """Velocities on noised data, and the distribution of the student's samples."""
         t = self.drawn_times("t", self.training_times, batch.size)
         x, _ = self.flow_state(batch, t)
         velocity = self.teacher_velocity(batch, x, t)
-        average = self.to_clean(batch, self.told_scale(self.native(x, t)[1]))
+        scale = self.told_scale(self.native(x, t)[1])
+        average = self.to_clean(batch, scale)
         u, du = value_and_tangent(average, (x, t), (velocity, 1.0), self.tangent, step=self.tangent_step)
         matching = (u - velocity_matching_target(velocity, du, t, self.norm)).square().mean()
-        made = self.rollout(batch).x0
+        with nullcontext() if scale is None else telling(self.student, scale):
+            made = self.rollout(batch).x0
         own, real, at = self.velocities(batch, made.detach())
         distillation = velocity_distillation(made, own, real, at)
         gap = (own - real).square().mean()

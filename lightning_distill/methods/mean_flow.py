@@ -1,5 +1,6 @@
 """MeanFlow: average velocities in one stage (arXiv:2505.13447), from data or from a teacher."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,19 +82,30 @@ class MeanFlow(TwoTimeMethod):
     def check_configuration(self) -> None:
         """A restricted student is sampled within its gaps."""
         super().check_configuration()
-        times = torch.tensor([*self.student_times, 0.0], dtype=torch.float64)
-        flow = change_process(times, self.process, FlowMatching())[0]
-        widest = float((flow[:-1] - flow[1:]).max())
-        if self.max_gap is not None and self.sampler != "ode" and widest > self.max_gap + 1e-9:
+        self.check_times(self.student_times)
+
+    def check_times(self, times: Sequence[float]) -> None:
+        """As ``StudentSampling.check_times``; no jump of the sampler is wider than those of training."""
+        super().check_times(times)
+        if self.max_gap is None or self.sampler == "ode":
+            return
+        flow = change_process(torch.tensor([*times, 0.0], dtype=torch.float64), self.process, FlowMatching())[0]
+        # each step of renoise is a jump to 0
+        widest = float(flow[0] if self.sampler == "renoise" else (flow[:-1] - flow[1:]).max())
+        if widest > self.max_gap + 1e-9:
+            remedy = "give more num_steps, or a larger max_gap"
+            if self.sampler == "renoise":
+                remedy = "use sampler='flow_map' with num_steps enough, or a larger max_gap"
             raise ValueError(
-                f"max_gap={self.max_gap:g} trains no jump as wide as the {widest:.3g} of the student's "
-                f"{len(self.student_times)} steps; give more num_steps, or a larger max_gap."
+                f"max_gap={self.max_gap:g} trains no jump as wide as the {widest:.3g} of the student's {len(times)} "
+                f"steps by sampler {self.sampler!r}; {remedy}."
             )
 
     def pair_times(self, n: int) -> tuple[Tensor, Tensor]:
         """Flow-matching times t >= r of each sample, (n,), float64."""
-        one, other = self.flow_times("t", n), self.flow_times("r", n)
-        t, r = torch.maximum(one, other), torch.minimum(one, other)
+        one, other = (self.training_times.quantile(self.draws.uniform(name, n), FlowMatching()) for name in ("t", "r"))
+        t = torch.maximum(one, other).clamp(self._flow_min, self._flow_max)
+        r = torch.minimum(torch.minimum(one, other), t)  # a target may lie below all times that networks know
         if self.max_gap is not None:
             r = torch.maximum(r, t - self.max_gap)
         part = self.draws.uniform("equal", n)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import solver_step
 from lightning_distill.methods.consistency_distillation import Pair
+from lightning_distill.methods.teacher_paths import pair_scale
 from lightning_distill.methods.tscd import TSCD
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
@@ -35,7 +36,7 @@ class MLCM(TSCD):
         Reconstructed: the paper's first version merges segments by progressive training, its later one (TLCM) trains on
         jumps between the milestones of one number of segments; here stages are those of ``TSCD``.
         The paper solves to each pair's time with a number of steps of its own; here the pairs share one trajectory on
-        the grid itself, of which batches with stored ``states`` save the cost.
+        the grid itself, of which batches with stored ``states`` save the cost; students are told their stored scales.
         Latent LPIPS and preference learning are left out.
     """
 
@@ -89,7 +90,8 @@ class MLCM(TSCD):
         late = (self.uniform_rows("interval", len(row)) * self.intervals).long().clamp_max(self.intervals - 1)
         cond = {k: v[row] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
         of = Batch(cond=cond, x0=None if batch.x0 is None else batch.x0[row], size=len(row))
-        scale = self.told_scale(times[:1].expand(n))
+        first = times[:1].expand(n)
+        scale = self.told_scale(first) if batch.states is None else pair_scale(self, batch, first)
         scale = None if scale is None else scale[row]
         return Pair(states[late, row], times[late], states[late + 1, row], times[late + 1], of, scale)
 

@@ -14,6 +14,7 @@ from lightning_distill.losses.oftsr import alignment_loss, perturbed_source, run
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.modes import evaluation_mode
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import FlowMatching
 
@@ -64,7 +65,7 @@ class OFTSR(TwoTimeMethod):
         sampler: Literal["flow_map"] = "flow_map",
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, sampler=sampler, **kwargs)
+        super().__init__(teacher, sampler=sampler, tangent="jvp", tangent_step=None, **kwargs)
         if not 0.0 <= perturbation <= 1.0:
             raise ValueError(f"perturbation={perturbation}: give the share of noise in the source, from 0 to 1.")
         if not 0.0 < margin < 0.5 or not 0.0 < time_step < 1.0 - 2.0 * margin:
@@ -93,6 +94,9 @@ class OFTSR(TwoTimeMethod):
         super().build_roles()
         begins = self.require_teacher().family.start
         named = None if self.source in (None, "gaussian") else (str(self.source), self.perturbation)
+        if begins is None and named is not None:  # a teacher that was not told where its samples begin
+            teacher = self.require_teacher()
+            teacher.family = replace(teacher.family, start=named)
         if begins is not None and self.source is not None and begins != named:
             raise ValueError(
                 f"the teacher's samples begin at {begins[0]!r} with a share of noise of {begins[1]:g}; give "
@@ -142,6 +146,16 @@ class OFTSR(TwoTimeMethod):
             noise = perturbed_source(noise, fresh, self.perturbation)
         return super().sample(n, cond, noise=noise, **options)
 
+    def evaluation_times(self, num_steps: int | None = None) -> list[float]:
+        """As ``StudentSampling.evaluation_times``; where batches bring the pictures, there are none to begin at."""
+        if self.source is None:
+            raise ValueError(
+                "this OFTSR was trained from the noise field of batches, the pictures to be restored, which callbacks "
+                "and commands that make samples have not; let the data give them as a condition, OFTSR(source=name), "
+                "or leave SampleGrid and GenerativeEvaluation out and look at sample(noise=pictures)."
+            )
+        return super().evaluation_times(num_steps)
+
     @torch.no_grad()
     def restore(
         self,
@@ -165,7 +179,8 @@ class OFTSR(TwoTimeMethod):
             raise ValueError(f"realism={realism}: give a number from 0 (fidelity) to 1 (realism).")
         network = self.sampling_network(weights)
         start = torch.full((len(source),), self.process.t_max, dtype=torch.float64, device=source.device)
-        u = network(source, start, cond, r=(1.0 - realism) * start)
+        with evaluation_mode(network):
+            u = network(source, start, cond, r=(1.0 - realism) * start)
         assert not isinstance(u, dict)
         return source - u.flow_prediction
 

@@ -87,7 +87,8 @@ class PCM(EndGame, ConsistencyDistillation):
         """Both points carried to the end of their phase; the second without graph."""
         edges = self.training_edges()
         end = segment_end(pair.t, edges)
-        online = transport(SegmentMap(self.student, edges, pair.batch.cond, pair.scale)(pair.x_t, pair.t), end)
+        with self.shared_dropout(pair.x_t):
+            online = transport(SegmentMap(self.student, edges, pair.batch.cond, pair.scale)(pair.x_t, pair.t), end)
         with torch.no_grad():
             return online, self.carried(pair.x_r, pair.r, end, pair.batch, pair.scale)
 

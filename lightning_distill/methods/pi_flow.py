@@ -16,7 +16,7 @@ from lightning_distill.networks.roles import Role
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import FlowMatching, change_process, expand
 from lightning_distill.samplers import transport
-from lightning_distill.times import few_step_times
+from lightning_distill.times import TimeDistribution
 
 __all__ = ["PiFlow"]
 
@@ -32,7 +32,8 @@ class PiFlow(TwoTimeMethod):
     Args:
         teacher: the pretrained model.
         student: how the network is realised, for example ``Lora(...)``; the outputs of the policy are added to it.
-        num_steps: number of segments, the student's calls.
+        num_steps: number of segments, the student's calls; None for those of ``student_times``, or 4.
+        student_times: native times at which the segments begin; None for the trailing grid.
         policy: ``mixture`` (Gaussian mixture of clean samples, GMFlow), ``grid`` (DX: clean samples on a grid of
             times) or ``polynomial`` (DX: a polynomial through them).
         components: K of the mixture, or points N of the grid.
@@ -44,7 +45,9 @@ class PiFlow(TwoTimeMethod):
         dropout: share of a mixture's components that are left out of a rollout.
         temperature: of the mixture's posterior when sampling, in all steps but the last; 1 changes nothing.
         data_free: start segments from the student's own rollouts instead of noised data.
-        **kwargs: see ``TwoTimeMethod``; ``training_times`` is the distribution of the times whose segment is taken.
+        training_times: distribution of the flow-matching times whose segment is taken, None for a uniform one; not with
+            ``data_free``.
+        **kwargs: see ``TwoTimeMethod``.
 
     Notes:
         Losses are in flow-matching coordinates whatever the process is; the paper is about flow matching.
@@ -65,7 +68,8 @@ class PiFlow(TwoTimeMethod):
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
         student: Role | None = None,
-        num_steps: int = 4,
+        num_steps: int | None = None,
+        student_times: list[float] | None = None,
         policy: Literal["mixture", "grid", "polynomial", "momentum"] = "mixture",
         components: int = 8,
         points: int = 4,
@@ -77,10 +81,27 @@ class PiFlow(TwoTimeMethod):
         data_free: bool = False,
         sampler: Literal["flow_map"] = "flow_map",
         shape: list[int] | None = None,
+        training_times: TimeDistribution | None = None,
         **kwargs: Any,
     ) -> None:
         role = WithPolicy(student, policy, components, shape)
-        super().__init__(teacher, student=role, num_steps=num_steps, sampler=sampler, shape=shape, **kwargs)
+        super().__init__(
+            teacher,
+            student=role,
+            num_steps=num_steps or (4 if student_times is None else len(student_times)),
+            student_times=student_times,
+            sampler=sampler,
+            shape=shape,
+            training_times=training_times,
+            tangent="jvp",
+            tangent_step=None,
+            **kwargs,
+        )
+        if data_free and training_times is not None:
+            raise ValueError(
+                "training_times choose the segment of noised data, and with data_free=True segments are drawn evenly "
+                "from the student's own rollouts; leave one of them out."
+            )
         if points < 1 or substeps < 1 or decay_updates < 0:
             raise ValueError(
                 f"points={points} and substeps={substeps} must be 1 or more, decay_updates={decay_updates} at least 0."
@@ -119,14 +140,15 @@ class PiFlow(TwoTimeMethod):
         assert found is not None
         return found
 
-    def sample(self, n: int, cond: Any = None, *, num_steps: int | None = None, **kwargs: Any) -> Tensor:
-        """As ``StudentSampling.sample``; a policy is sampled with the segments that it was trained for."""
-        if num_steps is not None and few_step_times(self.process, num_steps) != self.student_times:
+    def times_in(self, num_steps: int) -> list[float]:
+        """As ``StudentSampling.times_in``; a policy is sampled with the segments that it was trained for."""
+        times = super().times_in(num_steps)
+        if times != self.student_times:
             raise ValueError(
                 f"num_steps={num_steps}: this student puts out policies for the {len(self.student_times)} segments "
                 f"from {[round(t, 4) for t in self.student_times]}; leave num_steps out, or train with another."
             )
-        return super().sample(n, cond, **kwargs)
+        return times
 
     # ------------------------------------------------------------------------------------------------ loss
     def segments(self, n: int) -> tuple[Tensor, Tensor]:

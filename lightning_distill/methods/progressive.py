@@ -1,7 +1,7 @@
 """Progressive distillation (arXiv:2202.00512)."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,11 +9,13 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import progressive_target
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.roles import averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.parameterisations import Capability
 from lightning_distill.processes import EDM, FlowMatching, NoiseProcess, VariancePreserving, expand
 from lightning_distill.samplers import transport
 
@@ -23,13 +25,16 @@ __all__ = ["ProgressiveDistillation", "middle_time"]
 def middle_time(t: float, r: float, process: NoiseProcess) -> float:
     """Native time half way between two, on the scale on which the process' few-step grids are even.
 
+    In EDM that scale ends at ``sigma_min``, which stands for clean data.
+
     Args:
         t: later time.
         r: earlier time, 0 for clean data.
         process: of the times.
     """
     if isinstance(process, EDM):
-        return float((0.5 * (t ** (1 / 7) + r ** (1 / 7))) ** 7)
+        end = max(r, process.sigma_min) if t > process.sigma_min else r
+        return float((0.5 * (t ** (1 / 7) + end ** (1 / 7))) ** 7)
     if isinstance(process, FlowMatching):
         back = FlowMatching(1.0 / process.shift)  # the inverse of the shift
         even = [float(back.warp(torch.tensor(s, dtype=torch.float64))) for s in (t, r)]
@@ -57,13 +62,14 @@ class ProgressiveDistillation(TrajectoryMethod):
     Notes:
         The next teacher is the student's first average where there is one, and the student goes on from its own
         weights.
-        Grids are made from the student's own times by halving their intervals, so that they are nested exactly.
+        Grids are made from the student's own times by halving their intervals, so that they are nested exactly; those
+        of the default times are ``few_step_times`` of all numbers of steps, to rounding.
     """
 
     paper = "2202.00512"
     learns_from = "teacher, data"
     samplers = ("ode",)
-    capability = None
+    capability: ClassVar[Capability | None] = "own_times"
     targets = ("source",)
 
     def __init__(
@@ -90,6 +96,28 @@ class ProgressiveDistillation(TrajectoryMethod):
                 "has not; give student=Copy()."
             )
         self.source = averaged_copy(self.student, "source")
+
+    @property
+    def edges(self) -> list[float]:  # type: ignore[override]
+        """Each of its times leads to the next one."""
+        return self.student_times
+
+    def check_configuration(self) -> None:
+        """The teacher's grid must have different times."""
+        super().check_configuration()
+        grid = self.grid(self.stages)
+        if any(r >= t for t, r in pairwise(grid)):
+            raise ValueError(
+                f"the first stage of {self.stages} takes {len(grid) - 1} steps of the teacher, more than "
+                f"{self.process!r} can tell apart; give fewer stages, or fewer or other student times."
+            )
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before the last stage."""
+        super().on_fit_start()
+        before = (self.stages - 1) * self.stage_updates
+        consequence = "the student has not learned steps as long as those with which it is sampled"
+        check_schedule(self, "stage_updates", before + 1, consequence)
 
     def train(self, mode: bool = True) -> "ProgressiveDistillation":
         """As usual; the predecessor stays in eval mode."""

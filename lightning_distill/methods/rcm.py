@@ -64,6 +64,8 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         self.consistency = ContinuousConsistency(
             times or LogNormal(0.7, 1.6), False, tangent, tangent_step, warmup_updates, "rcm", weight=prior_weight
         )
+        if matching_from < 0:
+            raise ValueError(f"matching_from={matching_from}: give a student update, 0 for the first.")
         self.matching_from = matching_from
         self.weight = checked_weight(weight)
 

@@ -1,6 +1,6 @@
 """Sampling of the student, as a part of ``DistillationModule``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,9 +29,11 @@ class StudentSampling:
     student_ema: nn.ModuleDict
     #: factor on the fresh noise between the steps of ``sample``
     noise_scale: float = 1.0
+    #: share of fresh noise of the sampler ``gamma``
+    noise_share: float = 0.2
     #: ``renoise``, ``ode``, or ``flow_map`` where the student takes a target time
     sampler: Any
-    #: what students of this method are trained for, see ``parameterisations``; None for their own times
+    #: what students of this method are trained for, see ``parameterisations``; None for any times
     capability: ClassVar[Capability | None] = None
     #: edges of the segments of ``capability`` segments
     edges: list[float] | None = None
@@ -48,6 +50,39 @@ class StudentSampling:
     def student_times(self) -> list[float]:
         """The student's descending time list, without the final 0."""
         return self._given_times or few_step_times(self.process, self._num_steps)
+
+    def times_in(self, num_steps: int) -> list[float]:
+        """Descending native times of so many steps, without the final 0: the process' trailing grid.
+
+        Args:
+            num_steps: 1 or more.
+        """
+        return few_step_times(self.process, num_steps)
+
+    def check_times(self, times: Sequence[float]) -> None:
+        """Refuse to sample the student at times for which it was not trained.
+
+        Args:
+            times: descending native times without the final 0.
+
+        Raises:
+            ValueError: they are none of those that ``capability`` allows.
+        """
+        check_capability(self, self.sampler, times, self.process)
+
+    def evaluation_times(self, num_steps: int | None = None) -> list[float]:
+        """Times at which callbacks and commands sample the student, from noise and conditions alone.
+
+        Args:
+            num_steps: the student's own list is taken where it has as many, or for None; else the trailing grid.
+
+        Raises:
+            ValueError: the student is not sampled in so many steps, or not from noise and conditions alone.
+        """
+        own = self.student_times
+        times = own if num_steps is None or num_steps == len(own) else self.times_in(num_steps)
+        self.check_times(times)
+        return times
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -84,6 +119,7 @@ class StudentSampling:
         weights: str | None = None,
         batch_size: int | None = None,
         noise_scale: float | None = None,
+        noise_share: float | None = None,
         guidance_scale: float | None = None,
         negative: Mapping[str, Any] | None = None,
         negative_scale: float = 0.5,
@@ -99,6 +135,8 @@ class StudentSampling:
             weights: which network; see ``sampling_network``.
             batch_size: samples per network call.
             noise_scale: gamma, factor on the fresh noise of the renoise sampler; None for the module's own.
+            noise_share: gamma in [0, 1] of the sampler ``gamma``: 0 adds no noise, 1 is ``renoise``; None for the
+                module's own.
             guidance_scale: w, at least 1: what a student with an embedded scale is told; others are run twice, with
                 and without their condition. None is the student's own, and so is 1 where it has one.
             negative: conditions of negative prompts, see ``networks.negative_prompts``; None for none.
@@ -111,12 +149,13 @@ class StudentSampling:
             ValueError: conditions or a null condition are missing, or the student is not sampled in this way.
         """
         network = self.sampling_network(weights)
-        times = self.student_times if num_steps is None else few_step_times(self.process, num_steps)
-        check_capability(self, self.sampler, times, self.process)
+        times = self.student_times if num_steps is None else self.times_in(num_steps)
+        self.check_times(times)
         start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
         conditions = given_cond(network, n, cond)
         options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
         options["noise_scale"] = self.noise_scale if noise_scale is None else noise_scale
+        options["noise_share"] = self.noise_share if noise_share is None else noise_share
         if guidance_scale is not None:
             check_guidance(network, Guidance(guidance_scale))
             options["guidance_scale"] = float(guidance_scale)
@@ -169,6 +208,7 @@ class StudentSampling:
                 generator=generator,
                 batch_size=batch_size,
                 noise_scale=self.noise_scale,
+                noise_share=self.noise_share,
             )
 
     @property

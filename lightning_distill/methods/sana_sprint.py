@@ -16,7 +16,7 @@ from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import trigflow_input
-from lightning_distill.processes import TrigFlow
+from lightning_distill.processes import TrigFlow, expand
 from lightning_distill.tangents import TangentMode
 from lightning_distill.times import LogNormal, TimeDistribution
 
@@ -85,9 +85,11 @@ class SANASprint(TrajectoryMethod, LADD):
         draws, n, sd = self.draws.of_slice(), batch.size, self.student.sigma_data
         tau = self.consistency.times.quantile(draws.uniform("tau", n), TrigFlow())
         largest = draws.uniform("largest", n) < self.largest_share
-        tau = torch.where(largest, TrigFlow.t_max, tau).clamp_max(self.consistency.largest(self))
-        x = TrigFlow().add_noise(x0 / sd, draws.normal("noise", x0.shape), tau)
-        seen, t = trigflow_input(x, tau, self.process, sd)
+        tau = self.consistency.inside(self, torch.where(largest, TrigFlow.t_max, tau))
+        noise = draws.normal("noise", x0.shape)
+        seen, t = trigflow_input(TrigFlow().add_noise(x0 / sd, noise, tau), tau, self.process, sd)
+        # without zero terminal SNR the noisiest data have a trace of the picture, and samples begin without it
+        seen = torch.where(expand(largest, seen) > 0, self.process.prior(noise), seen)
         with torch.set_grad_enabled(grad):
             prediction = self.student(seen, t, batch.cond, guidance=self.slice_scale(t))
             return Rollout(prediction.x0, 0, prediction, torch.zeros_like(t))

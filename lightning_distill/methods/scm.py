@@ -20,6 +20,7 @@ from lightning_distill.losses.continuous import (
     trig_weight,
 )
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.derivatives import check_tangent
 from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.small import _TimeFeatures
@@ -106,7 +107,15 @@ class ContinuousConsistency:
             raise ValueError(f"one_pass=True is for the exact derivative; leave it out with tangent={tangent!r}.")
         if warmup not in ("paper", "rcm") or weight not in ("trig", "one"):
             raise ValueError(f"warmup={warmup!r} must be paper or rcm, and weight={weight!r} trig or one.")
-        self.times = times or LogNormal(-1.0, 1.4)
+        check_tangent(tangent, tangent_step)
+        if norm not in ("full", "rms"):
+            raise ValueError(f"norm={norm!r} is unknown; choose full or rms.")
+        if not constant > 0.0 or warmup_updates < 0:
+            raise ValueError(
+                f"constant={constant} and warmup_updates={warmup_updates}: give a positive constant, which keeps small "
+                "tangents small, and a number of updates from 0."
+            )
+        self.times = times or LogNormal(-1.0 + math.log(2.0), 1.4)
         self.from_data = from_data
         self.tangent: TangentMode = tangent
         self.tangent_step = tangent_step
@@ -116,19 +125,23 @@ class ContinuousConsistency:
         self.norm: Literal["full", "rms"] = norm
         self.weight = weight
         self.one_pass = one_pass
-        self._largest: float | None = None
+        self._ends: tuple[float, float] | None = None
 
     def draw(self, method: TrajectoryMethod, n: int) -> Tensor:
-        """TrigFlow times up to that of the process' noisiest one, (n,), float64."""
-        return self.times.quantile(method.draws.uniform("tau", n), TrigFlow()).clamp_max(self.largest(method))
+        """TrigFlow times that the networks know, (n,), float64."""
+        return self.inside(method, self.times.quantile(method.draws.uniform("tau", n), TrigFlow()))
 
-    def largest(self, method: TrajectoryMethod) -> float:
-        """The TrigFlow time of the process' noisiest one."""
-        if self._largest is None:
-            process = method.process
-            end = torch.tensor(process.t_max, dtype=torch.float64)
-            self._largest = math.atan2(float(process.sigma(end)), float(process.alpha(end)) * method.student.sigma_data)
-        return self._largest
+    def inside(self, method: TrajectoryMethod, tau: Tensor) -> Tensor:
+        """TrigFlow times brought between those of the least and the noisiest time that the networks know."""
+        if self._ends is None:
+            sd = method.student.sigma_data
+            ends = (method._flow_min, method._flow_max)
+            self._ends = math.atan2(ends[0], (1.0 - ends[0]) * sd), math.atan2(ends[1], (1.0 - ends[1]) * sd)
+        return tau.clamp(*self._ends)
+
+    def largest(self, method: TrajectoryMethod, like: Tensor) -> Tensor:
+        """The TrigFlow time of the process' noisiest one, shaped like times."""
+        return self.inside(method, torch.full_like(like, TrigFlow.t_max))
 
     def points(self, method: TrajectoryMethod, batch: Batch) -> Points:
         """Noised data with the teacher's dx/dtau, or with that of the pair.
@@ -204,7 +217,8 @@ class SCM(TrajectoryMethod):
 
     Args:
         teacher: the pretrained model; with ``from_data`` only where the student's weights come from.
-        times: distribution of TrigFlow times, None for ``LogNormal(-1, 1.4)``.
+        times: distribution of TrigFlow times, None for the paper's ``LogNormal(-1, 1.4)``, which is of noise on data of
+            standard deviation .5; its mean is ln 2 larger here.
         from_data: train from data instead of distilling.
         tangent: ``jvp`` (exact), ``central``, ``one_sided`` or ``semi``.
         tangent_step: step of differences, None for the default.

@@ -10,7 +10,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.ema import ConstantEMA, EMAProfile
 from lightning_distill.losses.segments import stochastic_step
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric, Pair
+from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Metric, Pair, target_profile
 from lightning_distill.methods.end_game import EndGame, Ends
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
@@ -60,14 +60,12 @@ class SCott(EndGame, ConsistencyDistillation):
         gan_real: Literal["target", "data"] = "data",
         **kwargs: Any,
     ) -> None:
-        average = None if target_ema == "none" else target_ema or ConstantEMA(0.95)
-        assert not isinstance(average, str)
         super().__init__(
             teacher,
             intervals=intervals,
             solver="euler",
             metric=metric,
-            target_ema=average,
+            target_ema=target_profile(target_ema, ConstantEMA(0.95)),
             gan_real=gan_real,
             **kwargs,
         )

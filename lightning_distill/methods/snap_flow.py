@@ -51,7 +51,7 @@ class SnapFlow(TwoTimeMethod):
         sampler: Literal["renoise"] = "renoise",
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, sampler=sampler, **kwargs)
+        super().__init__(teacher, sampler=sampler, tangent="jvp", tangent_step=None, **kwargs)
         if euler_steps < 1:
             raise ValueError(f"euler_steps={euler_steps}: the target is made of at least one step.")
         if not 0.0 < shortcut_share < 1.0:

@@ -29,8 +29,9 @@ class SPLAM(ConsistencyDistillation):
         intervals: solver steps of the whole grid.
         solver: ``euler`` (DDIM) or ``heun``.
         metric: distance d.
-        **kwargs: see ``ConsistencyDistillation``. A student that embeds a scale (``student=TwoTime(kind=None,
-            guidance=True)``) is told gamma, and 1 when it is sampled.
+        **kwargs: see ``ConsistencyDistillation``. A student that embeds a scale and the teacher does not
+            (``student=TwoTime(kind=None, guidance=True)``) is told gamma, and 1 when it is sampled; one of a teacher
+            that embeds guidance is told that of ``guidance`` and no gamma.
 
     Notes:
         Reconstructed: the paper's network is told gamma and the time t of the grid. Here it is told the time at which
@@ -54,10 +55,11 @@ class SPLAM(ConsistencyDistillation):
         self._tells_share = False
 
     def build_roles(self) -> None:
-        """The student; what it embeds as a scale is gamma."""
+        """The student; a scale that it embeds and the teacher does not is gamma."""
         super().build_roles()
-        self._tells_share, self._tells_scale = self.student.embeds_guidance, False
+        self._tells_share = self.student.embeds_guidance and not self.require_teacher().embeds_guidance
         if self._tells_share:
+            self._tells_scale = False
             self.student.family = replace(self.student.family, guidance_scale=1.0)
 
     def pair(self, batch: Batch) -> Pair:
@@ -65,11 +67,14 @@ class SPLAM(ConsistencyDistillation):
         pair = super().pair(batch)
         share = self.draws.uniform("share", batch.size)
         x, s = sub_path(pair.x_t, pair.t, pair.x_r, pair.r, share, self.process)
-        told = share if self._tells_share else None
+        told = share if self._tells_share else pair.scale
         return replace(pair, x_t=x, t=s, scale=told, gap=(pair.t, pair.r))
 
     def ends(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Where f leads from both points; the earlier one is a whole step's."""
-        online = self.function(self.student, pair.batch, pair.scale)(pair.x_t, pair.t).x0
-        whole = None if pair.scale is None else torch.ones_like(pair.scale)
-        return online, self.target(pair.x_r, pair.r, pair.batch, whole)
+        told = pair.scale
+        with self.shared_dropout(pair.x_t):
+            online = self.function(self.student, pair.batch, told)(pair.x_t, pair.t).x0
+        if self._tells_share and told is not None:
+            told = torch.ones_like(told)
+        return online, self.target(pair.x_r, pair.r, pair.batch, told)

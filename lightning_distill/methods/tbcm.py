@@ -1,17 +1,21 @@
 """TBCM: continuous-time consistency on the teacher's own sampling trajectories (arXiv:2511.20410)."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.guidance import RandomGuidance
 from lightning_distill.methods.scm import SCM, ContinuousConsistency, Points
+from lightning_distill.methods.teacher_paths import pair_scale
 from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import trigflow_input, trigflow_velocity
+from lightning_distill.prediction import Prediction
 from lightning_distill.processes import TrigFlow, change_process
 from lightning_distill.samplers import transport
 from lightning_distill.times import LogNormal, TimeDistribution
@@ -34,11 +38,26 @@ class BackwardConsistency(ContinuousConsistency):
         One draw from each of K - 1 equal parts of the distribution of times, so that together they have the
         distribution itself.
         """
-        strata, largest = self.solver_steps - 1, self.largest(method)
+        strata = self.solver_steps - 1
         u = method.draws.uniform("tau", n)
         part = torch.arange(strata - 1, -1, -1, dtype=torch.float64, device=u.device)
-        tau = self.times.quantile((part[:, None] + u) / max(1, strata), TrigFlow()).clamp_max(largest)
-        return torch.cat([torch.full_like(u, largest)[None], tau])
+        tau = self.inside(method, self.times.quantile((part[:, None] + u) / max(1, strata), TrigFlow()))
+        return torch.cat([self.largest(method, u)[None], tau])
+
+    def as_stored(
+        self, method: TrajectoryMethod, batch: Batch, guidance: RandomGuidance
+    ) -> tuple[Callable[[Tensor, Tensor], Prediction], Callable[[Tensor], Tensor | None]]:
+        """The teacher guided by the scales of stored trajectories instead of drawn ones, and what the student is told.
+
+        A state's direction has to be that of the scale that is told.
+        """
+        teacher = method.require_teacher()
+        u = (batch.predictions["scale"].double() - guidance.low) / (guidance.high - guidance.low)
+
+        def denoise(x: Tensor, t: Tensor) -> Prediction:
+            return guidance(teacher, x, t, batch.cond, u)
+
+        return denoise, lambda t: pair_scale(method, batch, t)
 
     @torch.no_grad()
     def points(self, method: TrajectoryMethod, batch: Batch) -> Points:
@@ -49,8 +68,11 @@ class BackwardConsistency(ContinuousConsistency):
             batch: conditions and size, or stored ``states`` at ``times``.
         """
         sd, process, n = method.student.sigma_data, method.process, batch.size
-        teacher = method.guided_teacher(batch)
         stored = batch.states is not None and batch.times is not None
+        teacher = method.guided_teacher(batch)
+        told_scale: Callable[[Tensor], Tensor | None] = method.told_scale
+        if stored and "scale" in batch.predictions and isinstance(method.guidance, RandomGuidance):
+            teacher, told_scale = self.as_stored(method, batch, method.guidance)
         if stored:
             times = batch.times.to(batch.states.device, torch.float64)  # type: ignore[union-attr]
             tau = change_process(times, process, TrigFlow(), sd)[0][:, None].expand(-1, n)
@@ -67,7 +89,7 @@ class BackwardConsistency(ContinuousConsistency):
             prediction = teacher(x, t)
             states.append(TrigFlow().add_noise(prediction.x0 / sd, prediction.eps, tau[i]))
             velocities.append(trigflow_velocity(prediction, tau[i], sd))
-            scales.append(method.told_scale(t))
+            scales.append(told_scale(t))
             if i + 1 < len(native):
                 x = transport(prediction, native[i + 1])
         rows = torch.arange(n, device=tau.device).repeat_interleave(len(tau))
@@ -119,8 +141,9 @@ class TBCM(SCM):
     Args:
         teacher: the pretrained model.
         solver_steps: K, states of a trajectory, all of which are trained on.
-        times: distribution of TrigFlow times of the states, None for SANA-Sprint's ``LogNormal(.2, 1.6)``; a
-            trajectory has the noisiest time and one time from each of K - 1 equal parts of it.
+        times: distribution of TrigFlow times of the states, None for SANA-Sprint's ``LogNormal(.2, 1.6)``, of
+            noise on data of standard deviation .5, so that its mean is ln 2 larger here; a trajectory has the noisiest
+            time and one time from each of K - 1 equal parts of it.
         warmup_updates: H of the tangent's warm-up.
         **kwargs: see ``SCM``.
 
@@ -147,7 +170,9 @@ class TBCM(SCM):
     ) -> None:
         if kwargs.get("from_data"):
             raise ValueError("TBCM follows the teacher's own trajectories, so from_data has no place; use SCM for it.")
-        super().__init__(teacher, times=times or LogNormal(0.2, 1.6), warmup_updates=warmup_updates, **kwargs)
+        super().__init__(
+            teacher, times=times or LogNormal(0.2 + math.log(2.0), 1.6), warmup_updates=warmup_updates, **kwargs
+        )
         if solver_steps < 2:
             raise ValueError(f"solver_steps={solver_steps}: a trajectory has its noise and at least one more state.")
         self.consistency.solver_steps = solver_steps

@@ -80,7 +80,8 @@ class TCM(ECT):
         r = self.earlier_times(t)
         eps = self.draws.normal("noise", x0.shape)
         x_t, x_r = self.process.add_noise(x0, eps, t), self.process.add_noise(x0, eps, r)
-        online = self.function(self.student, batch, None)(x_t, t).x0
+        with self.shared_dropout(x_t):
+            online = self.function(self.student, batch, None)(x_t, t).x0
         own = self.target(x_r, r, batch, None)
         with torch.no_grad():
             first = ect_target(self.function(self.require_teacher(), batch, None)(x_r, r).x0, x0, r)

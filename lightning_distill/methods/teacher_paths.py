@@ -16,7 +16,20 @@ from lightning_distill.processes import FlowMatching, change_process, expand
 from lightning_distill.samplers import heun_step, transport
 from lightning_distill.times import few_step_times
 
-__all__ = ["TeacherPaths"]
+__all__ = ["TeacherPaths", "pair_scale"]
+
+
+def pair_scale(method: TrajectoryMethod, batch: Batch, t: Tensor) -> Tensor | None:
+    """Guidance scales of the batch's trajectories as the student is told them, (B,); None where it embeds none.
+
+    Args:
+        method: with the student.
+        batch: with a stored scale, if its trajectories have one each.
+        t: native times, (B,).
+    """
+    told = method.told_scale(t)
+    stored = batch.predictions.get("scale")
+    return stored.double() if told is not None and stored is not None else told
 
 
 class TeacherPaths(TrajectoryMethod):
@@ -142,15 +155,8 @@ class TeacherPaths(TrajectoryMethod):
         return states[0] / self.process.prior_std(float(self.solver_times()[0])), states[-1]
 
     def pair_scale(self, batch: Batch, t: Tensor) -> Tensor | None:
-        """Guidance scales of the batch's trajectories as the student is told them, (B,); None where it embeds none.
-
-        Args:
-            batch: with a stored scale, if its trajectories have one each.
-            t: native times, (B,).
-        """
-        told = self.told_scale(t)
-        stored = batch.predictions.get("scale")
-        return stored.double() if told is not None and stored is not None else told
+        """As the function ``pair_scale``."""
+        return pair_scale(self, batch, t)
 
     def chord(self, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Average velocity between two states, in flow-matching coordinates."""

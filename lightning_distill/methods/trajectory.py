@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance, check_guidance, is_told
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.methods.derivatives import check_differences, check_tangent
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
@@ -58,7 +59,8 @@ class TrajectoryMethod(DistillationModule):
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
         self._flow_max = float(change_process(end, self.process, FlowMatching())[0].max())
         if isinstance(self.process, (VariancePreserving, EDM)):
-            least = torch.tensor(t_min(self.process), dtype=torch.float64)
+            # a hair above, on the side of the schedule that the networks know: derivatives differ there
+            least = torch.tensor(t_min(self.process), dtype=torch.float64) * (1.0 + 1e-9)
             self._flow_min = float(change_process(least, self.process, FlowMatching())[0])
         # a teacher that embeds a scale tells its default where nothing else is asked for, and so does its student
         told = is_told(self.require_teacher()) and not self.guidance.needs_null
@@ -75,6 +77,10 @@ class TrajectoryMethod(DistillationModule):
                 "it out."
             )
         check_guidance(self.require_teacher(), self.guidance)
+        # of the method, or of its continuous-time term
+        modes = (getattr(part, "tangent", "jvp") for part in (self, getattr(self, "consistency", None)))
+        for mode in modes:
+            check_differences(self.student, mode)
         check_capability(self, self.sampler, self.student_times, self.process)
 
     # ------------------------------------------------------------------------------------------------ parts of losses
@@ -114,7 +120,7 @@ class TrajectoryMethod(DistillationModule):
         """A flow-matching sample and time as the networks' process has them."""
         if isinstance(self.process, FlowMatching):
             return x, t
-        time, scale = change_process(t, FlowMatching(), self.process)
+        time, scale = change_process(t, FlowMatching(), self.process, beyond=True)
         return expand(scale, x) * x, time
 
     def solver_grid(self, intervals: int) -> list[float]:
@@ -152,6 +158,7 @@ class FlowMethod(TrajectoryMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
+        check_tangent(tangent, tangent_step)
         self.training_times = training_times or self.default_times()
         self.tangent = tangent
         self.tangent_step = tangent_step
@@ -162,9 +169,9 @@ class FlowMethod(TrajectoryMethod):
 
     # ------------------------------------------------------------------------------------------------ parts of losses
     def flow_times(self, name: str, n: int) -> Tensor:
-        """Flow-matching times drawn from ``training_times``, (n,), float64."""
+        """Flow-matching times that the networks know, drawn from ``training_times``, (n,), float64."""
         u = self.draws.uniform(name, n)
-        return self.training_times.quantile(u, FlowMatching()).clamp_max(self._flow_max)
+        return self.training_times.quantile(u, FlowMatching()).clamp(self._flow_min, self._flow_max)
 
     def flow_state(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """Noised data and the velocity eps - x0 of the pair, (B, ...) each.
@@ -178,8 +185,8 @@ class FlowMethod(TrajectoryMethod):
         return FlowMatching().add_noise(x0, eps, t), eps - x0
 
     def teacher_velocity(self, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
-        """The guided teacher's velocity at a flow-matching sample and time, without graph."""
-        return self.guided_teacher(batch)(*self.native(x, t)).flow_prediction
+        """The guided teacher's velocity at a flow-matching sample and a time, the least it knows if below; no graph."""
+        return self.guided_teacher(batch)(*self.native(x, t.clamp_min(self._flow_min))).flow_prediction
 
 
 class TwoTimeMethod(FlowMethod):
@@ -222,6 +229,7 @@ class TwoTimeMethod(FlowMethod):
                 f"{type(self).__name__} trains a network with a target time, and the student "
                 f"({type(self.student.network).__name__}) takes one time; give student=TwoTime(role=...)."
             )
+        self.student.jumps = True
 
     def average(self, network: Denoiser, batch: Batch, scale: Tensor | None = None) -> Callable[..., Tensor]:
         """u(x, t, r) in flow-matching coordinates.

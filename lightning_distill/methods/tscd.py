@@ -14,6 +14,7 @@ from lightning_distill.losses.segments import (
 )
 from lightning_distill.methods.consistency_distillation import Metric
 from lightning_distill.methods.end_game import Ends
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.pcm import PCM
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
@@ -82,6 +83,12 @@ class TSCD(PCM):
         self._stage_edges = [phase_edges(self.grid()[:-1], k) for k in self.segments]
         if self.segments[-1] == 1:
             self.__dict__["capability"], self.edges, self.sampler = "any_step", None, "renoise"
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before the segments are those of sampling."""
+        super().on_fit_start()
+        consequence = f"the student is sampled with {self.segments[-1]} segments, on which it has not been trained"
+        check_schedule(self, "segment_updates", sum(self.segment_updates) + 1, consequence)
 
     def stage(self) -> int:
         """Number of the stage of this update, from 0."""

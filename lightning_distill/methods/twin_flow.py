@@ -18,6 +18,8 @@ from lightning_distill.networks.roles import Role
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.processes import FlowMatching, expand
+from lightning_distill.randomness import replayed
+from lightning_distill.time_coverage import check_coverage
 from lightning_distill.times import TimeDistribution, Uniform
 
 __all__ = ["TwinFlow"]
@@ -45,6 +47,7 @@ class TwinFlow(TwoTimeMethod):
         whole_share: share of the flow map's samples with t at its largest and r = 0.
         near_share: share with r from .95 t to t.
         matching_times: distribution of the times s of the last term, in flow matching; None is uniform on [.02, .98].
+            The fake branch is trained at ``training_times``, which have to cover them.
         **kwargs: see ``TwoTimeMethod``. Default weight of ``student/matching``: .5.
 
     Notes:
@@ -79,7 +82,7 @@ class TwinFlow(TwoTimeMethod):
         matching_times: TimeDistribution | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, **kwargs)
+        super().__init__(teacher, tangent="jvp", tangent_step=None, **kwargs)
         if order < 1 or not 0.0 < order * step < 0.5:
             raise ValueError(f"order={order} and step={step}: give at least one step, together shorter than .5.")
         if spacing not in ("near", "even"):
@@ -104,8 +107,9 @@ class TwinFlow(TwoTimeMethod):
         return TwoTime(kind="scaled_difference")
 
     def check_configuration(self) -> None:
-        """The student can be told the branches apart."""
+        """The student can be told the branches apart, and the fake one is trained where it is used."""
         super().check_configuration()
+        check_coverage(self.matching_times, self.training_times, FlowMatching())
         self.fake_branch.check(self.student, self.activation_checkpointing)
 
     # ------------------------------------------------------------------------------------------------ flow map
@@ -128,7 +132,8 @@ class TwinFlow(TwoTimeMethod):
         if not self.from_data:
             velocity = self.teacher_velocity(batch, x, t)
         average = self.average(self.student, batch, self.told_scale(self.native(x, t)[1]))
-        u = average(x, t, r)
+        with replayed([x]):  # the jumps of the target have the same dropout
+            u = average(x, t, r)
         target = rcgm_target(average, u.detach(), x, velocity, t, r, self.step, self.order, self.clamp, self.spacing)
         target = torch.where(expand(t == r, x).bool(), velocity, target)
         return robust_loss(u, target, t, r, self.robust)

@@ -1,6 +1,8 @@
 """VideoScene: one step from a coarse rendering, by consistency below a leap time (arXiv:2504.01956)."""
 
+import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from lightning_distill.generation import draw_noise
 from lightning_distill.losses.leaps import leap_grid
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Pair
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.modes import evaluation_mode
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import expand
 
@@ -27,8 +30,8 @@ class VideoScene(ConsistencyDistillation):
     Args:
         teacher: the pretrained model.
         leap: t_leap as a share of t_max.
-        rendering: name of the condition that holds the coarse picture or video, of the samples' shape; None for
-            ``noise`` of the batch, ``data`` for the samples themselves.
+        rendering: name of the condition that holds the coarse picture or video, of the samples' shape, which networks
+            see as well if they know it; None for ``noise`` of the batch, ``data`` for the samples themselves.
         rendering_share: share of samples that start from the rendering; a large one starves the times near clean data,
             from which consistency spreads.
         intervals: N, steps of the grid of all times, of which those below t_leap are used.
@@ -37,7 +40,8 @@ class VideoScene(ConsistencyDistillation):
     Notes:
         The paper chooses the leap time of each video by a policy network that is trained as a bandit; here it is one
         number. Reconstructed from the abstract: how states below t_leap are made.
-        ``sample`` without a rendering starts at t_leap from noise alone, which has no layout.
+        ``sample`` leaps from the rendering if ``cond`` has it; else it starts at t_leap from noise alone, which has no
+        layout. Stock pipelines start from noise, so that none is written for ``leap`` below 1.
     """
 
     paper = "2504.01956"
@@ -68,6 +72,19 @@ class VideoScene(ConsistencyDistillation):
         super().build_roles()
         self._given_times = [self.leap * self.process.t_max]
 
+    def check_configuration(self) -> None:
+        """The leap lies on the grid, and no stock pipeline is promised, which would start from noise alone."""
+        super().check_configuration()
+        least = self.solver_grid(self.intervals)[-1]
+        if self.leap * self.process.t_max <= least:
+            raise ValueError(
+                f"leap={self.leap:g} is t={self.leap * self.process.t_max:.3g}, and the grid ends at {least:.3g}; give "
+                "a larger one, .6 for example."
+            )
+        for network in (self.student, *self.student_ema.values()):
+            assert isinstance(network, Denoiser)
+            network.stands_alone &= self.leap == 1.0
+
     def grid(self) -> list[float]:
         """Times from t_leap down whose neighbours make pairs."""
         return leap_grid(self.solver_grid(self.intervals), self.leap * self.process.t_max)
@@ -77,13 +94,22 @@ class VideoScene(ConsistencyDistillation):
         if self.rendering == "data":
             return self.data(batch)
         found = batch.noise if self.rendering is None else batch.cond.get(self.rendering)
-        if not isinstance(found, Tensor) or found.shape != self.data(batch).shape:
+        shape = (batch.size, *self.sample_shape) if batch.x0 is None else batch.x0.shape
+        if not isinstance(found, Tensor) or found.shape != shape:
             where = "Batch(noise=...)" if self.rendering is None else f"cond[{self.rendering!r}]"
             raise ValueError(
                 f"VideoScene starts from a coarse rendering of each sample, and the batch has none of their shape in "
                 f"{where}; use a data module that yields it."
             )
         return found
+
+    def seen(self, network: Denoiser, cond: Mapping[str, Any]) -> dict[str, Any]:
+        """Conditions for a network: without the rendering, unless it is one that the network knows."""
+        known = network.family.cond_keys
+        if not known:
+            parameters = inspect.signature(network.network.forward).parameters
+            known = tuple(str(self.rendering) if p.kind is p.VAR_KEYWORD else p.name for p in parameters.values())
+        return {key: value for key, value in cond.items() if key != self.rendering or key in known}
 
     def pair(self, batch: Batch) -> Pair:
         """Noised renderings at t_leap and noised data below, each with the next point of its trajectory."""
@@ -94,7 +120,9 @@ class VideoScene(ConsistencyDistillation):
         t, r = torch.where(starts, grid[0], t), torch.where(starts, grid[1], r)
         eps = self.draws.normal("noise", x0.shape)
         x_t = self.process.add_noise(torch.where(expand(starts, x0).bool(), coarse, x0), eps, t)
-        return Pair(x_t, t, self.earlier(x_t, t, r, batch, eps), r, batch, self.told_scale(t))
+        told = replace(batch, cond=self.seen(self.require_teacher(), batch.cond))
+        own = replace(batch, cond=self.seen(self.student, batch.cond))
+        return Pair(x_t, t, self.earlier(x_t, t, r, told, eps), r, own, self.told_scale(t))
 
     @torch.no_grad()
     def leap_from(
@@ -116,6 +144,44 @@ class VideoScene(ConsistencyDistillation):
             (n, *shape).
         """
         network = self.sampling_network(weights)
+        x, t = self.starts(rendering, draw_noise(rendering.shape, generator))
+        known = self.seen(network, cond or {})
+        with evaluation_mode(network):
+            return self.function(network, Batch(cond=known, size=len(x)), None)(x, t).x0
+
+    def starts(self, rendering: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Noised renderings at the leap time, (n, ...), and that time, (n,), float64."""
         t = torch.full((len(rendering),), self.student_times[0], dtype=torch.float64, device=rendering.device)
-        x = self.process.add_noise(rendering, draw_noise(rendering.shape, generator).to(rendering), t)
-        return self.function(network, Batch(cond=dict(cond or {}), size=len(x)), None)(x, t).x0
+        return self.process.add_noise(rendering, noise.to(rendering), t), t
+
+    def times_in(self, num_steps: int) -> list[float]:
+        """As ``StudentSampling.times_in``, where these are the leap time.
+
+        Raises:
+            ValueError: other times, at which the student was never trained.
+        """
+        times = super().times_in(num_steps)
+        if times != self.student_times:
+            raise ValueError(
+                f"num_steps={num_steps} begins at t={times[0]:g}, and this student makes one step from its leap time, "
+                f"{self.student_times[0]:.4g}; leave num_steps out, and give the rendering to leap_from."
+            )
+        return times
+
+    def sample(
+        self,
+        n: int,
+        cond: Mapping[str, Any] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        weights: str | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As ``StudentSampling.sample``: one step from the leap time, from the rendering where ``cond`` has it."""
+        if cond is not None and self.rendering in cond:
+            coarse = self.renderings(Batch(cond=dict(cond), size=n))
+            x, _ = self.starts(coarse, draw_noise(coarse.shape, generator) if noise is None else noise)
+            noise = x / self.process.prior_std(self.student_times[0])  # of which samplers make x
+            cond = self.seen(self.sampling_network(weights), cond)
+        return super().sample(n, cond, generator=generator, noise=noise, weights=weights, **options)

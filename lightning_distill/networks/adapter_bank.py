@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["BANK", "AdapterBank", "AdapterCheckpoint", "adapter_bank"]
+__all__ = ["BANK", "AdapterBank", "AdapterCheckpoint", "adapter_bank", "added_parts"]
 
 #: attribute of a network that holds its bank
 BANK = "_lightning_distill_adapters"
@@ -114,3 +114,9 @@ class AdapterCheckpoint:
 def adapter_bank(network: nn.Module) -> AdapterBank | None:
     """The adapters of a network, None where it has none."""
     return network.__dict__.get(BANK)
+
+
+def added_parts(network: nn.Module) -> set[str]:
+    """Names of weights that students have installed on a shared frozen network; to be added to."""
+    found: set[str] = network.__dict__.setdefault("_lightning_distill_added", set())
+    return found

@@ -48,6 +48,11 @@ class Controlled(nn.Module):
                 raise
             return getattr(self.network, name)
 
+    @property
+    def called(self) -> nn.Module:
+        """The network that says which further arguments a call takes."""
+        return self.network
+
     def picture(self, control: Tensor) -> Tensor:
         """The control in the ControlNet's dtype."""
         return control.to(next(self.controlnet.parameters()).dtype)

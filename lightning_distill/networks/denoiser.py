@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from lightning_distill.networks.adapter_bank import added_parts
 from lightning_distill.networks.families import Family, family_of
 from lightning_distill.networks.null_conditions import NullConditions, with_null
-from lightning_distill.networks.second_time import Times, second_time_of
+from lightning_distill.networks.second_time import Times, guidance_parts, second_time_of
+from lightning_distill.networks.signatures import call_parameters
 from lightning_distill.networks.tapping import AllTapsSeen, tap
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
 from lightning_distill.processes import EDM, NoiseProcess, change_process, expand
@@ -59,6 +60,8 @@ class Denoiser(NullConditions, nn.Module):
 
     #: whether the network alone gives the predictions, so that stock pipelines can
     stands_alone: bool = True
+    #: whether the network, which takes a target time by itself, was trained to jump to one
+    jumps: bool = False
     #: coefficients of a solver that was learned for this network, by native times, see ``samplers.adams``
     coefficients: Callable[[Sequence[float]], Tensor | None] | None = None
     #: guidance without which the network is not sampled
@@ -229,7 +232,7 @@ class Denoiser(NullConditions, nn.Module):
         return self.family.network_time(time, self.network)
 
     def _network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        dtype = self._dtype(x_t)
+        dtype = self.computes_in(x_t.dtype)
         time = self._cast_time(t, x_t, dtype)
         if self.network_process is None:
             return x_t.to(dtype), time, None
@@ -259,7 +262,7 @@ class Denoiser(NullConditions, nn.Module):
                 "(AnyFlowTransformer3DModel, or a module of your own with an argument r), or install "
                 "a target time with networks.second_time.add_second_time(network)."
             )
-        return {name: self._cast_time(r, x, self._dtype(x))}
+        return {name: self._cast_time(r, x, self.computes_in(x.dtype))}
 
     def _installed_times(self, t: Tensor, r: Tensor, x: Tensor) -> dict[str, Any]:
         installed = second_time_of(self.network)
@@ -271,7 +274,7 @@ class Denoiser(NullConditions, nn.Module):
                     f"{type(self.network).__name__} is told ln sigma, which has no value at r = 0; install the target "
                     "time with kind='zero_init' or 'scaled_difference'."
                 )
-            network_r = self._cast_time(r, x, self._dtype(x))
+            network_r = self._cast_time(r, x, self.computes_in(x.dtype))
         return installed.arguments(Times(self._flow_time(t), self._flow_time(r), network_r), None)
 
     def _flow_time(self, t: Tensor) -> Tensor:
@@ -282,16 +285,26 @@ class Denoiser(NullConditions, nn.Module):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the network can be told a guidance scale, by itself or by an installed branch."""
+        """Whether the network can be told a guidance scale, by itself or by a branch that is this role's own."""
+        if self.deaf:
+            return False
         installed = second_time_of(self.network)
         if installed is not None and installed.guidance is not None:
             return True
         make = self.family.guidance
         arguments = None if make is None else make(self.network, torch.ones(1))
-        known = inspect.signature(self.network.forward).parameters
+        known = call_parameters(self.network)
         return bool(arguments) and set(arguments or ()) <= set(known)
 
+    @property
+    def deaf(self) -> bool:
+        """Whether the network's branch for a guidance scale is that of other roles, and a constant to this one."""
+        parts = guidance_parts(self.network)
+        return bool(parts) and any(key.startswith(tuple(parts)) for key in added_parts(self.network))
+
     def _guidance(self, guidance: Tensor | None, x: Tensor) -> dict[str, Any]:
+        if guidance is None and self.deaf:
+            return {}
         make, default = self.family.guidance, self.family.guidance_scale
         installed = second_time_of(self.network)
         if installed is not None and installed.guidance is not None:
@@ -309,15 +322,19 @@ class Denoiser(NullConditions, nn.Module):
             )
         return arguments or {}
 
-    def _dtype(self, x_t: Tensor) -> torch.dtype:
-        """The network's computing dtype; a few small layers of some classes stay float32 whatever it is."""
+    def computes_in(self, otherwise: torch.dtype) -> torch.dtype:
+        """The network's computing dtype; a few small layers of some classes stay float32 whatever it is.
+
+        Args:
+            otherwise: of a network without weights.
+        """
         if (computing := getattr(self, "compute_dtype", None)) is not None:
             return computing
         wide = getattr(self.network, "_keep_in_fp32_modules", None) or ()
         for name, parameter in self.network.named_parameters():
             if parameter.is_floating_point() and not any(part in name for part in wide):
                 return parameter.dtype
-        return x_t.dtype
+        return otherwise
 
     def _raw(self, out: Tensor, x_in: Tensor, dtype: torch.dtype) -> Tensor:
         if self.family.channel_split and out.shape[1] == 2 * x_in.shape[1]:
@@ -341,7 +358,7 @@ class Denoiser(NullConditions, nn.Module):
                 f"{name} needs the conditions {list(family.required)}, but the batch lacks {missing}; use a data "
                 "module that yields them (cached prompt embeddings, for example)."
             )
-        dtype = self._dtype(x)
+        dtype = self.computes_in(x.dtype)
         given = dict(cond)
         if family.cond_keys:
             given |= {k: v.to(dtype) for k, v in cond.items() if k in _EMBEDDINGS}

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.families import family_of
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.prompt_groups import centres, group_of, prompt_features, read_centres
 from lightning_distill.networks.roles import Copy, Role, check_alone, with_network
@@ -31,6 +33,8 @@ class ExpertNetwork(nn.Module):
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
+        #: names of arguments that all samples of a call share, see ``Family``
+        self.shared = family_of(self.experts[0]).shared
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -39,6 +43,11 @@ class ExpertNetwork(nn.Module):
             if name == "experts":  # while the module is being made or unpickled
                 raise
             return getattr(self.experts[0], name)
+
+    @property
+    def called(self) -> nn.Module:
+        """The network that says which arguments a call takes."""
+        return self.experts[0]
 
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Number of the expert of each sample, (B,).
@@ -55,9 +64,10 @@ class ExpertNetwork(nn.Module):
         """Run every expert on its own samples, and only those experts that have some.
 
         Args:
-            x: packed samples, (B, ...).
+            x: packed samples, (B, ...), or a list of B.
             time: the networks' second argument, see ``route``.
-            **kwargs: conditions; tensors of B rows are divided like the samples.
+            **kwargs: conditions; tensors of B rows and lists of B are divided like the samples, except for those that
+                the family names as ``shared``.
         """
         index = self.route(x, time, kwargs)
         numbers = torch.arange(len(self.experts), device=index.device)
@@ -65,18 +75,29 @@ class ExpertNetwork(nn.Module):
         present = [k for k, count in enumerate(counts) if count]
         if len(present) == 1:
             return self.experts[present[0]](x, time, **kwargs)
-        shares = index.argsort(stable=True).split(counts)
-        out: Tensor | None = None
+        chosen = index.argsort(stable=True)
+        shares, order = chosen.split(counts), chosen.argsort()
+        parts = []
         for k in present:
             rows = shares[k]
-            own = _rows(kwargs, rows, len(x))
+            own = self._rows(kwargs, rows, len(x))
             with self._at_work_on(rows, len(x)):
-                part = self.experts[k](x[rows], time[rows], **own)
-            part = part[0] if isinstance(part, tuple) else getattr(part, "sample", part)
-            if out is None:
-                out = part.new_zeros(len(x), *part.shape[1:])
-            out = out.index_copy(0, rows, part)
-        return out
+                part = self.experts[k](_taken(x, rows), time[rows], **own)
+            parts.append(part[0] if isinstance(part, tuple) else getattr(part, "sample", part))
+        if isinstance(parts[0], list):
+            return _taken([sample for part in parts for sample in part], order)
+        return torch.cat(parts)[order]
+
+    def _rows(self, kwargs: dict[str, Any], rows: Tensor, total: int) -> dict[str, Any]:
+        """Conditions of some of the samples; nested ones too."""
+
+        def divided(value: Any) -> Any:
+            if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim):
+                return _taken(value, rows) if len(value) == total else value
+            return value
+
+        own = {key: value for key, value in kwargs.items() if key not in self.shared}
+        return kwargs | tree_map(divided, own, is_leaf=lambda value: isinstance(value, list))
 
     @contextmanager
     def _at_work_on(self, rows: Tensor, calls: int) -> Iterator[None]:
@@ -87,10 +108,9 @@ class ExpertNetwork(nn.Module):
             self.part = None
 
 
-def _rows(kwargs: dict[str, Any], rows: Tensor, total: int) -> dict[str, Any]:
-    """Conditions of some of the samples; nested ones too."""
-    made: dict[str, Any] = tree_map(lambda v: v[rows] if isinstance(v, Tensor) and len(v) == total else v, kwargs)
-    return made
+def _taken(samples: Any, rows: Tensor) -> Any:
+    """Some of the samples, which are a tensor or a list."""
+    return [samples[row] for row in rows.tolist()] if isinstance(samples, list) else samples[rows]
 
 
 class TimeExperts(ExpertNetwork):
@@ -152,8 +172,16 @@ class PromptExperts(ExpertNetwork):
 
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """By the nearest centre."""
-        embeddings = {"encoder_hidden_states": time} if "timestep" in kwargs else {}
-        return group_of(prompt_features({**embeddings, **kwargs}), self.centres)
+        given = {"encoder_hidden_states": time, **kwargs} if "timestep" in kwargs else dict(kwargs)
+        # as some classes name the mask of the tokens, or take rows without padding
+        if isinstance(mask := kwargs.get("encoder_hidden_states_mask"), Tensor):
+            given["encoder_attention_mask"] = mask
+        if isinstance(rows := kwargs.get("cap_feats"), list):
+            given["encoder_hidden_states"] = pad_sequence(rows, batch_first=True)
+            given["encoder_attention_mask"] = pad_sequence(
+                [torch.ones_like(row[:, 0]) for row in rows], batch_first=True
+            )
+        return group_of(prompt_features(given), self.centres)
 
 
 def single_experts(denoiser: Denoiser) -> list[Denoiser]:
@@ -239,6 +267,7 @@ class Experts(Role):
             router = PromptExperts(networks, middle)
         else:
             router = ConditionExperts(networks, self._groups(first))
+        router.shared = first.family.shared
         first.network = router.to(first.device)
         return first
 

@@ -4,8 +4,9 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 
+from lightning_distill.networks.adapter_bank import added_parts
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.merging import added_parts, merged_network
+from lightning_distill.networks.merging import merged_network
 from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role, with_network
 
 __all__ = ["ExtendedRole"]

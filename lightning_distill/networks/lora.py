@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lightning_distill.networks.adapter_bank import BANK, AdapterBank, AdapterCheckpoint, adapter_bank
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.quantisation import QuantisedLinear
+from lightning_distill.networks.second_time import guidance_parts
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.weightless import where
 
@@ -97,6 +98,14 @@ class AdapterDenoiser(Denoiser):
     def config(self) -> LoraConfig:
         """The adapter's rank, alpha and target modules as peft's configuration, for LoRA files."""
         return self.bank.configs[self.adapter_name]
+
+    @property
+    def deaf(self) -> bool:
+        """As for every network, unless the adapter has layers in that branch."""
+        if not super().deaf:
+            return False
+        own = [path for path, layer in self.bank.layers.items() if self.adapter_name in layer.lora_A]
+        return not any(path.startswith(tuple(guidance_parts(self.network))) for path in own)
 
     def call_network(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Any:  # noqa: D102
         with self.bank.using(self.adapter_name, self.training):

@@ -7,12 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.networks.adapter_bank import BANK, AdapterBank, adapter_bank
+from lightning_distill.networks.adapter_bank import BANK, AdapterBank, adapter_bank, added_parts
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
 from lightning_distill.networks.quantisation import dequantise, plain_tensors
 
-__all__ = ["added_parts", "base_state_dict", "merged_network", "widen", "without_adapters"]
+__all__ = ["base_state_dict", "merged_network", "widen", "without_adapters"]
 
 
 def without_adapters(network: nn.Module) -> nn.Module:
@@ -75,12 +75,6 @@ def widen(network: nn.Module) -> None:
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if any(t.dtype in narrow for t in tensors):
             module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
-
-
-def added_parts(network: nn.Module) -> set[str]:
-    """Names of weights that students have installed on a shared frozen network; to be added to."""
-    found: set[str] = network.__dict__.setdefault("_lightning_distill_added", set())
-    return found
 
 
 def base_state_dict(network: nn.Module) -> dict[str, Tensor]:

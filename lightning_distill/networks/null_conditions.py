@@ -73,9 +73,9 @@ class NullConditions:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of real classes (the null class is the label after the last); None without class labels."""
+        """Number of real classes (a null class is the label after the last); None without class labels."""
         null = self._null_value("class_labels")
-        return None if null is None else int(null)
+        return self.family.classes(self.network) if null is None else int(null)
 
     def missing_null(self, cond_keys: Iterable[str] | None = None) -> list[str]:
         """Conditions without an unconditional value: guidance is possible where this is empty.

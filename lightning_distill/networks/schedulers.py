@@ -11,9 +11,10 @@ import torch
 
 from lightning_distill.networks.families.base import Family, linear_mu
 from lightning_distill.networks.json_files import read_json
+from lightning_distill.networks.preconditioning import Preconditioning, read_preconditioning
 from lightning_distill.processes import FlowMatching, NoiseProcess, TrigFlow, VariancePreserving
 
-__all__ = ["read_sampling_process", "read_scheduler"]
+__all__ = ["read_preconditioned", "read_sampling_process", "read_scheduler"]
 
 
 def read_scheduler(
@@ -31,15 +32,10 @@ def read_scheduler(
     Raises:
         ValueError: the scheduler contradicts itself.
     """
-    import diffusers
-
-    name = read_json(file).get("_class_name", "")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if cls is None:
+    scheduler = _constructed(file)
+    if scheduler is None:
         return None, None
-    # constructed, so that settings missing from the file have the class's defaults
-    scheduler = cls.from_pretrained(str(file.parent), local_files_only=True)
-    config = scheduler.config
+    config, name = scheduler.config, type(scheduler).__name__
     kind = config.get("prediction_type", "epsilon")
     if name.startswith(("FlowMatch", "FlowMap")):
         return FlowMatching(_shift(config, family, shape)), "flow_prediction"
@@ -51,9 +47,30 @@ def read_scheduler(
         )
     if flow:
         return FlowMatching(config.get("flow_shift", 1.0)), kind
-    if name.startswith(("EDM", "SCM", "CMStochastic")) or "beta_schedule" not in config:
-        return None, None  # preconditioned networks: the scheduler holds half of the parameterisation
+    if (preconditioning := read_preconditioning(scheduler)) is not None:
+        return preconditioning.process, "v_prediction"
+    if name.startswith("SCM") or "beta_schedule" not in config:
+        return None, None  # the scheduler holds half of the parameterisation
     return _variance_preserving(scheduler), kind
+
+
+def read_preconditioned(file: Path) -> Preconditioning | None:
+    """What stands between the samples and a network whose scheduler preconditions it; None for other schedulers.
+
+    Args:
+        file: ``scheduler_config.json``.
+    """
+    scheduler = _constructed(file)
+    return None if scheduler is None else read_preconditioning(scheduler)
+
+
+def _constructed(file: Path) -> Any:
+    """The scheduler of a file, so that settings missing from it have the class's defaults; None for unknown classes."""
+    import diffusers
+
+    name = read_json(file).get("_class_name", "")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return None if cls is None else cls.from_pretrained(str(file.parent), local_files_only=True)
 
 
 def read_sampling_process(file: Path) -> NoiseProcess | None:

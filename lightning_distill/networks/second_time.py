@@ -34,6 +34,7 @@ __all__ = [
     "Times",
     "add_guidance",
     "add_second_time",
+    "guidance_parts",
     "remove_second_time",
     "second_time_of",
     "time_embedders",
@@ -266,6 +267,14 @@ def add_guidance(
     installed.train(network.training)
     installed.settings["add_guidance"] = {"features": features, "seed": seed}
     return installed
+
+
+def guidance_parts(network: nn.Module) -> list[str]:
+    """Paths of the parts that ``add_guidance`` installs, in a network that has them."""
+    installed = second_time_of(network)
+    parts = [] if installed is None or installed.guidance is None else [f"{SECOND_TIME}.guidance"]
+    native = getattr(getattr(network, "time_embedding", None), "cond_proj", None)
+    return [*parts, *([] if native is None else ["time_embedding.cond_proj"])]
 
 
 def remove_second_time(network: nn.Module) -> None:

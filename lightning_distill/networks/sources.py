@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from lightning_distill.networks.folders import (
     read_json,
     resolve,
 )
-from lightning_distill.networks.schedulers import read_sampling_process, read_scheduler
+from lightning_distill.networks.schedulers import read_preconditioned, read_sampling_process, read_scheduler
 from lightning_distill.networks.seeding import seeded
 from lightning_distill.networks.weightless import is_weightless, skeleton
 from lightning_distill.prediction import PREDICTION_TYPES
@@ -86,7 +87,8 @@ class FolderSource:
     Attributes:
         process: noise process of the network.
         prediction_type: what it outputs.
-        network_process: the process behind a change of process that the card asks for.
+        network_process: the process behind a change of process that the card or the scheduler asks for.
+        preconditioning: what the scheduler says of it; None for networks whose scheduler applies none.
         sampling_process: the process in which the pipeline samples, where that is another one.
         sigma_data: standard deviation of the data.
         null_class: label that means "no class".
@@ -111,8 +113,13 @@ class FolderSource:
         self.sampling_process: NoiseProcess | None = None
         scheduler_process: NoiseProcess | None = None
         scheduler_type: str | None = None
+        preconditioning = None
         if self.scheduler_file is not None:
-            scheduler_process, scheduler_type = read_scheduler(self.scheduler_file, self.family, given.shape)
+            preconditioning = read_preconditioned(self.scheduler_file)
+            if preconditioning is not None and "network_process" in self.card:
+                preconditioning = None  # the card describes it in its own way
+            else:
+                scheduler_process, scheduler_type = read_scheduler(self.scheduler_file, self.family, given.shape)
             self.sampling_process = read_sampling_process(self.scheduler_file)
         card_process = None
         if "process" in self.card:
@@ -147,7 +154,21 @@ class FolderSource:
         self.network_process: NoiseProcess | None = None
         if "network_process" in self.card:
             self.network_process = construct(self.card["network_process"], NoiseProcess, self.card_file)
-        self.sigma_data = float(self.card.get("sigma_data", 1.0) if given.sigma_data is None else given.sigma_data)
+        self.preconditioning = preconditioning
+        spread = self.card.get("sigma_data", 1.0) if given.sigma_data is None else given.sigma_data
+        if preconditioning is not None:
+            self.network_process = preconditioning.network_process
+            spread = _agreed(
+                "sigma_data",
+                self.folder,
+                [
+                    ("argument sigma_data", given.sigma_data),
+                    (card, self.card.get("sigma_data")),
+                    (scheduler, preconditioning.sigma_data),
+                ],
+                math.isclose,
+            )
+        self.sigma_data = float(spread)
         self.null_class = self.card.get("null_class") if given.null_class is None else given.null_class
 
     def _root(self, path: Path) -> Path:

@@ -8,6 +8,7 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.families import family_of
 from lightning_distill.networks.folders import WEIGHTS_VARIABLE, check_safetensors
 from lightning_distill.networks.quantisation import check_quantisation, quantise
 from lightning_distill.networks.seeding import seeded
@@ -188,8 +190,10 @@ class PretrainedDenoiser(DenoiserSpec):
 
     The pipeline's scheduler says the noise process and the prediction type; a ``card.json`` beside
     ``model_index.json`` says what a scheduler cannot (sigma_data, null_class), ``null_cond.safetensors`` what text
-    models mean by no prompt. What is given here must agree with all of them. For networks that are not diffusers' the
-    card names the class and the file:
+    models mean by no prompt. What is given here must agree with all of them. Schedulers of EDM and of consistency
+    models say sigma_data as well; both kinds of network are read as EDM's denoiser (``networks.preconditioning``): give
+    a teacher's weights, and for those of a consistency model a method with its ``edm`` boundary. For networks that are
+    not diffusers' the card names the class and the file:
 
         {"network": {"class_path": "package.Net", "init_args": {"width": 64}}, "weights": "net.safetensors",
          "process": {"class_path": "lightning_distill.processes.FlowMatching"},
@@ -281,8 +285,16 @@ class PretrainedDenoiser(DenoiserSpec):
         source.check()
         network = source.load(_dtype(self.dtype))
         process, inner, scale = source.process, source.network_process, None
+        family = family_of(network)
+        if source.preconditioning is not None:
+            family = replace(family, sign=source.preconditioning.sign * family.sign)
         wanted = self.method_process or source.sampling_process
         if wanted is not None and not same_path(wanted, process):
+            if source.preconditioning is not None:
+                raise ValueError(
+                    f"{self.path} is preconditioned as in EDM and knows noise up to sigma = {process.t_max:g}, "
+                    f"so that it cannot work in {wanted!r}; leave out method_process."
+                )
             if inner is not None:
                 raise ValueError(
                     f"{self.path} already reaches its network through a change of process; leave out method_process "
@@ -296,6 +308,7 @@ class PretrainedDenoiser(DenoiserSpec):
             network_process=inner,
             sigma_data=source.sigma_data,
             data_scale=scale,
+            family=family,
             null_class=source.null_class,
             null_cond=source.null_cond(),
             guidance=self.guidance,

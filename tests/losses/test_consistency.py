@@ -108,8 +108,12 @@ def test_limits_of_pseudo_huber():
     assert distance(small, zero, c=0.1).item() == pytest.approx(4e-18 / 0.2, rel=1e-5)
     assert distance(large, zero, c=0.1).item() == pytest.approx(2e6 - 0.1, rel=1e-6)
     same = zero.clone().requires_grad_()
-    distance(same, zero, c=0.0).sum().backward()
-    assert torch.equal(same.grad, zero)
+    for metric in ("pseudo_huber", "pseudo_huber_elementwise"):
+        value = distance(same, zero, metric, 0.0)
+        value.sum().backward()
+        assert value.item() == 0.0
+        assert torch.equal(same.grad, zero)
+    assert distance(large, zero, "pseudo_huber_elementwise", 0.0).item() == pytest.approx(1e6)
 
 
 def test_gradient_reaches_the_online_side_only():

@@ -236,7 +236,8 @@ def test_soft_consistency_differentiates_the_online_jump_alone():
 
 def test_gradient_ratio():
     first, other = torch.tensor([4.0, 4.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    assert gradient_ratio(first, other, 100.0).tolist() == [2.0, 100.0, 0.0, 1.0]
+    assert gradient_ratio(first, other, 100.0).tolist() == [2.0, 1.0, 0.0, 1.0]
+    assert gradient_ratio(torch.ones(1), torch.full((1,), 1e-9), 100.0).tolist() == [100.0]
 
 
 # ------------------------------------------------------------------------------------------------ experts

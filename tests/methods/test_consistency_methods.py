@@ -39,6 +39,7 @@ from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
 from lightning_distill.randomness import Draws
 from lightning_distill.samplers import transport
+from lightning_distill.times import few_step_times
 
 PROCESSES = {
     "flow": FLOW,
@@ -142,6 +143,7 @@ def test_the_grid_grows_as_the_papers_do():
     assert improved.weight == "inverse_c_out"
     assert exact_module(ICT, process=EDM(), schedule="fixed", last_intervals=12).weight == "inverse_gap"
     assert ready(ICT(mlp(), total_updates=8, weight="one")).weight == "one"
+    assert ready(ICT(mlp())).last_intervals == 1280
     profile = ScheduledEMA(100)
     assert profile.beta(1, 8) == cm_ema_decay(2)
     assert profile.beta(101, 8) == cm_ema_decay(151)
@@ -343,7 +345,10 @@ def test_middles_lie_on_the_few_step_grids():
     assert middle_time(even[0], even[2], shifted) == pytest.approx(even[1])
     assert middle_time(1.0, 0.5, VariancePreserving()) == 0.75
     edm = EDM(0.002, 80.0)
-    assert middle_time(80.0, 0.0, edm) == pytest.approx(80.0 * 0.5**7)
+    module = ready(ProgressiveDistillation(Denoiser(mlp().network, edm, "sample"), stages=5, ema=[]))
+    for k in range(6):  # down to sigma_min, as the grids of sampling
+        assert module.grid(k) == pytest.approx([*few_step_times(edm, 2**k), 0.0])
+    assert 0.0 < middle_time(1e-3, 0.0, edm) < 1e-3
     assert middle_time(1.0, 0.5, TrigFlow()) == 0.75
 
 

@@ -5,16 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 from exact_students import COV, F64, FLOW, MEAN, MIXTURE, Exact, ExactAverage, data, exact_module, loss_and_slope
+from jsonargparse import ArgumentParser
 from small_problems import Exact as PosteriorMean
 from small_problems import mlp, ready, shift
 
 from lightning_distill.batch import Batch
-from lightning_distill.methods import BOOT, CMT, CorrectedFreeFlow, FlowMapDistillation, FreeFlow, MeanFlow, Shortcut
+from lightning_distill.methods import (
+    APEX,
+    BOOT,
+    CMT,
+    OFTSR,
+    ArcFlow,
+    CorrectedFreeFlow,
+    FlowMapDistillation,
+    FreeFlow,
+    MeanFlow,
+    PiFlow,
+    Shortcut,
+    SnapFlow,
+    TwinFlow,
+)
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.roles import Copy
 from lightning_distill.networks.two_time import TwoTime
-from lightning_distill.processes import EDM, TrigFlow, VariancePreserving, change_process
+from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving, change_process
 from lightning_distill.samplers import transport
+from lightning_distill.times import Uniform, few_step_times
 
 #: method, settings, largest loss of the exact map (float32 differences, or the solver's own error)
 ZEROS = {
@@ -101,6 +117,18 @@ def test_restricted_times_stay_within_their_gap():
         exact_module(MeanFlow, two_times=True, max_gap=0.3)
 
 
+def test_restricted_students_are_sampled_within_their_gap():
+    settings = {"two_times": True, "max_gap": 0.3, "num_steps": 4}
+    module = exact_module(MeanFlow, **settings)
+    assert module.sample(2, num_steps=5).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"no jump as wide as the 0.5 of the student's 2 steps.*more num_steps"):
+        module.sample(2, num_steps=2)
+    with pytest.raises(ValueError, match=r"as wide as the 1 .* 4 steps by sampler 'renoise'; use sampler='flow_map'"):
+        exact_module(MeanFlow, sampler="renoise", **settings)
+    assert exact_module(MeanFlow, sampler="renoise", **{**settings, "max_gap": 1.0}).sample(2).shape == (2, 2)
+    assert exact_module(MeanFlow, sampler="ode", **settings).sample(2, num_steps=1).shape == (2, 2)
+
+
 def test_no_gradient_reaches_targets():
     """The gradient is that of the residual with everything but its own u held fixed."""
     module = exact_module(FlowMapDistillation, two_times=True, fault=0.1, objective="progressive")
@@ -137,6 +165,85 @@ def test_shortcut_steps_are_powers_of_two_on_their_own_grid():
         Shortcut(mlp(), most_steps=12)
 
 
+#: processes whose own grids are not even in flow-matching time
+UNEVEN = {
+    "shifted": FlowMatching(shift=3.0),
+    "vp": VariancePreserving(),
+    "vp_zero_snr": VariancePreserving(zero_terminal_snr=True),
+    "edm": EDM(),
+    "trigflow": TrigFlow(),
+}
+
+
+def shortcut(process, **settings):
+    settings = {"two_times": True, "most_steps": 16, **settings}
+    return exact_module(Shortcut, process=process, teacher=analytic_denoiser(MIXTURE, process), **settings)
+
+
+def jumps(module, act):
+    """Flow-matching times (t, r) of the student's calls."""
+    seen = []
+    hook = module.student.register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append((args[1].expand(len(args[0])), kwargs["r"].expand(len(args[0])))),
+        with_kwargs=True,
+    )
+    act()
+    hook.remove()
+    pairs = torch.stack([torch.cat(side).double() for side in zip(*seen)])
+    return change_process(pairs, module.process, FLOW)[0].T
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_shortcuts_are_sampled_by_the_jumps_of_their_training(name, steps):
+    process = UNEVEN[name]
+    module = shortcut(process, num_steps=steps, equal_share=0.01)
+    trained = jumps(module, lambda: module.student_loss(data(2000)))
+    sampled = jumps(module, lambda: module.sample(1))
+    assert len(sampled) == steps
+    # timesteps of schedulers are rounded
+    room = 5e-3 if isinstance(process, VariancePreserving) else 1e-6
+    assert float(torch.cdist(sampled, trained).min(1).values.max()) < room
+    if (name, steps) != ("trigflow", 2):
+        assert module.student_times != few_step_times(process, steps)
+    one = shortcut(process)
+    times = jumps(one, lambda: one.sample(1, num_steps=steps))
+    torch.testing.assert_close(times, sampled)
+    assert one.student_times == [process.t_max]
+    assert one.sample(1).shape == (1, 2)
+
+
+def test_plain_flow_matching_has_the_shortcuts_it_had():
+    for steps in (1, 2, 4, 8):
+        assert shortcut(FLOW, num_steps=steps).student_times == few_step_times(FLOW, steps)
+    t, d = shortcut(EDM()).step_times(500)
+    assert float(t.max()) == pytest.approx(80 / 81)
+    torch.testing.assert_close(t / (2 * d), (t / (2 * d)).round())
+
+
+def test_steps_that_no_shortcut_is_trained_for_are_refused():
+    number = r"sizes are powers of 1/2, from 1 to 0.125; give a power of 2 up to 8, or sampler='ode'"
+    module = shortcut(FLOW)
+    for steps in (3, 16):
+        with pytest.raises(ValueError, match=f"num_steps={steps}.*{number}"):
+            Shortcut(mlp(), most_steps=16, num_steps=steps)
+        with pytest.raises(ValueError, match=f"num_steps={steps}.*{number}"):
+            module.sample(2, num_steps=steps)
+    for times, jump in (([1.0, 0.6], "1 to 0.6"), ([1.0, 0.75, 0.25], "0.75 to 0.25")):
+        with pytest.raises(ValueError, match=f"'flow_map' jumps from {jump} of .*leave student_times out"):
+            shortcut(FLOW, student_times=times)
+    assert shortcut(FLOW, student_times=[1.0, 0.5, 0.25]).sample(2).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"'renoise' jumps from 0.75 to 0 .*use sampler='flow_map'"):
+        shortcut(FLOW, num_steps=4, sampler="renoise")
+    one = shortcut(FLOW, sampler="renoise")
+    assert one.sample(2, num_steps=2).shape == (2, 2)  # 1 and 1/2 to 0 are trained
+    with pytest.raises(ValueError, match=r"'renoise' jumps from 0.75 to 0"):
+        one.sample(2, num_steps=4)
+    assert one.student_times == [1.0]
+    # the velocity is trained at every time
+    assert shortcut(UNEVEN["shifted"], num_steps=3, sampler="ode").student_times == few_step_times(UNEVEN["shifted"], 3)
+
+
 def test_free_flow_and_boot_learn_from_the_noise_alone():
     for method in (FreeFlow, BOOT):
         module = exact_module(method, two_times=True)
@@ -148,6 +255,36 @@ def test_free_flow_and_boot_learn_from_the_noise_alone():
             module.sample(4, num_steps=2)
     with pytest.raises(ValueError, match=r"BOOT starts from pure noise.*zero terminal SNR"):
         exact_module(BOOT, two_times=True, process=VariancePreserving())
+
+
+@pytest.mark.parametrize("step", [0.04, 0.3])
+def test_signals_that_others_begin_with_are_trained(step):
+    """Student calls of a BOOT update: the signals asked without graph, those that are trained, the boundary."""
+    module = exact_module(BOOT, two_times=True, time_step=step)
+    seen = []
+    module.student.register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append((torch.is_grad_enabled(), kwargs["r"])), with_kwargs=True
+    )
+    module.student_loss(Batch(size=4000))
+    used = next(r for graph, r in seen if not graph)
+    trained = next(r for graph, r in seen if graph)
+    assert float(used.max()) == pytest.approx(1.0 - step, abs=0.01)
+    assert float(trained.max()) == pytest.approx(1.0 - step, abs=0.01)
+    assert float(trained.min()) == pytest.approx(0.0, abs=0.01)
+    # evenly, without a hole between the two kinds of target
+    share = float((trained > 1.0 - 2.0 * step).double().mean())
+    assert share == pytest.approx(step / (1.0 - step), abs=0.03)
+
+
+def test_the_first_step_from_the_noise_is_of_second_order():
+    """Targets between 1 - 2h and 1 - h against the exact signal: an error of h^2 at most, of one Euler step h."""
+    errors = []
+    for h in (0.04, 0.02):
+        module = exact_module(BOOT, two_times=True, time_step=h)
+        module.training_times = Uniform((1.0 - 2.0 * h) / (1.0 - h), 1.0)
+        errors.append(loss_and_slope(module, Batch(size=2000))[0] ** 0.5)
+    assert errors[0] < 2e-3
+    assert errors[0] / errors[1] > 3.5
 
 
 @pytest.mark.parametrize("fault", [0.1, -0.1, 0.0])
@@ -191,6 +328,11 @@ def test_cmt_solves_or_reads_its_trajectories():
     again, same = module.trajectory(stored)
     torch.testing.assert_close(again, states)
     assert torch.equal(same, times)
+    assert CMT(mlp()).sampler == "renoise"
+    assert CMT(mlp(), form="flow_map", student=TwoTime()).sampler == "flow_map"
+    assert CMT(mlp(), form="flow_map", student=TwoTime(), sampler="renoise").sampler == "renoise"
+    with pytest.raises(ValueError, match=r"metric='lpips' is unknown; choose one of l2, mse"):
+        CMT(mlp(), metric="lpips")
     # a coarse solver's end is not the exact one; a finer one's error is a quarter per halving for heun
     errors = [loss_and_slope(exact_module(CMT, solver_steps=k, metric="l2"), Batch(size=64))[0] for k in (8, 16, 32)]
     assert errors[0] / errors[1] > 6.0
@@ -233,6 +375,9 @@ def test_bad_settings_are_named():
         ({"objective": "euler"}, "choose lagrangian, eulerian or progressive"),
         ({"objective": "progressive", "equal_share": 0.0}, "give equal_share > 0"),
         ({"sampler": "heun"}, "choose flow_map or renoise or ode"),
+        ({"objective": "progressive", "middle": "thrid"}, "middle='thrid' is unknown; choose random or half"),
+        ({"tangent": "forward"}, "tangent='forward' is unknown; choose one of jvp, central"),
+        ({"tangent": "central", "tangent_step": -1e-3}, "tangent_step=-0.001: the step of a difference is positive"),
     ):
         with pytest.raises(ValueError, match=message):
             FlowMapDistillation(mlp(), **settings)
@@ -240,3 +385,26 @@ def test_bad_settings_are_named():
         ready(MeanFlow(mlp())).student_loss(Batch(size=4))
     with pytest.raises(ValueError, match="power of 2"):
         Shortcut(mlp(), most_steps=1, student=TwoTime())
+    with pytest.raises(ValueError, match="the step of a difference is positive"):
+        MeanFlow(mlp(), tangent="central", tangent_step=0.0)
+
+
+@pytest.mark.parametrize("method", [APEX, ArcFlow, BOOT, OFTSR, PiFlow, Shortcut, SnapFlow, TwinFlow])
+def test_methods_without_a_derivative_take_no_settings_of_one(method):
+    with pytest.raises(TypeError, match="tangent"):
+        method(mlp(), tangent="one_sided")
+    parser = ArgumentParser()
+    parser.add_class_arguments(method, "method")
+    keys = {action.dest for action in parser._actions}
+    assert "method.training_times" in keys
+    assert not {"method.tangent", "method.tangent_step"} & keys
+
+
+@pytest.mark.parametrize("objective", ["lagrangian", "eulerian", "progressive"])
+@pytest.mark.parametrize("mode", ["jvp", "central", "one_sided", "semi"])
+def test_calls_are_counted_in_every_mode(objective, mode):
+    module = ready(FlowMapDistillation(mlp(), objective=objective, tangent=mode, ema=[]))
+    calls = []
+    module.student.register_forward_pre_hook(lambda *_: calls.append(1))
+    module.student_loss(data(4).map(lambda x: x.float()))
+    assert len(calls) == module.forward_counts()["student"]["student"]

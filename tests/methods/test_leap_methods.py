@@ -9,6 +9,8 @@ from small_problems import mlp, ready, shift
 from test_trajectory_learning import distilled, error, ring_problem, two_times  # noqa: F401  (a fixture)
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import ConstantEMA
+from lightning_distill.export.pipeline import export_denoiser
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance
 from lightning_distill.losses.audio import SISDR, DecodedLoss, si_sdr
@@ -17,6 +19,9 @@ from lightning_distill.losses.leaps import leap_grid, shifted_pair
 from lightning_distill.methods import PCM, ROSECD, ConsistencyDistillation, FlashVDM, SnapFlow, VideoScene
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import analytic_denoiser, gaussian_flow_map
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.small import ResidualMLP, small_unet
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
 from lightning_distill.times import bounded
 
 
@@ -243,6 +248,71 @@ def test_a_leap_is_one_step_of_the_noised_rendering():
         ready(VideoScene(mlp(), rendering="coarse")).student_loss(data(4))
     with pytest.raises(ValueError, match=r"none of their shape in Batch\(noise=...\)"):
         ready(VideoScene(mlp())).student_loss(data(4))
+
+
+def test_a_leap_is_made_from_the_leap_time_alone(tmp_path):
+    module = exact_module(VideoScene)
+    for steps in (1, 3):
+        with pytest.raises(ValueError, match=f"num_steps={steps} begins at t=1, and .* from its leap time, 0.6"):
+            module.sample(4, num_steps=steps)
+    assert exact_module(VideoScene, leap=1.0).sample(4, num_steps=1).shape == (4, 2)
+    unet = small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8)
+    teacher = Denoiser(unet, VariancePreserving(zero_terminal_snr=True), "v_prediction")
+    for leap, folder in ((0.6, "noise"), (1.0, "whole")):
+        module = ready(VideoScene(teacher, leap=leap, ema=[ConstantEMA(0.5)]))
+        student = (module.sampling_network(), module.student_times, module.sampler)
+        if leap == 1.0:
+            assert export_denoiser(*student, tmp_path / folder).is_dir()
+            continue
+        with pytest.raises(ValueError, match="no stock pipeline has the rest"):
+            export_denoiser(*student, tmp_path / folder)
+        assert not (tmp_path / folder).exists()
+    for process, leap in ((FlowMatching(), 5e-5), (EDM(), 2e-5), (VariancePreserving(), 1e-3)):
+        with pytest.raises(ValueError, match=f"leap={leap:g} is t=.*the grid ends at .*give a larger one"):
+            exact_module(VideoScene, process=process, leap=leap)
+
+
+class Sees(torch.nn.Module):
+    """A network whose input has the rendering beside the sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.shape = ResidualMLP((2,), 8, 1), (2,)
+
+    def forward(self, x, t, coarse):
+        self.seen = coarse
+        return self.inner(x + 0.1 * coarse, t)
+
+
+@pytest.mark.parametrize("network", [None, Sees])
+def test_renderings_come_by_name(network):
+    """They are no condition of a network that does not know them, and one of a network that does."""
+    teacher = mlp() if network is None else Denoiser(network(), FLOW, "flow_prediction")
+    coarse, eps = torch.randn(6, 2), torch.randn(6, 2)
+    batch = Batch(x0=torch.randn(6, 2), cond={"coarse": coarse})
+    by_name, by_noise = (
+        ready(VideoScene(teacher, rendering=name, rendering_share=1.0, ema=[], intervals=6))
+        for name in ("coarse", None)
+    )
+    loss = by_name.student_loss(batch).losses["consistency"]
+    if network is None:
+        want = by_noise.student_loss(Batch(x0=batch.x0, noise=coarse)).losses["consistency"]
+        assert torch.equal(loss, want)
+    else:
+        assert torch.equal(by_name.student.network.seen, coarse)
+        assert torch.equal(by_name.teacher.network.seen, coarse)
+    made = by_name.sample(6, {"coarse": coarse}, noise=eps)
+    x = 0.4 * coarse + 0.6 * eps
+    told = {"coarse": coarse} if network else {}
+    torch.testing.assert_close(made, by_name.student(x, torch.full((6,), 0.6), told).x0.detach())
+    leap = by_name.leap_from(coarse, {"coarse": coarse}, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(
+        by_name.sample(6, {"coarse": coarse}, generator=torch.Generator().manual_seed(3)), leap, rtol=1e-5, atol=1e-6
+    )
+    torch.manual_seed(0)
+    assert by_name.predict_step(batch, 0).shape == (6, 2)
+    with pytest.raises(ValueError, match=r"none of their shape in cond\['coarse'\]"):
+        by_name.sample(6, {"coarse": coarse[:, :1]})
 
 
 # ------------------------------------------------------------------------------------------------ FlashVDM

@@ -10,6 +10,9 @@ from test_trajectory_learning import distilled, error, ring_problem, two_times  
 from torch import nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.callbacks.samples import trajectory_strips
+from lightning_distill.evaluation import sample_many
+from lightning_distill.evaluation.teacher import baseline_key
 from lightning_distill.generation import generate
 from lightning_distill.losses.flow_maps import flow_jump
 from lightning_distill.losses.oftsr import alignment_loss, perturbed_source, runge_kutta_velocity, trajectory_target
@@ -116,6 +119,24 @@ def test_restoring_is_one_step_with_a_knob():
     assert spread == sorted(spread)
     with pytest.raises(ValueError, match="realism=2"):
         module.restore(source, realism=2)
+
+
+class Dropping(nn.Sequential):
+    """A network with dropout, whatever the times."""
+
+    def forward(self, x, t, r=None):
+        return super().forward(x)
+
+
+def test_restoring_is_without_dropout():
+    network = Dropping(nn.Linear(2, 64), nn.Dropout(0.5), nn.Linear(64, 2))
+    teacher = Denoiser(network, FLOW, "flow_prediction", sigma_data=1.12)
+    module = ready(OFTSR(teacher, source="gaussian", shape=[2], ema=[]))
+    module.train()
+    x = torch.randn(8, 2)
+    assert torch.equal(module.restore(x), module.restore(x))
+    torch.testing.assert_close(module.restore(x), module.sample(8, noise=x))
+    assert module.student.training
 
 
 class Conditional(nn.Module):
@@ -226,6 +247,47 @@ def test_students_of_such_a_teacher_begin_there():
     facts = Recipe("pairs", (1.0, 0.5))
     with pytest.raises(ValueError, match="begin at the condition 'low', and stores"):
         trajectory_records(teacher, facts, 0, 2, (2,), {"low": torch.randn(2, 2)})
+
+
+class Restoring(nn.Module):
+    """A velocity that is told the picture at which it begins."""
+
+    shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, x, t, low=None, r=None):
+        times = [t.to(x)[:, None], (t if r is None else r).to(x)[:, None]]
+        return self.layer(torch.cat([x, low, *times], 1))
+
+
+def test_callbacks_and_evaluation_begin_at_the_source_as_well():
+    torch.manual_seed(0)
+    low = 3.0 + torch.randn(4, 2)
+
+    def conditions(network, n, first=0):
+        return {"low": low[first : first + n]}
+
+    module = ready(OFTSR(Denoiser(Restoring(), FlowMatching(), "flow_prediction"), source="low", shape=[2])).eval()
+    network = module.sampling_network()
+    exact = module.sample(4, {"low": low}, noise=torch.zeros(4, 2))  # a share of 0 of the noise
+    made, _ = sample_many(network, 4, module.student_times, module.sampler, 0, shape=(2,), conditions=conditions)
+    torch.testing.assert_close(made, exact)
+    seen = []
+    for role in (module.teacher, network):
+        role.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    sample_many(module.teacher, 4, [1.0, 0.5], "ode", 0, shape=(2,), conditions=conditions)
+    torch.testing.assert_close(seen[0], low)
+    seen.clear()
+    trajectory_strips(module, 2, 4, 0, None, conditions)
+    torch.testing.assert_close(seen[0], low)
+    with pytest.raises(ValueError, match="begin at the condition 'low', which is missing"):
+        sample_many(network, 4, [1.0], "flow_map", 0, shape=(2,))
+    plain = Denoiser(Restoring(), FlowMatching(), "flow_prediction")
+    keys = {baseline_key("same", t, 4, 1.0, 10, 0, "", (2,)) for t in (plain, module.teacher)}
+    assert len(keys) == 2  # rows from pure noise are no rows of this teacher
 
 
 def test_noise_may_be_the_source():

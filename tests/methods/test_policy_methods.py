@@ -23,6 +23,7 @@ from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
 from lightning_distill.policies import groups_of
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
 from lightning_distill.samplers import transport
+from lightning_distill.times import Uniform
 
 FLOW = FlowMatching()
 
@@ -244,6 +245,8 @@ def test_no_stock_pipeline_is_promised(tmp_path):
         (ArcFlow, {"temperature": 0.5}, "no other policy has one; set temperature=1"),
         (ArcFlow, {"components": 1}, "at least 2"),
         (PiFlow, {"sampler": "ode"}, "choose flow_map"),
+        (PiFlow, {"data_free": True, "training_times": Uniform(0.5, 0.6)}, "leave one of them out"),
+        (ArcFlow, {"data_free": True, "training_times": Uniform(0.5, 0.6)}, "leave one of them out"),
     ],
 )
 def test_bad_settings_are_named(method, settings, message):

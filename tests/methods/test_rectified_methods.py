@@ -370,7 +370,7 @@ def test_a_student_of_its_own_is_refused():
 
 def test_it_is_not_sharded():
     module = LearnedSolver(gaussian(), shape=[1])
-    module._trainer = SimpleNamespace(strategy=RoleFSDP2())
+    module._trainer = SimpleNamespace(strategy=RoleFSDP2(), precision="32-true", callbacks=[])
     with pytest.raises(ValueError, match="use one process or strategy=role_ddp"):
         module.setup("fit")
 

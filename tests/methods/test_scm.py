@@ -100,9 +100,31 @@ def test_the_learned_weight_is_at_its_optimum_where_it_balances_the_error():
     assert float(gradient) == pytest.approx(1.0 - float(before.detach()), rel=1e-4)
     assert module.role_parameters("log_variance")
     assert ready(SCM(mlp(), adaptive=False)).role_parameters("log_variance") == []
-    for settings in ({"weight": "snr"}, {"norm": "half"}):
-        with pytest.raises(ValueError):
-            ready(SCM(mlp(), **settings)).student_loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": "snr"}, "weight='snr' trig or one"),
+        ({"norm": "half"}, "norm='half' is unknown; choose full or rms"),
+        ({"tangent": "forward"}, "tangent='forward' is unknown; choose one of jvp, central"),
+        ({"tangent": "central", "tangent_step": -1.0}, "tangent_step=-1.0: the step of a difference is positive"),
+        ({"constant": -1.0}, "constant=-1.0 .* give a positive constant"),
+        ({"warmup_updates": -5}, "warmup_updates=-5: .* a number of updates from 0"),
+    ],
+)
+def test_bad_settings_are_named_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SCM(mlp(), **settings)
+    known = {"tangent", "tangent_step", "warmup_updates"}
+    if set(settings) <= known:
+        with pytest.raises(ValueError, match=message):
+            RCM(mlp(), **settings)
+
+
+def test_matching_begins_at_an_update():
+    with pytest.raises(ValueError, match="matching_from=-3: give a student update, 0 for the first"):
+        RCM(mlp(), matching_from=-3)
 
 
 # ------------------------------------------------------------------------------------------------ compositions

@@ -13,6 +13,7 @@ from test_trajectory_learning import distilled, error, ring_problem, two_times  
 from torch import nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.callbacks.samples import SampleGrid
 from lightning_distill.ema import ConstantEMA
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance
@@ -380,11 +381,32 @@ def test_gamma_sampling_keeps_the_law_and_joins_two_samplers(process):
         gamma(Map(), start, times, process, share=1.5)
 
 
+def test_the_share_of_fresh_noise_is_the_users():
+    module, noise = ready(CTM(mlp(), sampler="gamma", num_steps=3, noise_share=0.3, ema=[])), torch.ones(4, 2)
+
+    def draw(**settings):
+        return module.sample(4, noise=noise, generator=torch.Generator().manual_seed(0), **settings)
+
+    flow = ready(CTM(mlp(), num_steps=3, ema=[])).sample(4, noise=noise)
+    assert torch.equal(draw(), draw(noise_share=0.3))
+    assert not torch.allclose(draw(), draw(noise_share=0.2))
+    torch.testing.assert_close(draw(noise_share=0.0), flow)
+    torch.testing.assert_close(
+        draw(), module.sample_hybrid(4, first=0, noise=noise, generator=torch.Generator().manual_seed(0))
+    )
+    panels = [SampleGrid(num_samples=4, teacher_steps=0).panels(module)["student, 3 steps"]]
+    module.noise_share = 0.9
+    panels += [SampleGrid(num_samples=4, teacher_steps=0).panels(module)["student, 3 steps"]]
+    assert not torch.allclose(*panels)
+
+
 def test_trajectory_students_are_sampled_by_gamma_and_bad_settings_are_named():
     module = ready(CTM(mlp(), sampler="gamma", num_steps=3))
     made = [module.sample(4, noise=torch.ones(4, 2), generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
     assert not torch.equal(*made)
     for settings, message in (
+        ({"sampler": "gamma", "noise_share": 1.5}, r"noise_share=1.5: the share of fresh noise lies in \[0, 1\]"),
+        ({"noise_share": 0.3}, "noise_share=0.3 needs sampler='gamma'"),
         ({"solver_steps": 0}, "solver_steps=0: give 1 to the 18 intervals"),
         ({"intervals": 4, "solver_steps": 5}, "give 1 to the 4 intervals"),
         ({"gan_from": -1}, "gan_from=-1"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_problems import assert_same_cycle, mlp, ready, shift
-from tiny_pipelines import flux, sana_sprint
+from tiny_pipelines import flux, sana, sana_sprint, sd15
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import generate
@@ -296,3 +296,24 @@ def test_students_are_sampled_at_a_scale_that_is_asked_for(told):
     torch.testing.assert_close(found, guided(two_passes.student, raw, t, cond, 5.0).x0)
     with pytest.raises(ValueError, match="has no null class"):
         ready(DMD2(replace_class(mlp(classes=3)))).sample(2, {}, noise=noise[:2], guidance_scale=5.0)
+
+
+@pytest.mark.parametrize("maker", [sd15, sana])
+@pytest.mark.parametrize("student", [Copy, Lora])
+def test_the_teacher_keeps_its_two_passes_beside_a_told_student(maker, student):
+    """Families have a default scale, which a branch on the shared network would be told in the teacher's place."""
+    tiny = maker()
+    teacher = tiny.denoiser(null_cond=tiny.null())
+    cond, x, t = tiny.cond(2), torch.randn(2, *tiny.shape), torch.tensor([0.4, 0.7], dtype=torch.float64)
+    plain, guidance = teacher(x, t, cond).x0, guided(teacher, x, t, cond, 5.0).x0
+    assert (plain - guidance).abs().max() > 1e-4
+    role = TwoTime(student(), kind=None, guidance=True)
+    module = ready(ConsistencyDistillation(teacher, student=role, guidance=RandomGuidance(3, 8)))
+    assert is_told(module.student)
+    assert is_told(module.sampling_network())
+    assert not is_told(teacher)
+    torch.testing.assert_close(guided(teacher, x, t, cond, 5.0).x0, guidance)
+    torch.testing.assert_close(teacher(x, t, cond).x0, plain)
+    torch.testing.assert_close(module.student(x, t, cond, guidance=torch.tensor(5.0)).x0, plain)
+    other = ready(DMD2(teacher, fake_score=Lora())) if student is Lora else None
+    assert other is None or not is_told(other.fake_score)

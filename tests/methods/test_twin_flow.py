@@ -276,6 +276,10 @@ def test_bad_settings_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             TwinFlow(mlp(), **settings)
+    # the fake branch is trained at training_times, and matched at matching_times
+    with pytest.raises(ValueError, match=r"Uniform\(low=0.6, high=1.0\) does not cover the matching times"):
+        ready(TwinFlow(mlp(), training_times=Uniform(0.6, 1.0)))
+    ready(TwinFlow(mlp(), training_times=Uniform(0.6, 1.0), matching_times=Uniform(0.65, 0.9)))
     with pytest.raises(ValueError, match="the condition itself"):
         ShiftedCondition(1.0, 0.0)
     with pytest.raises(ValueError, match=r"has neither; use NegativeTime\(\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,16 +11,32 @@ from exact_students import COV, F64, FLOW, MEAN, MIXTURE, data, exact_module, lo
 from small_problems import Exact as PosteriorMean
 from small_problems import gradients, mlp, ready, shift
 from test_trajectory_learning import ONE_SIDED, PROCESS, distilled, error, ring_problem, student, two_times
+from tiny_pipelines import MAKERS
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance
 from lightning_distill.losses.flow_maps import balance_weight
 from lightning_distill.losses.velocity_matching import velocity_matching_target
-from lightning_distill.methods import SCM, TBCM, AnyFlow, AnyFlowOnPolicy, MDTDist, MeanFlow
+from lightning_distill.methods import (
+    CTM,
+    DMD2,
+    SCM,
+    TBCM,
+    AnyFlow,
+    AnyFlowOnPolicy,
+    ArcFlow,
+    GuidanceDistillation,
+    MDTDist,
+    MeanFlow,
+    SANASprint,
+)
 from lightning_distill.methods.any_flow import flow_map_simulation
 from lightning_distill.metrics.sliced_wasserstein import sliced_wasserstein
+from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import analytic_denoiser, gaussian_flow_map
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.networks.two_time import TwoTime
 from lightning_distill.parameterisations import TrajectoryMap
@@ -222,6 +239,21 @@ def test_both_terms_have_their_own_guidance():
             MDTDist(mlp(), **settings)
 
 
+def test_distillation_asks_for_what_matching_has_trained():
+    with pytest.raises(ValueError, match=r"Uniform\(low=0.6, high=1.0\) does not cover the matching times"):
+        ready(MDTDist(mlp(), training_times=Uniform(0.6, 1.0), distillation_times=Uniform(0.0, 0.3)))
+    ready(MDTDist(mlp(), training_times=Uniform(0.0, 1.0), distillation_times=Uniform(0.0, 0.3)))
+    with pytest.raises(ValueError, match=r"tangent_step=0\.6: times stay at least two steps above 0"):
+        ready(MDTDist(mlp(), tangent_step=0.6))
+    assert ready(MDTDist(mlp(), tangent="jvp", tangent_step=0.6)).tangent_step == 0.6
+    for settings, message in (
+        ({"tangent_step": -0.1}, "tangent_step=-0.1: the step of a difference is positive"),
+        ({"tangent": "forward"}, "tangent='forward' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MDTDist(mlp(), **settings)
+
+
 # ------------------------------------------------------------------------------------------------ AnyFlow
 def any_flow(method=AnyFlow, fault=0.0, **settings):
     settings = {"from_data": False, "training_times": Uniform(0.02, 0.98), **settings}
@@ -366,6 +398,73 @@ def test_bad_settings_of_any_flow_are_named():
         ready(AnyFlow(mlp(classes=4), guidance=Guidance(2.0)))
 
 
+def timestep_mlp(zero_terminal_snr, kind):
+    return Denoiser(mlp().network, VariancePreserving(zero_terminal_snr=zero_terminal_snr), kind)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_central_differences_at_the_noisiest_time_of_a_timestep_model(zero):
+    """A step beyond it is no step back, and no logarithm of a negative number."""
+    module = ready(AnyFlow(timestep_mlp(zero, "v_prediction")))
+    end = torch.full((4,), module._flow_max, dtype=F64)
+    x, ones = torch.zeros(4, 2), torch.ones(4, dtype=F64)
+    for beyond in (0.005, -0.005):
+        time = module.native(x, end + beyond)[1]
+        assert torch.isfinite(time).all()
+        assert float((time - ones).abs().max()) > 1e-3
+    loss = module.student_loss(Batch(x0=torch.randn(64, 2))).losses
+    assert all(torch.isfinite(value) for value in loss.values())
+
+
+@pytest.mark.parametrize(("method", "settings"), [(AnyFlow, {}), (MDTDist, {}), (SCM, {"tangent": "central"})])
+def test_differences_of_coarse_networks_are_refused(method, settings):
+    half = mlp()
+    half.network.bfloat16()
+    with pytest.raises(ValueError, match=r"takes differences, and ResidualMLP computes in bfloat16.*tangent='jvp'"):
+        ready(method(half, student=coarse(method), **settings))
+    whole = mlp()
+    whole.family = replace(whole.family, integer_time=True)
+    with pytest.raises(ValueError, match="takes differences in time, and ResidualMLP is told integer times"):
+        ready(method(whole, **settings))
+
+
+def coarse(method):
+    """A student on the teacher's own half-precision backbone."""
+    role = Lora(target_modules=("output",))
+    return TwoTime(role) if method is AnyFlow else role
+
+
+def test_samples_are_made_at_the_scale_that_distillation_tells(monkeypatch):
+    teacher = mlp(classes=3)
+    role = TwoTime(kind=None, guidance=True)
+    module = ready(MDTDist(teacher, student=role, guidance=RandomGuidance(2.0, 8.0)))
+    told = []
+    forward = type(module.student).forward
+
+    def recorded(self, x, t, cond=None, guidance=None, **options):
+        if self is module.student:
+            told.append(self.family.guidance_scale if guidance is None else guidance)
+        return forward(self, x, t, cond, guidance=guidance, **options)
+
+    monkeypatch.setattr(type(module.student), "forward", recorded)
+    module.student_loss(Batch(x0=torch.randn(6, 2), cond={"class_labels": torch.arange(6) % 3}))
+    assert len(told) > 2
+    for scale in told:
+        torch.testing.assert_close(torch.as_tensor(scale).double(), told[0].double())
+
+
+@pytest.mark.parametrize("method", [SCM, MeanFlow, MDTDist])
+def test_no_network_is_asked_below_its_first_timestep(method):
+    module = ready(method(timestep_mlp(False, "epsilon")))
+    if method is SCM:
+        times = change_process(module.consistency.draw(module, 4000), TrigFlow(), module.process)[0]
+    elif method is MDTDist:
+        times = module.native(torch.zeros(4000, 2), module.drawn_times("t", Uniform(0.0, 1.0), 4000))[1]
+    else:
+        times = module.native(torch.zeros(4000, 2), module.pair_times(4000)[0])[1]
+    assert float(module.process.index_from_t(times).min()) > -1e-6
+
+
 # ------------------------------------------------------------------------------------------------ learning
 def critic(parameters):
     return torch.optim.Adam(parameters, lr=2e-3, betas=(0.0, 0.99), fused=True)
@@ -430,3 +529,45 @@ def test_a_derivative_of_the_wrong_sign_does_not_learn(ring_problem, monkeypatch
         found[sign] = error(module.sample(len(noise), noise=noise), ends)
     print(f"mdt_dist after 150 updates: {found[1.0]:.3f}, with the wrong sign {found[-1.0]:.3f}")
     assert found[1.0] < 0.75 * found[-1.0]
+
+
+def test_pure_noise_of_the_game_is_without_a_trace_of_the_data():
+    """A timestep model's noisiest data have one, and samples begin without it."""
+    gan = Adversary(taps=("blocks.0",), features="teacher")
+    module = ready(SANASprint(timestep_mlp(False, "epsilon"), gan=gan, largest_share=1.0))
+    made = module.simulate_student(Batch(x0=torch.full((4000, 2), 50.0)), False).prediction
+    assert float(made.x_t.mean().abs()) < 0.1
+    assert float(made.t.min()) == 1.0
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "gamma"])
+def test_jumps_have_no_guidance_of_their_own(sampler):
+    """They were trained with it; a plain call at r = t in their place would be another function."""
+    module = ready(CTM(mlp(classes=3), ema=[]))
+    cond = {"class_labels": torch.zeros(2, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="whose jumps were trained with their guidance"):
+        generate(module.student, torch.randn(2, 2), cond, [1.0, 0.5], sampler, guidance_scale=3.0)
+
+
+def test_networks_with_a_target_time_of_their_own_jump_where_they_are_trained_to():
+    """AnyFlow's network: DMD2 trains it at r = t, a method of flow maps to jump."""
+    asked = []
+    for method in (MeanFlow, DMD2):
+        tiny = MAKERS["anyflow"]()
+        module = ready(method(tiny.denoiser(), ema=[]))
+        network = module.student.network
+        hook = network.register_forward_pre_hook(
+            lambda m, a, k: asked.append(k["r_timestep"].flatten()[0].item()), with_kwargs=True
+        )
+        generate(module.student, torch.randn(1, *tiny.shape), tiny.cond(1), [1.0], "renoise")
+        hook.remove()
+    assert asked == [0.0, 1000.0]
+
+
+@pytest.mark.parametrize("method", [ArcFlow, GuidanceDistillation])
+def test_a_list_of_times_stands_for_its_number(method):
+    """Whatever number of steps is the method's default."""
+    times = [0.9, 0.6, 0.3]
+    assert method(mlp(), student_times=times).student_times == times
+    with pytest.raises(ValueError, match="num_steps=7 and the 3 student_times disagree"):
+        method(mlp(), student_times=times, num_steps=7)

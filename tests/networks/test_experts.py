@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
+import tiny_pipelines
 import torch
 from torch import nn
 
 from lightning_distill.batch import Batch
+from lightning_distill.generation import default_cond, needed_conditions
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.experts import ConditionExperts, Experts, TimeExperts
+from lightning_distill.networks.experts import ConditionExperts, Experts, PromptExperts, TimeExperts
 from lightning_distill.networks.families import FAMILIES, Family, register
-from lightning_distill.networks.roles import Lora, averaged_copy
+from lightning_distill.networks.prompt_groups import prompt_features
+from lightning_distill.networks.roles import Copy, Lora, averaged_copy
 from lightning_distill.networks.small import ResidualMLP, small_unet
+from lightning_distill.networks.two_time import TwoTime
+from lightning_distill.parameterisations import takes_target
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow
 from lightning_distill.randomness import Draws
 
@@ -123,6 +131,89 @@ def test_averages_and_state_hold_all_experts():
     assert not any(p.requires_grad for p in average.parameters())
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2", "z_image", "qwen_image", "cogvideox"])
+def test_what_all_samples_share_is_not_divided(name):
+    tiny = getattr(tiny_pipelines, name)()
+    teacher = tiny.denoiser()
+    student = Experts(boundaries=[0.5]).build(teacher, "student").eval()
+    # as many samples as tokens of the picture, whose position ids are then as many
+    for n in (math.prod(tiny.shape[-2:]) // (1 if name == "flux2" else 4), 5):
+        x, t, cond = torch.randn(n, *tiny.shape), torch.linspace(0.9, 0.2, n, dtype=torch.float64), tiny.cond(n)
+        with torch.no_grad():
+            torch.testing.assert_close(student(x, t, cond).x0, teacher(x, t, cond).x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "sd3"])
+def test_prompts_are_grouped_in_a_call_as_they_are_in_the_store(name):
+    tiny = getattr(tiny_pipelines, name)()
+    teacher, cond = tiny.denoiser(), tiny.cond(4)
+    tokens = torch.randn_like(cond["encoder_hidden_states"])
+    cond["encoder_hidden_states"] = tokens
+    if "encoder_attention_mask" in cond:  # padding has embeddings too, and counts for nothing
+        cond["encoder_attention_mask"] = (
+            torch.arange(tokens.shape[1]).expand(4, -1) < torch.tensor([2, 1, 2, 1])[:, None]
+        )
+    features = prompt_features(cond)
+    experts = [teacher.network, *(copy.deepcopy(teacher.network) for _ in range(3))]
+    teacher.network, calls = PromptExperts(experts, features), []
+    for k, expert in enumerate(experts):
+        expert.register_forward_pre_hook(lambda *_, k=k: calls.append(k))
+    chosen = torch.tensor([2, 0])
+    part = {key: value[chosen] for key, value in cond.items()}
+    with torch.no_grad():
+        teacher(torch.randn(2, *tiny.shape), torch.tensor([0.9, 0.2]).double(), part)
+    assert calls == [0, 2]
+
+
+def test_conditions_are_divided_by_their_rows_alone():
+    experts = Experts(boundaries=[0.5]).build(mlp(), "student").network
+    seen = []
+    for expert in experts.experts:
+        expert.forward = lambda x, t, **given: seen.append(given) or x
+    x, t = torch.arange(3.0)[:, None].expand(3, 2), torch.tensor([0.9, 0.1, 0.8])
+    labels, scalar = torch.arange(3), torch.tensor(2.0)
+    given = {"labels": labels, "scale": scalar, "rows": [x[i] for i in range(3)], "other": [1, 2]}
+    assert torch.equal(experts(x, t, **given, nested={"labels": labels}), x)
+    first, second = seen
+    assert first["labels"].tolist() == first["nested"]["labels"].tolist() == [0, 2]
+    assert second["labels"].tolist() == [1]
+    assert all(call["scale"] is scalar and call["other"] == [1, 2] for call in seen)
+    assert [len(call["rows"]) for call in seen] == [2, 1]
+    assert torch.equal(second["rows"][0], x[1])
+
+
+@pytest.mark.parametrize("name", ["flux", "sd15"])
+def test_experts_are_told_a_guidance_scale_as_their_networks_are(name):
+    tiny = getattr(tiny_pipelines, name)()
+    role = Copy() if name == "flux" else TwoTime(kind=None, guidance=True)
+    single, student = role.build(tiny.denoiser(), "one"), Experts(boundaries=[0.5], role=role).build(tiny.denoiser())
+    assert single.embeds_guidance
+    assert student.embeds_guidance
+    assert not takes_target(student)
+    if name == "sd15":  # as training could leave them
+        with torch.no_grad():
+            for network in (single.network, *student.network.experts):
+                network.time_embedding.cond_proj.weight.fill_(0.05)
+    x, t, cond = torch.randn(2, *tiny.shape), torch.tensor([0.9, 0.2]).double(), tiny.cond(2)
+    with torch.no_grad():
+        told = [student(x, t, cond, guidance=torch.tensor([w, w])).x0 for w in (2.0, 7.0)]
+        alone = single(x, t, cond, guidance=torch.tensor([7.0, 7.0])).x0
+    assert not torch.allclose(*told)
+    torch.testing.assert_close(told[1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_know_the_times_and_conditions_of_their_networks():
+    class Asking(nn.Linear):
+        def forward(self, x, t, low, r=None):
+            return super().forward(x) + low
+
+    teacher = Denoiser(Asking(2, 2), FlowMatching(), "flow_prediction")
+    student = Experts(boundaries=[0.5]).build(teacher, "student")
+    assert takes_target(student)
+    assert needed_conditions(student) == needed_conditions(teacher) == ["low"]
+    assert not student.embeds_guidance
+
+
 def test_models_of_diffusers_are_experts_too():
     network = small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8)
     teacher = Denoiser(network, FlowMatching(), "flow_prediction").eval()
@@ -145,3 +236,12 @@ def test_bad_input():
     refused("belongs to exactly one expert", classes=[[0, 1], [1]])
     refused("names 3 classes, but ResidualMLP has 4", mlp(classes=4), classes=[[0, 1], [2]])
     refused("networks of their own", boundaries=[0.5], role=Lora(rank=2))
+
+
+def test_experts_are_given_the_conditions_of_their_networks():
+    """Planning and shapes ask for them without data."""
+    teacher = tiny_pipelines.MAKERS["wan"]().denoiser()
+    student = Experts(boundaries=[0.9]).build(teacher, "student")
+    made, own = default_cond(teacher, 2), default_cond(student, 2)
+    assert set(own) == set(made)
+    assert all(own[key].shape == made[key].shape for key in made)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.networks.signatures import called_network
+
 __all__ = [
     "ATTENTION",
     "FAMILIES",
@@ -73,11 +75,15 @@ class Family:
         required: those it cannot run without.
         arguments: network, sample x (B, C, ...) and conditions -> keyword arguments; None passes conditions as they
             are.
+        shared: names of keyword arguments that all samples of a call share, such as position ids; tensors and lists of
+            all others are divided with the samples.
         cond_shapes: shape of one sample's conditions by key, without the batch dimension: a number, or the name of a
             setting of the network's configuration; lengths of text are arbitrary. Or a function of the network.
         null: value that stands for "no condition", by key: a number, a tensor (1, ...), ``SAME``, or a function of the
             network that gives one (None for a network without). Keys without an entry have no unconditional
             counterpart unless the caller gives one.
+        classes: number of classes of a network that was trained with a class for every sample; a null class, where
+            there is one, says it else.
         blocks: attribute paths of the block lists, in execution order: units of sharding, activation checkpointing
             and discriminator features.
         block_output: which element the image stream is, where a block returns a tuple.
@@ -109,8 +115,10 @@ class Family:
     cond_keys: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     arguments: Callable[[nn.Module, Tensor, _Condition], dict[str, Any]] | None = None
+    shared: tuple[str, ...] = ()
     cond_shapes: _Shapes | Callable[[nn.Module], _Shapes] = field(default_factory=dict)
     null: Mapping[str, _Value | Callable[[nn.Module], _Value | None]] = field(default_factory=dict)
+    classes: Callable[[nn.Module], int | None] = lambda network: None
     blocks: tuple[str, ...] = ()
     block_output: int = 0
     lora_targets: tuple[str, ...] = ATTENTION
@@ -156,6 +164,7 @@ def example_cond(network: nn.Module, n: int) -> dict[str, Tensor]:
         network: of a family that states its ``cond_shapes``; empty for any other.
         n: number of rows.
     """
+    network = called_network(network)
     shapes, config = family_of(network).cond_shapes, getattr(network, "config", {})
     shapes = shapes(network) if callable(shapes) else shapes
     device = next((p.device for p in network.parameters()), None)

@@ -16,10 +16,16 @@ def _dit_classes(network: nn.Module) -> int | None:
     return config.num_embeds_ada_norm
 
 
+def _unet_classes(network: nn.Module) -> int | None:
+    config: Any = network.config
+    return config.num_class_embeds
+
+
 register(
     Family(
         "UNet2DModel",
         cond_keys=("class_labels",),
+        classes=_unet_classes,
         blocks=("down_blocks", "mid_block", "up_blocks"),
         lora_targets=(*ATTENTION, "conv1", "conv2", "time_emb_proj"),
         sample_shape=image_shape,

@@ -122,6 +122,7 @@ register(
         required=("encoder_hidden_states",),
         cond_shapes={"encoder_hidden_states": ("max_text_seq_length", "text_embed_dim")},
         arguments=_cog_arguments,
+        shared=("image_rotary_emb",),
         blocks=("transformer_blocks",),
         lora_targets=(*ATTENTION, "ff.net.0.proj", "ff.net.2"),
         sample_shape=_cog_shape,

@@ -33,7 +33,7 @@ from lightning_distill.commands.quickstart import EVALUATION_SEED
 from lightning_distill.commands.run_folder import find_checkpoint, find_run, load_run
 from lightning_distill.evaluation.evaluator import Evaluator
 from lightning_distill.evaluation.sampling import sample_many
-from lightning_distill.methods.told_scale import telling
+from lightning_distill.guidance import telling
 from lightning_distill.metrics.extractors import ZooClassifier
 from lightning_distill.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_distill.metrics.reference import load_reference

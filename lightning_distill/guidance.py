@@ -8,7 +8,9 @@ Networks that embed a scale (FLUX.1-dev, SANA-Sprint, students of guidance disti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ __all__ = [
     "guided",
     "is_told",
     "per_sample",
+    "telling",
     "unguided_and_guided",
 ]
 
@@ -34,6 +37,23 @@ __all__ = [
 def is_told(denoiser: Denoiser) -> bool:
     """Whether a denoiser is guided by telling it the scale, in one pass."""
     return denoiser.family.guidance_scale is not None and denoiser.embeds_guidance
+
+
+@contextmanager
+def telling(network: Denoiser, scale: float | Tensor | None) -> Iterator[None]:
+    """Within it a network that embeds a guidance scale is told this one by every call that names none.
+
+    Args:
+        network: with a branch for the scale.
+        scale: w, a number or one of each sample, (B,); None tells nothing.
+    """
+    before = network.family
+    now: Any = scale  # a family has a number; calls take a tensor, too
+    network.family = replace(before, guidance_scale=now)
+    try:
+        yield
+    finally:
+        network.family = before
 
 
 def _concatenate(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.guidance import Guidance, check_guidance
+from lightning_distill.guidance import Guidance, check_guidance, telling
 from lightning_distill.losses.velocity_matching import (
     student_velocity,
     velocity_distillation,
     velocity_matching_target,
 )
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.told_scale import telling
 from lightning_distill.methods.trajectory import FlowMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec

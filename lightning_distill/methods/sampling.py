@@ -1,6 +1,7 @@
 """Sampling of the student, as a part of ``DistillationModule``."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_distill.batch import as_batch
 from lightning_distill.generation import draw_noise, generate, given_cond
-from lightning_distill.guidance import Guidance, check_guidance
+from lightning_distill.guidance import Guidance, check_guidance, is_told, telling
 from lightning_distill.hybrid import hybrid
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.modes import evaluation_mode
@@ -137,8 +138,8 @@ class StudentSampling:
             noise_scale: gamma, factor on the fresh noise of the renoise sampler; None for the module's own.
             noise_share: gamma in [0, 1] of the sampler ``gamma``: 0 adds no noise, 1 is ``renoise``; None for the
                 module's own.
-            guidance_scale: w, at least 1: what a student with an embedded scale is told; others are run twice, with
-                and without their condition. None is the student's own, and so is 1 where it has one.
+            guidance_scale: w that a student with an embedded scale is told; others are run twice, with and without
+                their condition. None is the student's own.
             negative: conditions of negative prompts, see ``networks.negative_prompts``; None for none.
             negative_scale: how strongly to steer away from them.
 
@@ -156,10 +157,14 @@ class StudentSampling:
         options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
         options["noise_scale"] = self.noise_scale if noise_scale is None else noise_scale
         options["noise_share"] = self.noise_share if noise_share is None else noise_share
+        told: AbstractContextManager[None] = nullcontext()
         if guidance_scale is not None:
             check_guidance(network, Guidance(guidance_scale))
-            options["guidance_scale"] = float(guidance_scale)
-        with evaluation_mode(network):
+            if is_told(network) and network.sampling_guidance is None:
+                told = telling(network, float(guidance_scale))
+            else:
+                options["guidance_scale"] = float(guidance_scale)
+        with evaluation_mode(network), told:
             if negative is None:
                 return generate(network, start, conditions, times, self.sampler, **options)
             with negative_prompts(network, conditions, negative, negative_scale) as both:

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.guidance import Guidance, RandomGuidance, is_told
+from lightning_distill.guidance import Guidance, RandomGuidance, is_told, telling
 from lightning_distill.methods.rollout import Rollout
-from lightning_distill.networks.denoiser import Denoiser
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import DistillationModule
@@ -21,24 +20,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["ToldScale", "telling"]
-
-
-@contextmanager
-def telling(network: Denoiser, scale: float | Tensor | None) -> Iterator[None]:
-    """Within it a network that embeds a guidance scale is told this one by every call that names none.
-
-    Args:
-        network: with a branch for the scale.
-        scale: w, a number or one of each sample, (B,); None tells nothing.
-    """
-    before = network.family
-    now: Any = scale  # a family has a number; calls take a tensor, too
-    network.family = replace(before, guidance_scale=now)
-    try:
-        yield
-    finally:
-        network.family = before
+__all__ = ["ToldScale"]
 
 
 class ToldScale(_Base):

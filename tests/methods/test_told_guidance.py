@@ -290,6 +290,8 @@ def test_students_are_sampled_at_a_scale_that_is_asked_for(told):
     found = module.sample(N, cond, noise=noise, guidance_scale=5.0)
     torch.testing.assert_close(found, module.sampling_network()(raw, t, cond, guidance=torch.tensor(5.0)).x0)
     assert (found - module.sample(N, cond, noise=noise)).abs().max() > 1e-3
+    found = module.sample(N, cond, noise=noise, guidance_scale=1.0)
+    torch.testing.assert_close(found, module.sampling_network()(raw, t, cond, guidance=torch.tensor(1.0)).x0)
     two_passes = ready(DMD2(mlp(classes=3)))
     shift(two_passes.student.network)
     found = two_passes.sample(N, cond, noise=noise, guidance_scale=5.0, weights="student")

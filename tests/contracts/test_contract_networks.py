@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from method_cases import CASES, DMD2, concrete_methods, methods_without_case, trainer, without_warm_up
 from sampling_of_cases import CONTRACTS, METHODS, sampled
 
+from lightning_distill.generation import default_cond
 from lightning_distill.methods import DistillationModule, TeacherTraining
 from lightning_distill.methods.teacher_paths import TeacherPaths
 from lightning_distill.networks.lora import AdapterDenoiser
@@ -338,8 +339,11 @@ def test_sampling_uses_the_network_asked_for(case, build):
     steps = None if module.capability == "own_times" else 1
     count = len(module.student_times) if steps is None else 1
 
+    cond = default_cond(module.student, 3)
+
     def sample(**kwargs):
-        return module.sample(3, noise=noise, num_steps=steps, generator=torch.Generator().manual_seed(0), **kwargs)
+        generator = torch.Generator().manual_seed(0)
+        return module.sample(3, cond, noise=noise, num_steps=steps, generator=generator, **kwargs)
 
     networks = {"student": module.student, **module.student_ema}
     for name, network in networks.items():

@@ -59,7 +59,7 @@ def test_switched_off_it_is_dmd2(name):
     method, settings = OFF[name]
     common = {"num_steps": 2, "guidance": Guidance(2.0), "ema": []}
     if name == "flash_all_gan":  # the first step alone is at the switch
-        common |= {"student_times": [0.5], "gan": heads()}
+        common |= {"num_steps": 1, "student_times": [0.5], "gan": heads()}
         settings = settings | {"loss_weights": {"student/gan": 1.0}}
         other = DMD2(
             mlp(3), **common, loss_weights={"student/gan": 1.0, "fake_score/gan": 1.0, "student/matching": 0.0}

@@ -86,7 +86,8 @@ def test_other_processes_are_reached_through_flow_matching():
             want, _, _ = loss_and_slope(
                 exact_module(FlowMapDistillation, two_times=True, fault=0.1, objective=objective), data()
             )
-            assert loss == pytest.approx(want, rel=2e-3)
+            # the teacher of a timestep model is asked at its first timestep for targets below it
+            assert loss == pytest.approx(want, rel=5e-3)
 
 
 def test_mean_flow_from_data_is_right_in_the_mean():

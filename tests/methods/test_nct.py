@@ -84,7 +84,9 @@ def test_the_adapter_starts_as_the_generator_and_owns_nothing_of_it():
     assert average.network.adapter is not module.student.network.adapter
     assert not any(key.startswith("teacher.") or ".network.network.output" in key for key in module.state_dict()
                    if "adapter" not in key)  # fmt: skip
-    assert module.sample(3).shape == (3, 2)  # a control of zeros where none is given
+    assert module.sample(6, cond).shape == (6, 2)
+    with pytest.raises(ValueError, match="WithAdapter needs low for every sample"):
+        module.sample(3)
     before = [p.clone() for p in teacher.parameters()]
     shift(module.student)
     assert not torch.allclose(module.student(x, t, cond).raw, teacher(x, t).raw, atol=1e-3)

@@ -66,7 +66,7 @@ CASES = {
     "ect": (ECT, {"stage_updates": UPDATES // 5}, 2e-3, 0.42),
     "pcm": (PCM, {"num_steps": 2, "intervals": 16, "solver": "heun", **EVEN}, 2e-3, 0.18),
     "progressive": (ProgressiveDistillation, {"stages": 5, "stage_updates": UPDATES // 5}, 2e-3, 0.45),
-    "scm": (SCM, {"warmup_updates": 100, **ONE_SIDED}, 2e-3, 0.65),
+    "scm": (SCM, {"times": LogNormal(-1.0, 1.4), "warmup_updates": 100, **ONE_SIDED}, 2e-3, 0.65),
     "mean_flow": (MeanFlow, {"student": two_times(), "power": 0.0, **ONE_SIDED}, 1e-3, 0.6),
     "lagrangian": (FlowMapDistillation, {"student": two_times(), **ONE_SIDED}, 2e-3, 0.17),
     "eulerian": (

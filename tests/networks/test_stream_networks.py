@@ -201,7 +201,7 @@ def test_weights_are_exported_and_stock_pipelines_refused(tmp_path):
     from safetensors.torch import load_file
 
     student = spec(boundaries=VIDEO).build()
-    with pytest.raises(ValueError, match="predictions of a StreamDenoiser need more"):
+    with pytest.raises(ValueError, match="predictions of this StreamsNetwork student need more"):
         stock_student(student, [1.0])
     with pytest.raises(ValueError, match="StreamsNetwork has no stock"):
         export_pipeline(student.network, PROCESS, "flow_prediction", [1.0], "ode", tmp_path / "pipeline")

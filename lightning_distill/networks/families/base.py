@@ -164,7 +164,8 @@ def example_cond(network: nn.Module, n: int) -> dict[str, Tensor]:
         network: of a family that states its ``cond_shapes``; empty for any other.
         n: number of rows.
     """
-    network = called_network(network)
+    if family_of(network) is PLAIN:
+        network = called_network(network)
     shapes, config = family_of(network).cond_shapes, getattr(network, "config", {})
     shapes = shapes(network) if callable(shapes) else shapes
     device = next((p.device for p in network.parameters()), None)

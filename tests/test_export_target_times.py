@@ -146,6 +146,17 @@ def test_networks_that_are_told_two_times_jump_in_their_own_pipeline(steps, lora
     assert not torch.allclose(x0, samples(student, shape, times, "ode", folders[0])[0], atol=1e-3)
 
 
+def test_one_jump_to_clean_data_is_one_of_their_pipeline_and_several_are_not(tmp_path):
+    """A flow-map method may sample them by renoise: jumps to clean data, and fresh noise between."""
+    student, shape = read("anyflow", tmp_path / "base")
+    student.jumps = True
+    out = export_denoiser(student, [1.0], "renoise", tmp_path / "one", shape=shape)
+    x0, cond = samples(student, shape, [1.0], "renoise", out)
+    assert verify_export(out, x0, seed=3, cond=cond) <= 1e-5
+    with pytest.raises(ValueError, match="jumps to clean data in each of 2 steps"):
+        export_denoiser(student, [1.0, 0.5], "renoise", tmp_path / "two", shape=shape)
+
+
 @pytest.mark.parametrize("read_from_file", [False, True])
 def test_adapters_of_layers_that_the_original_lacks_are_refused(read_from_file, tmp_path):
     student, shape = read("sd15", tmp_path / "base") if read_from_file else (MAKERS["sd15"]().denoiser(), None)

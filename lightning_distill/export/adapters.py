@@ -103,7 +103,7 @@ def export_lora(
             "for the target times; export the pipeline, whose weights hold both, or train with dora=False."
         )
     given, own_times = sampler, times
-    sampler = stock_sampler(denoiser.network, given)
+    sampler = stock_sampler(denoiser, given, times)
     process, times, start = stock_student(denoiser, times)
     scale = denoiser.family.guidance_scale if guidance is None else guidance
     parts = stock_parts(

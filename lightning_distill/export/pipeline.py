@@ -195,7 +195,7 @@ def export_denoiser(
     if isinstance(denoiser.network, ExpertNetwork):
         denoiser, options["second"], options["boundary_ratio"] = _switched(denoiser)
     check_no_policy(denoiser.network)
-    kind = stock_sampler(denoiser.network, sampler)
+    kind = stock_sampler(denoiser, sampler, times)
     check_sampler(kind, denoiser.network)
     check_target(Path(out_dir), options.get("overwrite", False))
     process, stock_times, start = stock_student(denoiser, times)

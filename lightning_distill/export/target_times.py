@@ -61,9 +61,27 @@ class Steps:
         return float(torch.linalg.matrix_norm(weight, 2) * self.inputs.norm(dim=1).max() / largest)
 
 
-def stock_sampler(network: nn.Module, sampler: str) -> str:
-    """The sampler of the network of one time: jumps between times are the steps of an ODE solver."""
-    return "ode" if sampler == "flow_map" and second_time_of(network) is not None else sampler
+def stock_sampler(denoiser: Denoiser, sampler: str, times: Sequence[float]) -> str:
+    """The sampler as stock pipelines have it: jumps by an installed branch are steps of an ODE solver.
+
+    Args:
+        denoiser: the student.
+        sampler: of the student.
+        times: descending native times.
+
+    Raises:
+        ValueError: several jumps to clean data of a network whose pipeline jumps from each time to the next.
+    """
+    if sampler == "flow_map" and second_time_of(denoiser.network) is not None:
+        return "ode"
+    if sampler == "renoise" and denoiser.jumps and denoiser.family.needs_target:
+        if len(times) > 1:
+            raise ValueError(
+                f"this {type(denoiser.network).__name__} student jumps to clean data in each of {len(times)} steps, "
+                "and its stock pipeline from each time to the next; train with sampler='flow_map', or export one step."
+            )
+        return "flow_map"  # one jump to clean data is the same
+    return sampler
 
 
 def record_steps(

@@ -472,7 +472,7 @@ def critic(parameters):
 
 #: method, settings, learning rate, batch size
 LEARNED = {
-    "tbcm": (TBCM, {"solver_steps": 8, "times": LogNormal(-1.0, 1.4), "warmup_updates": 100, **ONE_SIDED}, 1e-3, 64),
+    "tbcm": (TBCM, {"solver_steps": 8, "times": LogNormal(-1.0, 1.4), "warmup_updates": 100, **ONE_SIDED}, 2e-3, 64),
     "mdt_dist": (MDTDist, {"norm": None, "training_times": Uniform(0.0, 1.0)}, 1e-3, 256),
     "any_flow": (
         AnyFlowOnPolicy,

@@ -110,10 +110,7 @@ def _modules(layers: int, attends: list[bool]) -> Iterator[tuple[str, str]]:
     levels, index = len(attends), 1
     for level, attention in enumerate(attends):
         for layer in range(layers):
-            old, block = f"input_blocks.{index}", f"down_blocks.{level}"
-            yield from _resnet(f"{block}.resnets.{layer}", f"{old}.0")
-            if attention:
-                yield from _attention(f"{block}.attentions.{layer}", f"{old}.1")
+            yield from _layer(f"down_blocks.{level}", layer, f"input_blocks.{index}", attention)
             index += 1
         if level < levels - 1:
             yield from _resnet(f"down_blocks.{level}.downsamplers.0", f"input_blocks.{index}.0")
@@ -124,13 +121,16 @@ def _modules(layers: int, attends: list[bool]) -> Iterator[tuple[str, str]]:
     index = 0
     for level, attention in enumerate(reversed(attends)):
         for layer in range(layers + 1):
-            old, block = f"output_blocks.{index}", f"up_blocks.{level}"
-            yield from _resnet(f"{block}.resnets.{layer}", f"{old}.0")
-            if attention:
-                yield from _attention(f"{block}.attentions.{layer}", f"{old}.1")
+            yield from _layer(f"up_blocks.{level}", layer, f"output_blocks.{index}", attention)
             index += 1
         if level < levels - 1:
             yield from _resnet(f"up_blocks.{level}.upsamplers.0", f"output_blocks.{index - 1}.{1 + attention}")
+
+
+def _layer(block: str, layer: int, old: str, attention: bool) -> Iterator[tuple[str, str]]:
+    yield from _resnet(f"{block}.resnets.{layer}", f"{old}.0")
+    if attention:
+        yield from _attention(f"{block}.attentions.{layer}", f"{old}.1")
 
 
 def _resnet(new: str, old: str) -> Iterator[tuple[str, str]]:

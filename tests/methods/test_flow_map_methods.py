@@ -66,7 +66,10 @@ def test_the_exact_map_has_no_loss_and_another_has(name):
 
 def test_other_processes_are_reached_through_flow_matching():
     """The same student in VP, EDM and TrigFlow has the losses of flow matching at the same draws."""
-    for process in (VariancePreserving(zero_terminal_snr=True), TrigFlow(), EDM(0.002, 1e6)):
+    # many timesteps, as the teacher is asked at the first of them for targets below it
+    angles = torch.linspace(0.0, torch.pi / 2, 20_001, dtype=F64)[1:]
+    fine = VariancePreserving.from_alphas_cumprod(angles.cos().square())
+    for process in (fine, TrigFlow(), EDM(0.002, 1e6)):
 
         class Native(ExactAverage):
             def forward(self, x, t, r=None, process=process):
@@ -86,8 +89,7 @@ def test_other_processes_are_reached_through_flow_matching():
             want, _, _ = loss_and_slope(
                 exact_module(FlowMapDistillation, two_times=True, fault=0.1, objective=objective), data()
             )
-            # the teacher of a timestep model is asked at its first timestep for targets below it
-            assert loss == pytest.approx(want, rel=5e-3)
+            assert loss == pytest.approx(want, rel=2e-3)
 
 
 def test_mean_flow_from_data_is_right_in_the_mean():

@@ -11,7 +11,7 @@ r"""Train shipped configurations over several seeds and compare the students wit
 
 ``:key=value`` sets an argument of the method. ``+`` and ``~`` train stages one after the other, and CPU seconds are
 those of all: before ``+`` stands the teacher of the next stage, before ``~`` the student that it begins with. With
-``--seconds`` configurations of the plane are rewritten for the digits, with as many updates as fit (``derive.py``);
+``--seconds`` configurations of the plane are rewritten for the pictures, with as many updates as fit (``derive.py``);
 ``@10`` gives a stage seconds of its own. What the record holds is run again only with ``--again``. Every run is a
 process of its own with one thread; CPU seconds are those of training alone. Figures use 5,000 samples, noise that no
 training or checkpoint choice has seen, and the held-out half of the reference.
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from derive import derive
+from derive import PROBLEMS, derive
 
 from lightning_distill.environment import machine
 
@@ -107,10 +107,10 @@ def fits(entry: str, args: argparse.Namespace) -> bool:
     if not plane:
         return True
     try:
-        if args.problem != "digits" or args.seconds is None:
-            raise ValueError("it is of a problem in the plane, which is rewritten for digits, with --seconds.")
+        if args.seconds is None:
+            raise ValueError("it is of a problem in the plane, which is rewritten for pictures, with --seconds.")
         for config in plane:
-            derive(yaml.safe_load(Path(config).read_text()), 100)
+            derive(yaml.safe_load(Path(config).read_text()), PROBLEMS[args.problem], 100)
     except ValueError as error:
         print(f"left out: {entry}: {error}", file=sys.stderr)
         return False
@@ -162,7 +162,7 @@ def run(entry: str, seed: int, args: argparse.Namespace, environment: dict[str, 
 def main() -> None:
     """Run everything and write ``compare_<problem>``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=["fashion", "digits"])
+    parser.add_argument("problem", choices=[*PROBLEMS])
     parser.add_argument("--configs", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=5000)

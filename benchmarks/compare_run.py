@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from derive import fitted
+from derive import PROBLEMS, fitted
 
 from lightning_distill.bfloat16 import bfloat16_pays
 from lightning_distill.cli import trainer_cli
@@ -22,12 +22,14 @@ from lightning_distill.networks.specs import ZooDenoiser
 def train(job: dict[str, Any]) -> tuple[Any, float]:
     """All stages, one after the other; the last one's command line and the CPU seconds of all."""
     seconds, earlier, start, cli = 0.0, [], None, None
+    problem = PROBLEMS[job["problem"]]
     for stage in job["stages"]:
         config, *more = stage["words"]
         if not bfloat16_pays():
             more = [*more, "--trainer.precision=32-true"]
         if stage["seconds"] is not None:
-            config = str(fitted(Path(config), stage["seconds"], Path(job["folder"]), [*more, *earlier], start))
+            words = [*more, *earlier]
+            config = str(fitted(Path(config), problem, stage["seconds"], Path(job["folder"]), words, start))
         elif start is not None:
             more += ["--model.init_args.student=FromCheckpoint", f"--model.init_args.student.init_args.path={start}"]
         begun = time.process_time()

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import budget_table
 import dials_table
-import digits_table
 import recipes_table
 import ring_table
 import support_table
@@ -93,7 +93,11 @@ def comparison() -> list[str]:
 def stored() -> str:
     """Configurations that learn from stored trajectories, beside the teacher in as many steps."""
     compared = _compared("fashion")
-    groups = {name: rows[0] for name, rows in compared.items() if rows[0]["method"] != "AGD" and len(rows) < 3}
+    groups = {
+        name: rows[0]
+        for name, rows in compared.items()
+        if rows[0]["method"] != "AGD" and len(rows) < 3 and "seconds" not in rows[0]
+    }
     guided = [row for rows in compared.values() for row in rows if row["method"] == "AGD"]
     if not groups:
         return "(run `python benchmarks/compare.py fashion --store STORE --configs ...` to fill this table)"
@@ -412,9 +416,10 @@ def main() -> None:
         ROOT / "docs" / "super_resolution.md": {"super_resolution": super_resolution},
         ROOT / "docs" / "trajectories.md": {"stored": stored},
         ROOT / "docs" / "digits.md": {
-            "digits": lambda: digits_table.table(_load("compare_digits")),
-            "variants": lambda: digits_table.variants(_load("compare_digits")),
+            "digits": lambda: budget_table.table(_load("compare_digits"), "digits"),
+            "variants": lambda: budget_table.variants(_load("compare_digits")),
         },
+        ROOT / "docs" / "fashion.md": {"fashion": lambda: budget_table.table(_load("compare_fashion"), "fashion")},
         ROOT / "docs" / "dials.md": {"dials": lambda: dials_table.table(_load("dials"))},
         ROOT / "docs" / "flow_maps.md": {"tangents": tangents, "capabilities": capabilities}
         | {"ring": lambda: ring_table.table(_load("compare_ring"))},
@@ -431,7 +436,8 @@ def main() -> None:
         sys.exit(f"{' and '.join(stale)} out of date; run python benchmarks/make_tables.py" if stale else 0)
     for page, text in written.items():
         page.write_text(text)
-    digits_table.plot(_load("compare_digits"))
+    for problem in budget_table.SECONDS:
+        budget_table.plot(_load(f"compare_{problem}"), problem)
     dials_table.plot(_load("dials"), ROOT / dials_table.PICTURE)
 
 

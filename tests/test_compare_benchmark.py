@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: configurations of the plane on digits, and what is run again."""
+"""benchmarks/compare.py: configurations of the plane on pictures, and what is run again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import budget_table
 import compare
-import digits_table
-from derive import BATCH, RATE, TAPS, derive
+from derive import PROBLEMS, derive
 
 from lightning_distill.configs import config_path
 
@@ -29,23 +29,31 @@ def load(name: str) -> dict:
     return yaml.safe_load(config_path(name).read_text())
 
 
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name", [name for name in PLANE if name not in OTHERWISE])
-def test_every_method_of_the_plane_has_a_configuration_for_digits(name):
-    plane, digits = load(name), derive(load(name), 90)
-    before, after = plane["model"]["init_args"], digits["model"]["init_args"]
-    assert digits["trainer"]["max_steps"] == 90
-    assert after["teacher"] == {"class_path": "ZooDenoiser", "init_args": {"name": "digits"}}
+def test_every_method_of_the_plane_has_a_configuration_for_pictures(name, problem):
+    wanted = PROBLEMS[problem]
+    plane, pictures = load(name), derive(load(name), wanted, 90)
+    before, after = plane["model"]["init_args"], pictures["model"]["init_args"]
+    assert pictures["trainer"]["max_steps"] == 90
+    assert after["teacher"] == {"class_path": "ZooDenoiser", "init_args": {"name": problem}}
     assert "Explicit" not in str(after)
-    given = plane["data"].get("init_args", {}).get("batch_size", BATCH)
-    assert digits["data"]["init_args"]["batch_size"] == min(BATCH, given)
+    given = plane["data"].get("init_args", {}).get("batch_size", wanted.batch)
+    assert pictures["data"]["init_args"]["batch_size"] == min(wanted.batch, given)
     if "gan" in before:
-        assert after["gan"]["init_args"] == {**before["gan"]["init_args"], "taps": TAPS}
-    rate = before["student_optimizer"]["init_args"]["lr"]
-    assert after["student_optimizer"]["init_args"]["lr"] == pytest.approx(RATE * rate)
-    for key in before.keys() & after.keys():
+        assert after["gan"]["init_args"] == {**before["gan"]["init_args"], "taps": list(wanted.taps)}
+    for role in ("student", "fake_score", "discriminator"):
+        if f"{role}_optimizer" in before:
+            rate = before[f"{role}_optimizer"]["init_args"]["lr"]
+            assert after[f"{role}_optimizer"]["init_args"]["lr"] == pytest.approx(wanted.rate.get(role, 1.0) * rate)
+            assert wanted.tail is None or f"{role}_scheduler" in after
+    for key in after:
         if key.endswith("_scheduler"):
             schedule = after[key]["init_args"]
-            if before[key]["init_args"]["total_steps"] == plane["trainer"]["max_steps"]:
+            if before.get(key, {"init_args": {"total_steps": None}})["init_args"]["total_steps"] in (
+                None,
+                plane["trainer"]["max_steps"],
+            ):
                 assert schedule["total_steps"] == 90
             start = schedule.get("decay_start", schedule["total_steps"])
             assert schedule.get("warmup_steps", 0) < start <= schedule["total_steps"]
@@ -54,14 +62,14 @@ def test_every_method_of_the_plane_has_a_configuration_for_digits(name):
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_methods_of_other_teachers_are_refused(name):
-    with pytest.raises(ValueError, match=r"digits have a flow-matching teacher and pictures|starts from renderings"):
-        derive(load(name), 90)
+    with pytest.raises(ValueError, match=r"digits has a network and pictures|starts from renderings"):
+        derive(load(name), PROBLEMS["digits"], 90)
 
 
 def test_moments_follow_the_number_of_updates():
     plane = load("method/tscd_ring.yaml")
     length, stages = plane["trainer"]["max_steps"], plane["model"]["init_args"]["segment_updates"]
-    halved = derive(plane, length // 2)["model"]["init_args"]["segment_updates"]
+    halved = derive(plane, PROBLEMS["digits"], length // 2)["model"]["init_args"]["segment_updates"]
     assert halved == [pytest.approx(n / 2, abs=1) for n in stages]
     assert plane["trainer"]["max_steps"] == length  # the argument stays as it was
 
@@ -95,7 +103,7 @@ def test_words_and_patterns(monkeypatch):
 
 def test_a_student_begins_as_that_of_an_earlier_run():
     for name in ("method/scm_ring.yaml", "method/mean_flow_ring.yaml"):
-        student = derive(load(name), 90, "runs/cmt")["model"]["init_args"]["student"]
+        student = derive(load(name), PROBLEMS["fashion"], 90, "runs/cmt")["model"]["init_args"]["student"]
         role = student if name == "method/scm_ring.yaml" else student["init_args"]["role"]
         assert role == {"class_path": "FromCheckpoint", "init_args": {"path": "runs/cmt"}}
 
@@ -106,8 +114,8 @@ def test_configurations_that_do_not_fit_are_left_out_before_anything_runs(monkey
     assert [compare.fits(name, digits) for name in ("method/ctm_ring.yaml", "method/lcm_ring.yaml")] == [True, False]
     assert "left out: method/lcm_ring.yaml: LCM has the teacher" in capsys.readouterr().err
     assert not compare.fits("method/ctm_ring.yaml", plane)
-    assert not compare.fits("method/ctm_ring.yaml", Namespace(problem="fashion", seconds=60.0))
-    assert "rewritten for digits, with --seconds" in capsys.readouterr().err
+    assert compare.fits("method/ctm_ring.yaml", Namespace(problem="fashion", seconds=60.0))
+    assert "rewritten for pictures, with --seconds" in capsys.readouterr().err
     assert compare.fits("method/dmd2_digits.yaml", plane)
     assert not any(compare.of_the_plane(f"configs/method/{name}_fashion.yaml") for name in ("dmd2", "straightening"))
     assert all(compare.of_the_plane(f"configs/{name}") for name in PLANE)
@@ -123,12 +131,12 @@ def test_rows_are_sorted_by_track_steps_and_progress():
         for n, k, p in zip(names, steps, good, strict=True)
     ]
     rows.append({"config": "configs/method/dmd2_digits.yaml", "progress": 1.0})  # of another budget
-    tracks = {k: [r[0]["method"] for r in found] for k, found in digits_table.grouped(rows).items()}
+    tracks = {k: [r[0]["method"] for r in found] for k, found in budget_table.grouped(rows).items()}
     assert tracks == {
         "learn from the teacher alone": ["sid_ring4", "dmd2_ring4", "dmd2_4step_ring4"],
-        "see the digits": ["ladd_ring4"],
+        "see real pictures": ["ladd_ring4"],
     }
-    text = digits_table.table({"rows": rows, "meta": {"machine": {"cpu": "some CPU"}}})
+    text = budget_table.table({"rows": rows, "meta": {"machine": {"cpu": "some CPU"}}}, "digits")
     assert "| [`sid_ring4`](../configs/method/sid_ring4.yaml) | sid_ring4 | 1 | 0.900 | 0.500 | 1.00 |" in text
     assert text.count("| yes |") == 1
 
@@ -137,8 +145,8 @@ def test_other_settings_and_starts_have_a_table_of_their_own():
     figures = {"seed": 0, "progress": 0.9, "recall": 0.7, "student_updates": 265, "method": "SCM", "nfe": 1}
     begun = compare.parse("method/cmt_ring.yaml:form=flow_map@20~method/scm_ring.yaml@10")
     rows = [begun | figures | {"seconds": 30.0}, {"config": "configs/method/dmd2_digits.yaml", "settings": {"a": "1"}}]
-    assert digits_table.grouped(rows) == {}
-    lines = digits_table.variants({"rows": rows}).splitlines()
+    assert budget_table.grouped(rows) == {}
+    lines = budget_table.variants({"rows": rows}).splitlines()
     config = "[`scm_ring`](../configs/method/scm_ring.yaml)"
     assert lines[2:] == [f"| {config} | cmt_ring form=flow_map (20 s) |  | 30 | 0.900 | 0.70 | 265 |"]
 

@@ -1,4 +1,4 @@
-"""Table and scatter plots of every method on the digits, from the record of compare.py."""
+"""Tables and scatter plots of every method in the same time on one teacher, from the records of compare.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from cells import cell, mean
 __all__ = ["plot", "table", "variants"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = "docs/images/digits.png"
 #: figures by their decimals
 COLUMNS = {"progress": 3, "progress_judge": 3, "fd": 2, "recall": 2, "class_accuracy": 3, "student_updates": 0}
-TRACKS = {"Prior": "learn from the teacher alone", "Toy2D": "see the digits"}
+TRACKS = {"Prior": "learn from the teacher alone", "Toy2D": "see real pictures"}
+#: seconds of the commands that are proposed where there is no record
+SECONDS = {"digits": 60, "fashion": 300}
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Mapping[str, Any]]]]:
@@ -35,20 +36,22 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Mapping[st
     return tracks
 
 
-def table(result: Mapping[str, Any] | None) -> str:
-    """The page's generated part.
+def table(result: Mapping[str, Any] | None, problem: str) -> str:
+    """The generated part of a problem's page.
 
     Args:
-        result: record ``compare_digits``, None where there is none.
+        result: record ``compare_<problem>``, None where there is none.
+        problem: ``digits`` or ``fashion``.
     """
     tracks = {} if result is None else grouped(result["rows"])
     if not tracks:
-        return "(run `python benchmarks/compare.py digits --seconds 60 --configs 'method/*_ring*.yaml'`)"
+        seconds = SECONDS[problem]
+        return f"(run `python benchmarks/compare.py {problem} --seconds {seconds} --configs 'method/*_ring*.yaml'`)"
     everything = [row for groups in tracks.values() for rows in groups for row in rows]
     usual = Counter(str(row.get("cpu")) for row in everything).most_common(1)[0][0]
-    card = json.loads((ROOT / "lightning_distill/zoo/digits/card.json").read_text())["figures"]["by_steps"]
+    card = _figures(problem)
     own = ", ".join(f"{card[k]['fd_cnn']:.2f} in {k}" for k in ("1", "2", "4", "8", "50"))
-    lines = ["![progress against recall, by number of steps](images/digits.png)", ""]
+    lines = [f"![progress against recall, by number of steps](images/{problem}.png)", ""]
     for track, groups in tracks.items():
         lines += [
             f"Methods that {track}:",
@@ -73,7 +76,7 @@ def table(result: Mapping[str, Any] | None) -> str:
     lines.append(
         f"{seconds:.0f} CPU seconds of training each (one thread, {usual}"
         f"{f'; * {chr(44).join(others)}, which makes fewer updates' if others else ''}); 5,000 "
-        f"samples against the held-out half of the digits. The teacher's fd_cnn is {own} steps."
+        f"samples against the held-out half of the real pictures. The teacher's fd_cnn is {own} steps."
     )
     return "\n".join(lines)
 
@@ -89,7 +92,7 @@ def variants(result: Mapping[str, Any] | None) -> str:
     """Rows with other settings than the configurations', or with stages before them.
 
     Args:
-        result: record ``compare_digits``, None where there is none.
+        result: record ``compare_<problem>``, None where there is none.
     """
     rows = [
         row for row in (result or {"rows": []})["rows"] if "seconds" in row and ("settings" in row or "after" in row)
@@ -111,7 +114,7 @@ def variants(result: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def plot(result: Mapping[str, Any] | None) -> None:
+def plot(result: Mapping[str, Any] | None, problem: str) -> None:
     """Scatter of progress against recall and against updates, one colour per number of steps."""
     from matplotlib.figure import Figure
 
@@ -130,12 +133,13 @@ def plot(result: Mapping[str, Any] | None) -> None:
         axis.set(xlabel=title)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="progress (fd_cnn; negative ones at 0)")
-    axes[0].axvline(_teacher_recall(), color="gray", linestyle=":", label="teacher, 50 steps")
+    axes[0].axvline(_figures(problem)["50"]["recall_cnn"], color="gray", linestyle=":", label="teacher, 50 steps")
     axes[1].set_xscale("log")
     axes[0].legend(fontsize=8)
-    figure.savefig(ROOT / PICTURE, dpi=110)
+    figure.savefig(ROOT / "docs" / "images" / f"{problem}.png", dpi=110)
 
 
-def _teacher_recall() -> float:
-    card = json.loads((ROOT / "lightning_distill/zoo/digits/card.json").read_text())
-    return float(card["figures"]["by_steps"]["50"]["recall_cnn"])
+def _figures(problem: str) -> dict[str, Any]:
+    """Figures of the shipped teacher by its number of steps."""
+    card = json.loads((ROOT / "lightning_distill" / "zoo" / problem / "card.json").read_text())
+    return dict(card["figures"]["by_steps"])

@@ -31,6 +31,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "damage",
     "last_good",
+    "newest_history",
     "remove",
     "remove_parts",
     "require_whole",
@@ -274,39 +275,50 @@ def _item_damage(file: Path, offset: int, length: int) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------- which is newest
-def _age(path: Path) -> tuple[float, int]:
-    """Orders checkpoints: updates inside, then the date."""
+def _age(path: Path) -> tuple[tuple[float, float], int]:
+    """Orders checkpoints: how often the run went back, updates inside, then the date."""
     try:
-        return _updates(*_file_state(path / "meta.pt" if path.is_dir() else path)), path.stat().st_mtime_ns
+        return _history(*_file_state(path / "meta.pt" if path.is_dir() else path)), path.stat().st_mtime_ns
     except OSError:
-        return math.inf, 0
+        return (math.inf, math.inf), 0
 
 
 @lru_cache(maxsize=256)
-def _updates(path: str, *_state: int) -> float:
-    """``global_step`` of a file; infinite where it cannot be read, so that it is looked at and told of."""
+def _history(path: str, *_state: int) -> tuple[float, float]:
+    """Rewinds and ``global_step`` of a file; infinite where it cannot be read, so that it is looked at and told of."""
     try:
         content = _plain(path)
     except _UNREADABLE:
-        return math.inf
-    return float(content.get("global_step", -1)) if isinstance(content, dict) else -1.0
+        return math.inf, math.inf
+    if not isinstance(content, dict):
+        return 0.0, -1.0
+    saving = (content.get("callbacks") or {}).get("StudentCheckpoint") or {}
+    return float(saving.get("rewinds", 0)), float(content.get("global_step", -1))
+
+
+def newest_history(folder: Path) -> tuple[int, int]:
+    """Rewinds and updates of the newest checkpoint of a folder, whole or not; (0, 0) where none can be read."""
+    known = [history for file in folder.glob("*.ckpt") if math.isfinite((history := _age(file)[0])[1])]
+    rewinds, updates = max(known, default=(0.0, 0.0))
+    return int(rewinds), int(updates)
 
 
 def last_good(folder: Path, told_of: bool = True) -> Path | None:
     """The newest whole checkpoint of a folder: of most updates, and of those the one written last.
 
+    A run that went back to an earlier checkpoint and saved again goes before what it left behind, whatever that counts.
     ``good.ckpt``, to which ``CollapseAlarm`` goes back, comes after all others.
 
     Args:
         folder: with ``.ckpt`` files or folders.
         told_of: warn of newer ones that are damaged.
     """
-    bad: list[tuple[tuple[float, int], str]] = []
+    bad: list[tuple[tuple[tuple[float, float], int], str]] = []
     aged = [(f.name != "good.ckpt", _age(f), f) for f in folder.glob("*.ckpt") if f.exists()]
     for _, age, file in sorted(aged, reverse=True):
         found = damage(file)
         if found is None:
-            newer = [what for (updates, date), what in bad if math.isfinite(updates) or date >= age[1]]
+            newer = [what for ((_, updates), date), what in bad if math.isfinite(updates) or date >= age[1]]
             if newer and told_of:
                 rank_zero_warn(f"{' and '.join(newer)} cannot be used; {file} is the newest checkpoint that is whole.")
             return file

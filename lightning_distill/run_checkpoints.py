@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_distill.checkpoint_files import newest_history
 from lightning_distill.collectives import max_over_processes
 from lightning_distill.requeue import is_requeued_by, requeue
 
@@ -24,7 +25,9 @@ class StudentCheckpoint(ModelCheckpoint):
 
     Lightning's own saves at multiples of ``every_n_train_steps`` only. The state is saved within the last batch, as
     every other checkpoint is, so that a run continued with more updates equals one that was never stopped. A run that
-    goes on in its own folder, also with another ``every_n_train_steps``, replaces its ``last.ckpt``.
+    goes on in its own folder, also with another ``every_n_train_steps``, replaces its ``last.ckpt``. One that goes back
+    there, to a checkpoint with fewer updates than the folder's newest, counts as a rewind: what it saves is newer than
+    what it left behind.
 
     Args:
         every_n_train_steps: student updates between checkpoints, at least 1.
@@ -51,11 +54,38 @@ class StudentCheckpoint(ModelCheckpoint):
         )
         self.keep = keep
         self._saved_step = 0
+        self._rewinds = 0
 
     @property
     def state_key(self) -> str:
         """The same for all settings, so that a run that is continued with others knows its files."""
         return "StudentCheckpoint"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and how often the run went back."""
+        return {**super().state_dict(), "rewinds": self._rewinds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        super().load_state_dict(state_dict)
+        self._rewinds = state_dict.get("rewinds", 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the run goes back."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step and self.dirpath:
+            self._rewinds = trainer.strategy.broadcast(self._counted(trainer.global_step))
+
+    def _counted(self, updates: int) -> int:
+        """Rewinds of a run that goes on after so many updates."""
+        rewinds, newest = newest_history(Path(str(self.dirpath)))
+        if (self._rewinds, updates) >= (rewinds, newest):
+            return self._rewinds
+        rank_zero_warn(
+            f"the run goes back from update {newest} to {updates}. Checkpoints of later updates stay in {self.dirpath} "
+            "until they are replaced; from its first checkpoint on, --ckpt_path last means this continuation."
+        )
+        return rewinds + 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

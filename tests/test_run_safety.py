@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_distill.checkpoint_files import last_good
 from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.collectives import max_over_processes, mean_over_processes
 from lightning_distill.data import claims
@@ -200,7 +202,23 @@ def test_the_newest_files_stay_whatever_was_left_behind(tmp_path):
     # one step back: the abandoned future stays until it is replaced, what is too old does not
     assert fit(4, folder / "step3.ckpt") == {"step3.ckpt", "step4.ckpt", "step5.ckpt", "last.ckpt"}
     assert read_checkpoint(folder / "last.ckpt")["global_step"] == 4
+    assert last_good(folder).name == "last.ckpt"  # not step5.ckpt, which is another future's
+    (folder / "last.ckpt").unlink()
+    assert last_good(folder).name == "step4.ckpt"
+    shutil.copy(folder / "step4.ckpt", folder / "last.ckpt")
     assert fit(7, folder / "last.ckpt") == {"step6.ckpt", "step7.ckpt", "last.ckpt"}
+    rewinds = [read_checkpoint(file)["callbacks"]["StudentCheckpoint"]["rewinds"] for file in folder.iterdir()]
+    assert rewinds == [1, 1, 1]
+
+
+def test_a_run_that_goes_back_says_so(tmp_path):
+    case = case_named("flow")
+    module = case.build(tmp_path)
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    trainer(3, callbacks=[StudentCheckpoint(1)], **options).fit(module, case.loader(module))
+    again = trainer(3, callbacks=[StudentCheckpoint(1)], **options)
+    with pytest.warns(UserWarning, match="goes back from update 3 to 2"):
+        again.fit(case.build(tmp_path), case.loader(module), ckpt_path=tmp_path / "checkpoints" / "step2.ckpt")
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -224,6 +242,7 @@ class Asked(Runs):
 
 #: in the run: a signal, or more of them, in the cycle that makes an update, once
 SIGNALS = """
+import shutil
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from lightning_distill.methods import DMD2

@@ -59,7 +59,7 @@ PROBLEMS = {
         ("down_blocks.2", "mid_block"),
         48,
         {"student": 0.3, "fake_score": 0.6, "discriminator": 0.6},
-        tail=0.5,
+        tail=0.6,
         probe=32,
     ),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from lightning_distill.optim import local_part
 
 __all__ = ["ConstantEMA", "EMAProfile", "HalfLifeEMA", "PowerEMA", "check_horizon", "update_average"]
+
+#: bytes of the average that are updated at once
+_PORTION = 128 * 2**20
 
 
 class EMAProfile(ABC):
@@ -129,10 +132,31 @@ def update_average(
         skipped: 0-dim tensor, 1 when the optimizer skipped this step; decides on the device, without a synchronisation.
     """
     old = [local_part(o) for o in average]
-    new = [local_part(c.detach()).to(o) for o, c in zip(old, current, strict=True)]
+    new = [local_part(c.detach()) for c in current]
+    if len(old) != len(new):
+        raise ValueError(f"an average of {len(old)} tensors cannot follow a network of {len(new)}.")
+    for part in _portions(old):
+        _update([old[i] for i in part], [new[i].to(old[i]) for i in part], beta, skipped)
+
+
+def _update(old: list[Tensor], new: list[Tensor], beta: float, skipped: Tensor | None) -> None:
     if skipped is None:
         torch._foreach_lerp_(old, new, 1.0 - beta)
         return
     difference = list(torch._foreach_sub(new, old))
     torch._foreach_mul_(difference, (1.0 - skipped.to(old[0].device)) * (1.0 - beta))
     torch._foreach_add_(old, difference)
+
+
+def _portions(tensors: list[Tensor]) -> Iterator[list[int]]:
+    """Indices of neighbours that have ``_PORTION`` bytes together, or one: the update needs as much again."""
+    part: list[int] = []
+    size = 0
+    for i, tensor in enumerate(tensors):
+        if part and size + tensor.nbytes > _PORTION:
+            yield part
+            part, size = [], 0
+        part.append(i)
+        size += tensor.nbytes
+    if part:
+        yield part

@@ -8,7 +8,9 @@ import warnings
 import pytest
 import torch
 
+from lightning_distill import ema
 from lightning_distill.ema import ConstantEMA, HalfLifeEMA, PowerEMA, check_horizon, update_average
+from lightning_distill.live_memory import LiveMemory
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
@@ -77,8 +79,24 @@ def test_averages_stay_float32_and_skipped_steps_leave_them():
     torch.testing.assert_close(average[0], torch.tensor([0.25, 0.5]))
     update_average(average, student, 0.75)
     torch.testing.assert_close(average[0], torch.tensor([0.4375, 0.875]))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="average of 1 tensors cannot follow a network of 2"):
         update_average(average, [*student, *student], 0.5)
+
+
+@pytest.mark.parametrize("skipped", [None, 0.0], ids=["always", "asked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_update_needs_the_memory_of_a_portion(monkeypatch, skipped, dtype):
+    student = [torch.randn(5000, dtype=dtype) for _ in range(12)]
+    whole, average = ([torch.zeros(5000) for _ in student] for _ in range(2))
+    told = None if skipped is None else torch.tensor(skipped)
+    update_average(whole, student, 0.25, told)
+    monkeypatch.setattr(ema, "_PORTION", 50_000)  # two tensors
+    live = LiveMemory()
+    live.ignore([*average, *student])
+    with live:
+        update_average(average, student, 0.25, told)
+    assert live.peak <= 2 * 50_000 < sum(t.nbytes for t in average)
+    assert all(torch.equal(a, b) for a, b in zip(average, whole, strict=True))
 
 
 def test_a_long_horizon_warns_with_the_share_of_the_teacher():

@@ -20,7 +20,7 @@ from tiny_pipelines import MAKERS, Tiny, random_network
 
 from lightning_distill.commands.export import export_module
 from lightning_distill.commands.methods import method_classes
-from lightning_distill.export import export_denoiser, export_lora, export_pipeline, probe_cond, verify_export
+from lightning_distill.export import adapters, export_denoiser, export_lora, export_pipeline, probe_cond, verify_export
 from lightning_distill.export.entries import ENTRIES
 from lightning_distill.export.schedules import flow_scheduler, scm_scheduler, vp_scheduler
 from lightning_distill.generation import default_cond, draw_noise, generate
@@ -30,6 +30,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import FAMILIES
 from lightning_distill.networks.lora import add_adapter
 from lightning_distill.networks.merging import base_state_dict
+from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.second_time import add_second_time
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.processes import FlowMatching, TrigFlow, VariancePreserving
@@ -84,6 +85,31 @@ def test_lora_student_of_dmd2(name, tmp_path):
         else:
             with pytest.raises(ValueError, match=r"reads no LoRA files|does not read layer names"):
                 export_module(module, tmp_path / style, lora=style, fresh=False)
+
+
+def test_the_check_sees_an_adapter_of_a_half_precision_backbone(tmp_path, monkeypatch):
+    """Rounding of bfloat16 (.005 here) is of the size of what a small adapter does (.03)."""
+    teacher = MAKERS["sd15"]().denoiser(null_cond={"encoder_hidden_states": torch.zeros(1, 12, 8)})
+    teacher.network.to(torch.bfloat16)
+    module = DMD2(teacher, student=Lora(rank=2), num_steps=2, check_data=False)
+    module.configure_model()
+    module.eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    before = {name: (value.dtype, value.clone()) for name, value in module.state_dict().items()}
+    _, difference = export_module(module, tmp_path / "right", lora="diffusers", fresh=False)
+    assert difference <= 1e-5
+    for name, value in module.state_dict().items():
+        assert value.dtype == before[name][0]
+        assert torch.equal(value, before[name][1])
+    right = adapters.lora_tensors
+    monkeypatch.setattr(
+        adapters, "lora_tensors", lambda *a, **k: {n: torch.zeros_like(v) for n, v in right(*a, **k).items()}
+    )
+    with pytest.raises(RuntimeError, match="makes other images than the student"):
+        export_module(module, tmp_path / "zeros", lora="diffusers", fresh=False)
 
 
 @pytest.mark.parametrize("name", SOME)

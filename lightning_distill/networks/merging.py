@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
 from lightning_distill.networks.quantisation import dequantise, plain_tensors
 
-__all__ = ["base_state_dict", "merged_network", "widen", "without_adapters"]
+__all__ = ["base_state_dict", "merged_network", "widen", "widened", "without_adapters"]
 
 
 def without_adapters(network: nn.Module) -> nn.Module:
@@ -75,6 +77,26 @@ def widen(network: nn.Module) -> None:
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if any(t.dtype in narrow for t in tensors):
             module._apply(lambda t: t.float() if t.dtype in narrow else t, recurse=False)
+
+
+@contextmanager
+def widened(network: nn.Module) -> Iterator[None]:
+    """``widen`` for as long as the context lasts; afterwards every tensor has its own dtype and value again.
+
+    Args:
+        network: without quantised weights.
+    """
+    narrow = (torch.float16, torch.bfloat16)
+    parameters = [(p, p.dtype) for p in network.parameters() if p.dtype in narrow]
+    buffers = [(m, k, b) for m in network.modules() for k, b in m.named_buffers(recurse=False) if b.dtype in narrow]
+    widen(network)
+    try:
+        yield
+    finally:
+        for parameter, dtype in parameters:
+            parameter.data = parameter.data.to(dtype)
+        for module, key, buffer in buffers:  # conversion puts new ones into their places
+            module._buffers[key] = buffer
 
 
 def base_state_dict(network: nn.Module) -> dict[str, Tensor]:

@@ -126,6 +126,7 @@ CONFIGURATIONS = {
         {f"{MODEL}.num_steps": 3, f"{MODEL}.student_times": [1.0, 0.5]},
         ["num_steps=3", "2 student_times", "leave num_steps out"],
     ),
+    "unknown_precision": ({"trainer.precision": "fp8"}, ["trainer.precision: choose one of 64, 32", "bf16-mixed"]),
     "half_precision_weights": ({"trainer.precision": "16-true"}, ["precision=16-true", "bf16-mixed"]),
     "negative_updates": ({"trainer.max_steps": -5}, ["max_steps", "-5"]),
     "empty_batch": ({"data.init_args.batch_size": 0}, ["batch_size=0"]),

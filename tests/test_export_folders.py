@@ -167,6 +167,7 @@ def test_sampling_exported_folders(prompted, tmp_path, capsys):
     for words, message in (
         ([str(full)], "is conditioned on text; give --prompt"),
         ([str(full), "--steps", "3"], "is an exported folder, and --steps is for a run"),
+        ([str(full), "--guidance", "0"], "is an exported folder, and --guidance is for a run"),
         ([str(lora), "--prompt", "a"], "is a LoRA file; give the pipeline folder of its base model as --base"),
         ([str(full), "--embeddings", "nowhere"], "there is no such file"),
     ):

@@ -146,6 +146,9 @@ def _explain(leaf: _Leaf) -> str:
         given = (unknown or wrong)[1]  # type: ignore[index]
         problem = f"there is no class {given!r} here" if unknown else f"{given} is no {wrong[2]}"  # type: ignore[index]
         return f"{prefix}{problem}{_meant(given.rsplit('.', 1)[-1], _subclasses(allowed), show_all=True)}"
+    choices = [c.strip() for part in re.findall(r"Literal\[([^]]*)\]", allowed) for c in part.split(",")]
+    if choices and leaf.message.startswith("Expected a"):
+        return f"{prefix}choose one of {', '.join(dict.fromkeys(c.strip(chr(39)) for c in choices))}."
     message = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", leaf.message)
     message = re.sub(r"Expected an? ([^.]+)\. Got value: (.*)", r"expected \1, got \2", message)
     # sentences of our own say where they belong; the parser's need the key

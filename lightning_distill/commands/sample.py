@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> None:
     of_runs = {"--steps": args.steps, "--guidance": args.guidance}
     of_runs |= {"--weights": args.weights, "--checkpoint": args.checkpoint}
     of_exports = {"--prompt": args.prompt, "--embeddings": args.embeddings, "--base": args.base}
-    if wrong := [name for name, value in (of_runs if exported else of_exports).items() if value]:
+    if wrong := [name for name, value in (of_runs if exported else of_exports).items() if value not in (None, [])]:
         kind, other = ("an exported folder", "a run") if exported else ("a run", "an exported folder")
         remedy = "leave it out"
         if not exported and (args.prompt or args.embeddings):

@@ -60,7 +60,7 @@ PROBLEMS = {
         48,
         {"student": 0.3, "fake_score": 0.6, "discriminator": 0.6},
         tail=0.6,
-        probe=32,
+        probe=16,
     ),
 }
 #: how many updates of a short run are not counted when a whole one is planned

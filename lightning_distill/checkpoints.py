@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.checkpoint_files import require_whole
+from lightning_distill.randomness import derive_seed
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import DistillationModule
@@ -25,6 +26,7 @@ __all__ = [
     "drop_frozen",
     "fingerprint",
     "parameter_names",
+    "restore_generators",
     "strict_load",
     "verify_fingerprint",
 ]
@@ -133,12 +135,10 @@ def header(module: DistillationModule) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "version": __version__,
         "method": type(module).__name__,
-        "rng": {"cpu": torch.get_rng_state()},
+        "rng": _generator_states(module),
         "parameters": parameter_names(module),
         "settings": recorded_settings(module),
     }
-    if torch.cuda.is_available():
-        entry["rng"]["cuda"] = torch.cuda.get_rng_state()
     if module.teacher is not None:
         entry["teacher"] = module.teacher_fingerprint()
     return entry
@@ -168,9 +168,41 @@ def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) ->
         module.__dict__["_changed_settings"] = changed_settings(
             module, entry["settings"], same_version=entry["version"] == __version__
         )
-    torch.set_rng_state(entry["rng"]["cpu"])
-    if "cuda" in entry["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(entry["rng"]["cuda"])
+    restore_generators(entry["rng"], module.trainer.global_rank, module.trainer.world_size)
+
+
+def _generator_states(module: DistillationModule) -> dict[str, Tensor]:
+    """States of torch's global generators on all processes, (processes, bytes); a collective."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    trainer = module._trainer
+    if trainer is None or trainer.world_size == 1:
+        return {name: state[None] for name, state in states.items()}
+    device = trainer.strategy.root_device
+    return {name: trainer.strategy.all_gather(state.to(device)).cpu() for name, state in states.items()}
+
+
+def restore_generators(states: Mapping[str, Tensor], rank: int, world_size: int) -> None:
+    """Set torch's global generators of this process to what a checkpoint holds.
+
+    Where as many processes go on as wrote it, each gets its own state back. Another number of them gets the one state
+    where all had the same, else a seed made from the states and the process' number.
+
+    Args:
+        states: by ``cpu`` and ``cuda``, (processes, bytes); earlier versions wrote the first process', (bytes,).
+        rank: of this process.
+        world_size: number of processes now.
+    """
+    rows = {name: state.reshape(-1, state.shape[-1]) for name, state in states.items()}
+    shared = all(bool((row == row[0]).all()) for row in rows.values())
+    if not shared and len(rows["cpu"]) != world_size:
+        torch.manual_seed(derive_seed(fingerprint(rows.values()), rank))
+        return
+    own = 0 if shared else rank
+    torch.set_rng_state(rows["cpu"][own].clone())  # torch crashes on a part of a storage
+    if "cuda" in rows and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rows["cuda"][own].clone())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

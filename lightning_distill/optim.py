@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_distill.networks.weightless import is_weightless
@@ -35,6 +36,10 @@ class AdamW8bit(Optimizer):
     Moments of tensors with fewer than 4096 elements, or with a number that 256 does not divide, stay in full. The
     states in a checkpoint are plain tensors, so that it can be read where torchao is missing. torchao compiles the
     update once for every shape of the parameters, which takes a while in the first step.
+
+    Torchao's table of the second moment has a 0, to which it rounds what is below 1.6e-7 of the largest of a block: the
+    next update of such a weight is divided by ``eps`` and may be 1e4 times the learning rate. Here the table begins at
+    that bound instead, so that these weights move less than with AdamW, and none moves much more.
 
     Args:
         params: parameters, or groups of them.
@@ -77,6 +82,15 @@ class AdamW8bit(Optimizer):
             total += 4 + 2 * (n + 4 * (n // 256) + 1024 if quantised else n * parameter.element_size())
         return total
 
+    @staticmethod
+    def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+        """Torchao asks here for the state of a moment."""
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        state = OptimState8bit.zeros(p.shape, signed, block_size, p.device, dtype=p.dtype)
+        state.qmap = _without_zero(state.qmap, signed)
+        return state
+
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's, with codes, scales and table of a moment as plain tensors."""
         content = super().state_dict()
@@ -98,6 +112,11 @@ def _on_torchao(cls: type[AdamW8bit]) -> type[AdamW8bit]:
     return cls if issubclass(cls, Torchaos) else type(cls.__name__, (cls, Torchaos), {"__module__": __name__})
 
 
+def _without_zero(table: Tensor, signed: bool) -> Tensor:
+    """A moment's table of values, in which the second moment's 0 is what rounds to 0 at most."""
+    return table if signed else torch.cat([table[1:2] / 2, table[1:]])
+
+
 def _plain_moment(value: Any) -> Any:
     if type(value).__name__ != "OptimState8bit":
         return value
@@ -109,7 +128,8 @@ def _moment(value: Any) -> Any:
         return value
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    return OptimState8bit(value["codes"], value["scale"], value["qmap"], value["signed"], torch.float32)
+    table = _without_zero(value["qmap"], value["signed"])
+    return OptimState8bit(value["codes"], value["scale"], table, value["signed"], torch.float32)
 
 
 def is_fused(optimizer: Optimizer) -> bool:
@@ -125,35 +145,50 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def guard_step(
-    optimizer: Optimizer, loss: Tensor, clip_norm: float | None, also_finite: Sequence[Tensor] = ()
+    optimizer: Optimizer,
+    loss: Tensor,
+    clip_norm: float | None,
+    also_finite: Sequence[Tensor] = (),
+    scaler: GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients of one optimizer and arrange that its next step is skipped when something is not finite.
 
     Fused optimizers get ``found_inf``, which their kernel reads on the device. Others lose their gradients instead,
-    which makes the step a no-op at the price of one host synchronisation.
+    which makes the step a no-op at the price of one host synchronisation. Where a scaler of float16 losses has not
+    unscaled the gradients yet, it does so here and finds NaN in those of a step to be skipped, which also lowers its
+    scale.
 
     Args:
         optimizer: the optimizer about to step.
         loss: detached loss of this step, scalar.
         clip_norm: largest total gradient norm, None for no clipping.
         also_finite: further scalars that must be finite.
+        scaler: whose scale the gradients still have; None where they have none.
 
     Returns:
-        total gradient norm before clipping, and 1.0 where the step is skipped (0-dim float32).
+        total gradient norm before clipping, without scale, and 1.0 where the step is skipped (0-dim float32).
     """
+    if scaler is not None and not scaler.is_enabled():
+        scaler = None
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros_like(loss)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # over all shards
-    if clip_norm is not None and gradients:
-        scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
+    if scaler is not None:
+        norm = norm / scaler.scale(torch.ones_like(norm))
     finite = torch.isfinite(norm) & torch.isfinite(loss.to(norm.device))
     for value in also_finite:
         finite = finite & torch.isfinite(value.to(norm.device))
+    factor = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    if scaler is not None:
+        factor = factor.masked_fill(~finite, float("nan"))
+    if gradients and (clip_norm is not None or scaler is not None):
+        torch._foreach_mul_([local_part(gradient) for gradient in gradients], factor)
     skipped = (~finite).float()
-    if is_fused(optimizer):
+    if scaler is not None:
+        scaler.unscale_(optimizer)  # what it finds overrides ``found_inf``
+    elif is_fused(optimizer):
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
     elif bool(skipped):
         for parameter in parameters:

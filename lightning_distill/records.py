@@ -1,14 +1,16 @@
 """What an evaluated run leaves behind: ``metrics.json``, read by the report, the alarm and whoever plots.
 
 A row is one set of samples (whose, how many steps, which weights, at which student update) with its figures. Rows of
-the teacher are the baselines; they carry no update.
+the teacher are the baselines; they carry no update, and belong to the student's rows of as many samples of the same
+noise and half of the reference.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +48,16 @@ class EvaluationRow:
     half: str = "selection"
     seconds: float = 0.0
 
+    @property
+    def samples(self) -> tuple[int, int, str]:
+        """Number, noise and half of the reference: rows with equal ones can be compared."""
+        return self.num_samples, self.seed, self.half
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells a measurement from every other: all but the figures, which NaN makes different from themselves."""
+        return tuple(value for name, value in vars(self).items() if name != "metrics")
+
 
 def metric_name(stage: str, metric: str, nfe: int, weights: str) -> str:
     """Name under which a figure is logged, for example ``val/fd_cnn/nfe1/ema``.
@@ -65,7 +77,8 @@ class EvaluationLog:
 
     Attributes:
         rows: student rows in the order they were measured.
-        teacher: baseline rows; the one with the largest ``nfe`` is the many-step teacher.
+        teacher: baseline rows, of every set of samples that was measured; the one with the largest ``nfe`` is the
+            many-step teacher.
         reference: what the samples were compared with: name, number of samples, real-vs-real floors by metric.
     """
 
@@ -77,11 +90,49 @@ class EvaluationLog:
         """Rows of one network at one number of steps, oldest first."""
         return [row for row in self.rows if row.weights == weights and row.nfe == nfe]
 
-    def baseline(self, nfe: int | None = None) -> EvaluationRow | None:
-        """The teacher's row at ``nfe`` steps, or with None the one with most steps; None if it was not measured."""
+    def baselines(self, row: EvaluationRow) -> list[EvaluationRow]:
+        """The teacher's rows that a row of the student is compared with: those of equal ``samples``.
+
+        Where there are none, those of the teacher's card; without these all.
+        """
+        equal = [other for other in self.teacher if other.samples == row.samples]
+        return equal or [other for other in self.teacher if other.stage == "card"] or self.teacher
+
+    def compared(self, rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+        """The teacher's rows that any of these rows is compared with; all for no rows."""
+        wanted = {other.identity for row in rows for other in self.baselines(row)}
+        return [other for other in self.teacher if not rows or other.identity in wanted]
+
+    def baseline(self, nfe: int | None = None, row: EvaluationRow | None = None) -> EvaluationRow | None:
+        """The teacher's row at a number of steps.
+
+        Args:
+            nfe: steps; None for the most.
+            row: row of the student that it is compared with; None looks among all.
+
+        Returns:
+            None if it was not measured.
+        """
+        rows = self.teacher if row is None else self.baselines(row)
         if nfe is None:
-            return max(self.teacher, key=lambda row: row.nfe, default=None)
-        return next((row for row in self.teacher if row.nfe == nfe), None)
+            return max(rows, key=lambda other: other.nfe, default=None)
+        return next((other for other in rows if other.nfe == nfe), None)
+
+    def update(self, other: EvaluationLog) -> None:
+        """Take up what another log has and this one has not; nothing is lost.
+
+        Args:
+            other: its figures count where both have the teacher's of the same steps and samples, or the same floor.
+        """
+        known = {row.identity for row in self.rows}
+        self.rows += [row for row in other.rows if row.identity not in known]
+        teacher = {(row.nfe, row.samples): row for row in self.teacher}
+        for row in other.teacher:
+            old = teacher.get((row.nfe, row.samples), row)
+            teacher[row.nfe, row.samples] = replace(row, metrics={**old.metrics, **row.metrics})
+        self.teacher = list(teacher.values())
+        floors = {**self.reference.get("floors", {}), **other.reference.get("floors", {})}
+        self.reference = {**self.reference, **other.reference, **({"floors": floors} if floors else {})}
 
     def save(self, folder: str | Path) -> Path:
         """Write ``metrics.json`` into a folder, atomically."""
@@ -112,11 +163,18 @@ class EvaluationLog:
         if content["format"] != FORMAT:
             raise ValueError(f"metrics of format {content['format']} cannot be read, this version reads {FORMAT}.")
         student, teacher = ([EvaluationRow(**row) for row in content[key]] for key in ("student", "teacher"))
-        return cls(student, teacher, content["reference"])
+        reference = content["reference"]
+        if not isinstance(reference, dict) or not isinstance(reference.get("floors", {}), dict):
+            raise TypeError("its reference is no mapping")
+        return cls(student, teacher, reference)
 
     @classmethod
-    def load(cls, folder: str | Path) -> EvaluationLog:
+    def load(cls, folder: str | Path, missing_ok: bool = False) -> EvaluationLog:
         """Read ``metrics.json`` of a run folder.
+
+        Args:
+            folder: run folder.
+            missing_ok: an empty log where there is no such file.
 
         Raises:
             FileNotFoundError: the run was not evaluated.
@@ -124,6 +182,8 @@ class EvaluationLog:
         """
         path = Path(folder) / FILENAME
         if not path.is_file():
+            if missing_ok:
+                return cls()
             raise FileNotFoundError(
                 f"{path} does not exist: the run was not evaluated. Add GenerativeEvaluation to trainer.callbacks, or "
                 f"run 'lightning-distill evaluate {folder}'."

@@ -34,6 +34,7 @@ __all__ = [
     "SOLVERS",
     "Recipe",
     "Trajectory",
+    "describe_denoiser",
     "describe_process",
     "point_indices",
     "record_noise",
@@ -265,20 +266,69 @@ def _unguided(denoiser: Denoiser, states: Tensor, times: Sequence[float], cond: 
 
 
 def teacher_fingerprint(denoiser: Denoiser) -> str:
-    """SHA-256 of a denoiser's own weights, as ``DistillationModule.teacher_fingerprint``."""
-    return fingerprint(base_state_dict(denoiser.network).values())
+    """SHA-256 of a frozen denoiser's own weights: its network's, then those of the adapters that guide it.
+
+    What roles added to its network is left out.
+    """
+    beside = [v for k, v in denoiser.state_dict().items() if k.startswith("adapters.")]
+    return fingerprint([*base_state_dict(denoiser.network).values(), *beside])
 
 
 def describe_process(process: NoiseProcess) -> dict[str, Any]:
-    """What tells one process from another, as plain values; a flow's shift moves grids, not samples: left out."""
-    facts = {k: v for k, v in vars(process).items() if isinstance(v, (bool, int, float, str)) and k != "shift"}
+    """What tells one process from another, as plain values; a flow's shift moves grids, not samples: left out.
+
+    A table of alphas, which no settings tell, is told by atan2(sigma, alpha) at 17 even times, to 1e-4 rad.
+    """
+    plain = (bool, int, float, str)
+    facts: dict[str, Any] = {k: v for k, v in vars(process).items() if isinstance(v, plain) and k != "shift"}
+    if facts.get("beta_schedule") == "given":
+        t = torch.linspace(0.0, process.t_max, 17, dtype=torch.float64)
+        # rounded, since tables made on two machines may differ in the last digits of float32
+        facts["angles"] = [round(angle, 4) for angle in torch.atan2(process.sigma(t), process.alpha(t)).tolist()]
     return {"name": type(process).__name__, **facts}
+
+
+def describe_denoiser(
+    denoiser: Denoiser,
+    guidance: Sequence[float],
+    interval: Sequence[float] | None,
+    cond: Mapping[str, Any] | str,
+) -> dict[str, Any]:
+    """What a network's predictions depend on beside its weights and the conditions, as plain values.
+
+    Args:
+        denoiser: the teacher; the process it is given x_t in does not matter.
+        guidance: bounds of w.
+        interval: of guidance, None for all times.
+        cond: as in ``trajectory_key``.
+
+    Returns:
+        ``prediction_type``, ``process`` and ``data_scale`` of the network itself; and of what stands beside the
+        conditions, as far as guidance of this kind reads it: ``null``, by condition a value or a tensor's SHA-256, or
+        ``told``, the scale that the network is told where w is 1.
+    """
+    inner = denoiser.network_process
+    facts: dict[str, Any] = {
+        "prediction_type": denoiser.prediction_type,
+        "process": describe_process(inner or denoiser.process),
+        "data_scale": 1.0 if inner is None else float(denoiser.data_scale),
+    }
+    plain = all(w == 1.0 for w in guidance)
+    if is_told(denoiser):
+        return facts | ({"told": denoiser.family.guidance_scale} if plain or interval is not None else {})
+    if plain:
+        return facts
+    names = cond["names"] if isinstance(cond, Mapping) else ["class_labels"] if cond == "classes" else []
+    null = {name: denoiser._null_value(name) for name in names}
+    return facts | {"null": {k: fingerprint([v]) if isinstance(v, Tensor) else v for k, v in null.items()}}
 
 
 def trajectory_key(
     denoiser: Denoiser, recipe: Recipe, shape: Sequence[int], cond: Mapping[str, Any] | str
 ) -> dict[str, Any]:
     """Everything that records depend on: the key of their store.
+
+    A calling convention (``Family``) is told by the network's class alone.
 
     Args:
         denoiser: the teacher.
@@ -295,6 +345,7 @@ def trajectory_key(
         "teacher": teacher_fingerprint(denoiser),
         "network": type(denoiser.network).__name__,
         "process": describe_process(denoiser.process),
+        "denoiser": describe_denoiser(denoiser, recipe.guidance, recipe.interval, cond),
         "sigma_data": float(denoiser.sigma_data),
         "num_classes": denoiser.num_classes,
         "shape": list(shape),

@@ -128,6 +128,7 @@ CONFIGURATIONS = {
     ),
     "unknown_precision": ({"trainer.precision": "fp8"}, ["trainer.precision: choose one of 64, 32", "bf16-mixed"]),
     "half_precision_weights": ({"trainer.precision": "16-true"}, ["precision=16-true", "bf16-mixed"]),
+    "bfloat16_weights": ({"trainer.precision": "bf16-true"}, ["precision=bf16-true", "bf16-mixed", "dtype: bfloat16"]),
     "negative_updates": ({"trainer.max_steps": -5}, ["max_steps", "-5"]),
     "empty_batch": ({"data.init_args.batch_size": 0}, ["batch_size=0"]),
     "indivisible_batch": ({f"{MODEL}.accumulate_grad_batches": 3}, ["8 samples", "3 micro-batches", "multiple of 3"]),
@@ -135,6 +136,10 @@ CONFIGURATIONS = {
     "endless_decay": (
         {f"{MODEL}.student_scheduler": spec("WarmupDecay", decay="linear")},
         ["total_steps", "max_steps"],
+    ),
+    "waiting_schedule": (
+        {f"{MODEL}.student_scheduler": spec("lightning.pytorch.cli.ReduceLROnPlateau", monitor="train/student/total")},
+        ["student_scheduler", "ReduceLROnPlateau", "WarmupDecay"],
     ),
     "unknown_loss_weight": ({f"{MODEL}.loss_weights": {"gan": 1.0}}, ["'gan'", "phase/term", "fake_score"]),
     # times

@@ -241,6 +241,51 @@ def test_broken_pictures_stop_it_or_are_left_out(capsys):
     assert before.items() <= shards("store").items()
 
 
+def test_broken_headers_do_not_stop_buckets(capsys):
+    Path("images/5.png").write_bytes(b"no picture")
+    words = ("--resolution", 24, "--buckets", "--bucket-step", 8)
+    images(*words, expect=2)
+    assert "Or go on with --skip-broken." in capsys.readouterr().err
+    images(*words, "--skip-broken")
+    facts = Store("store/24x24").facts(range(4))
+    assert [f["weight"] for f in facts] == [1.0, 1.0, 0.0, 1.0]
+    assert len(Store("store/32x16")) == 5
+
+
+def test_stores_of_other_encoders_are_not_put_beside_each_other(capsys):
+    images("--resolution", 24, "--buckets", "--bucket-step", 8)
+    before = shards("store")
+    images("--resolution", 16, "--buckets", "--bucket-step", 8, "--negative-prompt", "blue", expect=2)
+    assert "24x24 holds a store with negative_prompt=None, not 'blue'; stores in" in capsys.readouterr().err
+    assert shards("store") == before
+    assert not Path("store/16x16").exists()
+
+
+@pytest.mark.parametrize("key", ["encoder_hidden_states", "x0"])
+def test_embeddings_and_latents_that_are_not_finite_are_refused(monkeypatch, capsys, key):
+    encode, codec = PipelineText.encode, LatentCodec.encode
+
+    def broken_text(self, texts):
+        made = encode(self, texts)
+        made["encoder_hidden_states"][[text == PROMPTS[4] for text in texts]] = float("inf")
+        return made
+
+    def broken_latents(self, x, noise=None):
+        made = codec(self, x, noise)
+        made[1:] = float("nan")
+        return made
+
+    if key == "x0":
+        monkeypatch.setattr(LatentCodec, "encode", broken_latents)
+    else:
+        monkeypatch.setattr(PipelineText, "encode", broken_text)
+    images("--resolution", 16, expect=2)
+    row = 1 if key == "x0" else 4
+    error = capsys.readouterr().err
+    assert f"{key} of record {row} (" in error
+    assert f"{row}.png') has NaN or inf as float32; encode with a wider type, --dtype float32 or bfloat16" in error
+
+
 def test_a_plain_text_model():
     cache("--text-encoder", "bert", "--prompts", "p.txt", "--dtype", "float32", "--max-length", 9)
     store = Store("store")

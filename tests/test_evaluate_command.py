@@ -47,6 +47,50 @@ def test_rows_are_added(run, capsys):
     assert "metrics.json" in out
 
 
+def test_earlier_rows_of_the_teacher_stay(run, capsys):
+    words = ["evaluate", str(run), "--measures", "fd", "--n"]
+    assert main([*words, "60", "--teacher-steps", "8"]) == 0
+    before = EvaluationLog.load(run)
+    assert {row.nfe for row in before.baselines(before.rows[-1])} == {1, 8}
+    assert main([*words, "70", "--teacher-steps", "0"]) == 0
+    assert EvaluationLog.load(run).teacher == before.teacher
+    assert main([*words, "50", "--teacher-steps", "3"]) == 0
+    log = EvaluationLog.load(run)
+    assert log.teacher[: len(before.teacher)] == before.teacher
+    assert {row.nfe for row in log.baselines(log.rows[-1])} == {1, 3}
+    assert log.baselines(before.rows[-1]) == before.baselines(before.rows[-1])
+    assert "held_out" in {row.half for row in log.teacher}
+
+
+def test_each_extractor_has_its_reference(run, tmp_path, capsys, monkeypatch):
+    import numpy as np
+
+    from lightning_distill.evaluation.runner import EvaluationRunner
+
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    np.savez(tmp_path / "a=b.npz", mu=np.ones(64), sigma=np.eye(64))
+    second = "{class_path: ZooClassifier, init_args: {data: digits/judge, name: second}}"
+    words = ["evaluate", str(run), "--n", "20", "--teacher-steps", "0", "--measures", "fd", "--extractors"]
+    words += [f"[{{class_path: ZooClassifier, init_args: {{data: digits}}}}, {second}]", "--reference"]
+    assert main([*words, f"cnn={tmp_path / 'a=b.npz'}", "--reference", "second=digits/judge"]) == 0
+    figures = EvaluationLog.load(run).rows[-1].metrics
+    assert figures["fd_cnn"] > 10 * figures["fd_second"] > 0
+
+    def not_called(*_, **__):
+        raise AssertionError("sampled before the references were checked")
+
+    monkeypatch.setattr(EvaluationRunner, "measure", not_called)
+    for references, message in (
+        ([str(tmp_path / "other.npz")], "holds statistics of 7 features, and the extractor 'cnn' has 64"),
+        ([f"cnn={tmp_path / 'other.npz'}"], "holds statistics of 7 features"),
+        (["third=data"], "there is no extractor 'third'; the extractors are cnn, second"),
+        (["cnn=data", "data"], "--reference data: of several references give NAME=REFERENCE"),
+    ):
+        capsys.readouterr()
+        assert main([*words[:-1], *(word for r in references for word in ("--reference", r))]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_pass_rule_uses_a_second_extractor(run, capsys):
     assert main(["evaluate", str(run), "--pass-rule"]) == 1  # three updates do not make a student
@@ -120,13 +164,13 @@ def test_runs_without_an_average_measure_the_student(tmp_path, capsys):
     assert "use --weights student" in capsys.readouterr().err
 
 
-def test_measures_with_models_of_their_own(run, tmp_path, monkeypatch):
+def test_measures_with_models_of_their_own(run, tmp_path, monkeypatch, capsys):
     """The options reach the models; what these compute is tested beside them."""
     seen = {}
 
     class Clip(CLIPScore):
-        def check(self):
-            seen["clip"] = self.folder
+        def check(self, shape=None):
+            seen["clip"] = (self.folder, shape)
 
         def score(self, images, prompts):
             seen["prompts"] = prompts[:11]
@@ -144,12 +188,17 @@ def test_measures_with_models_of_their_own(run, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     words = ["evaluate", str(run), "--n", "40", "--teacher-steps", "0", "--measures", "clip_score", "lpips_diversity"]
     words += ["--clip", "folder", "--prompts", str(prompts), "--perceptual", "vgg.pth", "--perceptual-net", "vgg"]
+    assert main(words) == 2
+    assert f"--prompts {prompts} cannot be read (No such file or directory)" in capsys.readouterr().err
     prompts.write_text("too\nfew\n")
     assert main(words) == 2
+    assert "there are 2 prompts for 10 classes" in capsys.readouterr().err
+    assert main([*words, "--extractors", "nowhere.yaml"]) == 2
+    assert "--extractors nowhere.yaml: there is no such file" in capsys.readouterr().err
     prompts.write_text("".join(f"the digit {i}\n" for i in range(10)))
     assert main(words) == 0
     assert seen == {
-        "clip": "folder",
+        "clip": ("folder", (1, 8, 8)),
         "prompts": [f"the digit {i % 10}" for i in range(11)],
         "trunk": ("vgg", "vgg.pth", (1, 8, 8)),
     }

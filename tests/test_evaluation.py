@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lightning_distill.data.digits import load_digits
 from lightning_distill.evaluation import Evaluator, sample_many
+from lightning_distill.evaluation.evaluator import Features
 from lightning_distill.evaluation.runner import EvaluationRunner
 from lightning_distill.evaluation.table import print_table
 from lightning_distill.evaluation.teacher import baseline_key, card_note, card_rows, frechet_excess
@@ -120,6 +121,84 @@ def test_measures_of_the_images_themselves():
     figures = judge.measure(judge.features(images, labels))
     assert figures["clip_score"] == 1.0
     assert figures["lpips_diversity"] == pytest.approx((images[:10] - images[10:]).abs().mean().item(), rel=1e-5)
+
+
+def test_samples_of_text_are_grouped_by_the_row_of_their_condition():
+    seen = []
+
+    class Scores:
+        def score(self, images, prompts):
+            seen.extend(prompts)
+            return torch.tensor([float(round(x.mean().item()) == int(p)) for x, p in zip(images, prompts, strict=True)])
+
+    which = torch.arange(100) % 7
+    images = which[:, None, None, None].float().expand(-1, 1, 8, 8)
+    settings = {"clip": Scores(), "perceptual": lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)), "rows": 7}
+    judge = evaluator(measures=["lpips_diversity", "clip_score"], prompts=[str(i) for i in range(7)], **settings)
+    assert judge.measure(judge.features(images, None)) == {"lpips_diversity": 0.0, "clip_score": 1.0}
+    assert seen == [str(i) for i in which.tolist()]
+    # classes beside other conditions: a row is what two samples have in common, the class what the prompt names
+    seen.clear()
+    assert judge.measure(judge.features(images, which // 2))["lpips_diversity"] == 0.0
+    assert seen == [str(i // 2) for i in which.tolist()]
+    noisy = judge.features(images + torch.arange(100)[:, None, None, None] % 2, None)
+    assert judge.measure(noisy)["lpips_diversity"] == pytest.approx(1.0)
+    assert len({evaluator(measures=["lpips_diversity"], rows=rows).key for rows in (None, 7, 8)}) == 3
+
+
+class Decided(torch.nn.Module):
+    num_features = 4
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images):
+        return images.flatten(1)[:, :4]
+
+    def classify(self, features):
+        return torch.nn.functional.one_hot(torch.zeros(len(features), dtype=torch.long), self.classes).float()
+
+
+def test_classes_are_judged_by_a_classifier_of_these_classes():
+    images, labels = load_digits("test")
+    bare = Reference({}, {}, {}, {})
+
+    def accuracy(*extractors, labels=labels, **settings):
+        references = {e.name: load_reference("digits") if e.name == "cnn" else bare for e in extractors}
+        judge = Evaluator(extractors, references, ["class_accuracy"], **settings)
+        return judge.measure(judge.features(images, labels)).get("class_accuracy")
+
+    wide, own, digits = ModuleExtractor(Decided(1008), "wide"), ModuleExtractor(Decided(10)), ZooClassifier("digits")
+    assert accuracy(wide) is None
+    assert accuracy(own) == pytest.approx((labels == 0).double().mean().item())
+    assert accuracy(wide, digits) == accuracy(digits) > 0.97
+    few = labels % 5  # ten classes, of which five were asked for
+    assert accuracy(own, labels=few) is None
+    assert accuracy(own, labels=few, num_classes=10) == pytest.approx((few == 0).double().mean().item())
+    assert accuracy(digits, labels=few) == accuracy(digits, labels=few, num_classes=10) is not None
+
+
+def test_images_are_looked_at_where_features_are_computed():
+    """The meta device stands for an accelerator."""
+    places = []
+
+    def look(*parts):
+        places.extend((part.device.type, len(part)) for part in parts)
+        return torch.zeros(len(parts[0]))
+
+    class Scores:
+        def score(self, images, prompts):
+            return look(images)
+
+    settings = {"perceptual": look, "clip": Scores(), "prompts": [""] * 10, "device": "meta"}
+    judge = evaluator(measures=["lpips_diversity", "clip_score"], **settings)
+    images = torch.rand(150, 1, 8, 8)
+    figures = judge.measure(Features({"cnn": torch.zeros(150, 64)}, torch.arange(150) % 10, images))
+    assert figures == {"lpips_diversity": 0.0, "clip_score": 0.0}
+    assert {place for place, _ in places} == {"meta"}
+    assert max(count for _, count in places) == 64
+    assert images.device.type == "cpu"
 
 
 def test_wrong_evaluators():
@@ -242,6 +321,19 @@ def test_the_table_marks_a_teacher_of_other_samples():
     assert "* from its card, 5000 samples, held-out half; the student: 5000 samples, selection half" in text(
         5000, "selection"
     )
+
+
+def test_the_table_shows_the_teacher_of_the_students_samples():
+    def rows(n, role, **facts):
+        return [EvaluationRow(role, k, {"fd_cnn": float(k)}, num_samples=n, **facts) for k in (1, n)]
+
+    log = EvaluationLog(rows(60, "student", weights="ema", step=2), [*rows(50, "teacher"), *rows(60, "teacher")])
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_table(log, console)
+    text = console.export_text()
+    assert text.count("teacher") == 2
+    assert "50 steps" not in text
+    assert "*" not in text
 
 
 def test_pictures(tmp_path):

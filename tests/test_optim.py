@@ -64,6 +64,58 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad):
     assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
+SCALED = [name for name in OPTIMIZERS if name.startswith("fused")]
+
+
+def scaled_step(net, optimizer, scaler, clip, loss=None, factor=1.0):
+    """As Lightning does in 16-mixed with an optimizer that unscales in its own step."""
+    value = net(torch.ones(5, 3)).square().sum()
+    scaler.scale(factor * value).backward()
+    found = guard_step(optimizer, value.detach() if loss is None else loss, clip, scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["scaled", "disabled"])
+@pytest.mark.parametrize("clip", [0.5, None])
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_losses_give_the_same_steps_and_norms(name, clip, enabled):
+    plain, scaled = network(), network()
+    scaled.load_state_dict(plain.state_dict())
+    one, other = (OPTIMIZERS[name](net.parameters()) for net in (plain, scaled))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=enabled)
+    for _ in range(3):
+        norm, _ = guard_step(one, gradients(plain), clip)
+        one.step()
+        one.zero_grad()
+        found, skipped = scaled_step(scaled, other, scaler, clip)
+        assert float(found) == pytest.approx(float(norm), rel=1e-5)
+        assert float(skipped) == 0.0
+    for a, b in zip(plain.parameters(), scaled.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", ["loss", "overflow"])
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_steps_that_are_not_finite_change_nothing(name, bad):
+    net = network()
+    optimizer, scaler = OPTIMIZERS[name](net.parameters()), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaled_step(net, optimizer, scaler, 0.5)
+    weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    settings = {"loss": torch.tensor(float("inf"))} if bad == "loss" else {"factor": 1e35}
+    _, skipped = scaled_step(net, optimizer, scaler, 0.5, **settings)
+    assert float(skipped) == 1.0
+    assert scaler.get_scale() == 2.0**15
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+    for key, values in optimizer.state_dict()["state"].items():
+        assert all(v is state[key][k] or torch.equal(v, state[key][k]) for k, v in values.items())
+    _, skipped = scaled_step(net, optimizer, scaler, 0.5)
+    assert float(skipped) == 0.0
+    assert not torch.equal(net[0].weight, weights["0.weight"])
+
+
 def test_norms_are_clipped_over_all_groups_together():
     first, second = nn.Linear(3, 2), nn.Linear(2, 1)
     optimizer = torch.optim.SGD([{"params": first.parameters()}, {"params": second.parameters()}], lr=0.1)

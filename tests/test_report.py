@@ -243,6 +243,20 @@ def test_rows_of_a_test_are_no_points_of_the_curve(run):
     assert "held-out half" in text
 
 
+def test_teachers_of_several_samples_stand_beside_their_students(run):
+    evaluated, other = log(), {"num_samples": 60, "seed": 7, "half": "held_out"}
+    final = EvaluationRow("student", 2, {"fd_cnn": 4.75}, "ema", 40, "test", **other)
+    few = EvaluationRow("teacher", 8, {"fd_cnn": 5.5}, **other)
+    EvaluationLog([*evaluated.rows, final], [*evaluated.teacher, few], {}).save(run)
+    assert {r.label for r in charts(run)["fd_cnn/nfe2"].references} == {"teacher, 50 steps", "teacher, 2 steps"}
+    text = Page(write_report(run).read_text()).text
+    assert "60 samples, held-out half" in text
+    assert "5000 samples, selection half" in text
+    alone = EvaluationLog([final], [*evaluated.teacher, few], {})
+    alone.save(run)
+    assert "5000 samples" not in Page(write_report(run).read_text()).text
+
+
 def test_curves_of_an_unrecorded_evaluation_come_from_the_logger(run):
     (run / "metrics.json").unlink()
     scalars(run, {"val/fd_cnn/nfe2/ema": lambda s: 5.0 + s, "test/fd_cnn/nfe2/ema": lambda s: 1.0}, [10, 20])

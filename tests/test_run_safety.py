@@ -167,6 +167,19 @@ def test_locks_of_this_machine_are_decided_at_once(tmp_path):
     assert time.monotonic() - started < 5.0
 
 
+def test_a_suspended_run_keeps_its_lock(tmp_path, monkeypatch):
+    """However long its lock was not touched, its process is there; where starts are not known, the age decides."""
+    file = owned(tmp_path / "run")
+    os.utime(file, (1, 1))
+    with pytest.raises(FileExistsError, match="another run"), run_lock(tmp_path / "run"):
+        pass
+    monkeypatch.setattr(claims, "_started", lambda _pid: "")
+    file = owned(tmp_path / "run")
+    os.utime(file, (1, 1))
+    with run_lock(tmp_path / "run"):
+        pass
+
+
 # ------------------------------------------------------------------------------------------------ memory
 def test_too_little_memory_names_what_was_used():
     message = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1 GiB"

@@ -27,6 +27,9 @@ from lightning_distill.guidance import guided
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser, gaussian_flow_map, ring4
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.guidance_adapters import GuidanceAdapters
+from lightning_distill.networks.merging import merged_network
+from lightning_distill.networks.roles import with_network
 from lightning_distill.networks.run_denoiser import RunDenoiser
 from lightning_distill.networks.specs import PretrainedDenoiser, ZooDenoiser
 from lightning_distill.prediction import Prediction
@@ -35,6 +38,7 @@ from lightning_distill.samplers import simulate
 from lightning_distill.times import few_step_times
 from lightning_distill.trajectories import (
     Recipe,
+    describe_denoiser,
     describe_process,
     point_indices,
     record_noise,
@@ -232,6 +236,88 @@ def test_the_key_names_everything(digits):
     assert describe_process(VariancePreserving()) != describe_process(VariancePreserving(zero_terminal_snr=True))
 
 
+class Shifted(torch.nn.Module):
+    """The weight of every teacher below is the same."""
+
+    shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, t, y, guidance=None):
+        return self.weight * x + y * (1.0 if guidance is None else guidance[:, None])
+
+
+def shifted(process=None, kind="sample", null=0.0, **settings):
+    null_cond = {"y": torch.full((1, 2), null)}
+    return Denoiser(Shifted(), process or FlowMatching(), kind, null_cond=null_cond, **settings).requires_grad_(False)
+
+
+def table(power):
+    return VariancePreserving.from_alphas_cumprod(torch.linspace(0.999, 0.01, 1000, dtype=torch.float64) ** power)
+
+
+INSIDE = {"network_process": VariancePreserving(), "data_scale": 1.0}
+Y = {"names": ["y"]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "scale", "entry"),
+    [
+        ({}, {"kind": "flow_prediction"}, 1.0, "denoiser.prediction_type"),
+        ({}, INSIDE, 1.0, "denoiser.process."),
+        ({"process": table(1)}, {"process": table(3)}, 1.0, "denoiser.process.angles"),
+        (INSIDE, {**INSIDE, "data_scale": 0.5}, 1.0, "denoiser.data_scale"),
+        ({}, {"null": 0.3}, 3.0, "denoiser.null.y"),
+        ({"guidance": 2.0}, {"guidance": 3.0}, 1.0, "denoiser.told"),
+    ],
+    ids=["type", "process", "table", "scale", "null", "told"],
+)
+def test_the_key_names_how_the_network_is_read(tmp_path, one, other, scale, entry):
+    """With the same weights the records differ, and a store of the one is not continued with the other."""
+    teachers = [shifted(**settings) for settings in (one, other)]
+    how = Recipe("pairs", (0.9, 0.6, 0.3), "ode", (scale, scale), dtype="float32")
+    cond = {"y": torch.ones(4, 2)}
+    made = [trajectory_records(teacher, how, 0, 4, (2,), cond)["x0"] for teacher in teachers]
+    assert (made[0] - made[1]).abs().max() > 0.05
+    keys = [trajectory_key(teacher, how, (2,), Y) for teacher in teachers]
+    assert keys[0]["teacher"] == keys[1]["teacher"]
+    StoreWriter(tmp_path / "s", keys[0], 8)
+    with pytest.raises(ValueError, match=f"holds a store with {entry}"):
+        StoreWriter(tmp_path / "s", keys[1], 8)
+
+
+def test_the_key_leaves_out_what_records_do_not_depend_on():
+    def facts(scale, interval=None, **settings):
+        return describe_denoiser(shifted(**settings), (scale, scale), interval, Y)
+
+    assert facts(1.0, null=0.3) == facts(1.0)  # without guidance nothing reads the null
+    assert facts(3.0, guidance=2.0) == facts(3.0, guidance=1.0)  # it is told 3 at all times
+    assert facts(3.0, (0.2, 0.6), guidance=2.0) != facts(3.0, (0.2, 0.6), guidance=1.0)
+    assert facts(1.0, process=VariancePreserving()) == facts(1.0, **INSIDE)  # the same network, seen from two processes
+
+
+def test_guided_teachers_are_told_apart_by_their_adapters(digits):
+    def teacher(seed):
+        made = GuidanceAdapters("additive", width=8).build(digits)
+        made.family = replace(made.family, guidance_scale=1.0)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        return with_network(made, merged_network(made)).requires_grad_(False).eval()
+
+    teachers, how = [teacher(1), teacher(2)], recipe(digits, guidance=(3.0, 3.0))
+    made = [trajectory_records(t, how, 0, 2, (1, 8, 8))["x0"] for t in teachers]
+    keys = [trajectory_key(t, how, (1, 8, 8), "classes") for t in teachers]
+    assert (made[0] - made[1]).abs().max() > 0.1
+    assert keys[0] != keys[1]
+    module = DMD2(teachers[0])
+    module.configure_model()
+    assert module.teacher_fingerprint() == keys[0]["teacher"] != keys[1]["teacher"]
+
+
 # -------------------------------------------------------------------------------------------- the command
 ARGUMENTS = ["--teacher", "digits", "--num", "70", "--steps", "4", "--shard-size", "16", "--batch-size", "6"]
 ANALYTIC = "{class_path: AnalyticTeacher, init_args: {problem: NAME, process: FlowMatching}}"
@@ -361,6 +447,21 @@ def test_another_teacher_is_refused_by_the_beginnings_of_both_digests(tmp_path, 
     header.write_text(json.dumps(content))
     assert command(tmp_path / "s") == 2
     assert f"holds a store with teacher=sha256 {6 * 'ab'}, not sha256 {teacher[:12]};" in capsys.readouterr().err
+
+
+def test_a_store_that_an_earlier_version_began_is_finished(tmp_path, capsys):
+    assert command(tmp_path / "s") == 0
+    before = digests(tmp_path / "s")
+    header = tmp_path / "s" / "store.json"
+    content = json.loads(header.read_text())
+    del content["key"]["denoiser"]
+    header.write_text(json.dumps(content))
+    before["store.json"] = hashlib.sha256(header.read_bytes()).hexdigest()
+    (tmp_path / "s" / "shard_000001.json").unlink()
+    capsys.readouterr()
+    assert command(tmp_path / "s") == 0
+    assert "was begun by an earlier version" in capsys.readouterr().err
+    assert digests(tmp_path / "s") == before
 
 
 def test_teachers_by_name_folder_run_and_text(tmp_path):

@@ -2,20 +2,20 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_distill.callbacks.good_state import good_path, kept_step, restore
 from lightning_distill.callbacks.health import TrainingHealth
 from lightning_distill.callbacks.isolation import as_distillation
+from lightning_distill.callbacks.judged_rows import evaluation_log, kind_of, telling_rows
 from lightning_distill.losses.diagnostics import oscillation
 from lightning_distill.methods.base import DistillationModule
-from lightning_distill.records import EvaluationLog, EvaluationRow
+from lightning_distill.records import EvaluationLog
 
 __all__ = ["CollapseAlarm"]
 
@@ -29,10 +29,6 @@ _WINDOW, _AMPLITUDE, _CROSSINGS = 8, 0.25, 4
 _SKIPPED = 0.1
 #: without evaluations, updates between two good checkpoints
 _GOOD_EVERY = 500
-#: entries of an optimizer's groups that are learning rates
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-#: lists of a scheduler that are learning rates
-_SCHEDULED = ("base_lrs", "max_lrs", "_last_lr")
 
 _ADVICE = {
     "recall": "The student covers less of the data than it should: lower its learning rate or the guidance, give "
@@ -76,10 +72,11 @@ class CollapseAlarm(Callback):
     Every kind is warned of once per run, and each alarm is a line of ``warnings.jsonl`` in the run folder.
 
     ``rollback`` keeps ``good.ckpt`` beside the other checkpoints: the state at the start, then after every evaluation
-    without a finding (without evaluations: after health figures without one, every 500 updates). An alarm then restores
-    student, averages, critics, declared targets, buffers, the method's own state and the optimizers' moments. Not moved
-    back are ``global_step``, the loader, the position of the learning-rate schedules, the random streams and the scale
-    of float16 losses: the run keeps its budget and its file names, and meets other data and noise than those that it
+    without a finding (without evaluations: after health figures without one, every 500 updates). A run that resumes
+    from before the state of that file replaces it by the state it begins with. An alarm then restores student,
+    averages, critics, declared targets, buffers, the method's own state and the optimizers' moments. Not moved back are
+    ``global_step``, the loader, the position of the learning-rate schedules, the random streams and the scale of
+    float16 losses: the run keeps its budget and its file names, and meets other data and noise than those that it
     failed on. All learning rates, and the base rates of their schedules, are multiplied by ``lr_factor``. After
     ``max_rollbacks`` the next alarm stops the run.
 
@@ -160,12 +157,12 @@ class CollapseAlarm(Callback):
         if not self._skipped:
             self._skipped = _skipped_steps(as_distillation(self, pl_module))
         folder = trainer.log_dir  # on every rank: it is broadcast
-        kept = trainer.logger is not None or bool(trainer.checkpoint_callbacks)
-        self._folder = Path(folder) if folder and kept else None
+        writes = trainer.logger is not None or bool(trainer.checkpoint_callbacks)
+        self._folder = Path(folder) if folder and writes else None
         if self.action == "rollback":
-            checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
-            self._good = Path(checkpoints or Path(folder or trainer.default_root_dir) / "checkpoints") / "good.ckpt"
-            if self.good_step is None or not self._good.exists():
+            self._good = good_path(trainer)
+            kept = kept_step(trainer, self._good)
+            if kept is None or kept != self.good_step:
                 self._keep(trainer)
 
     def on_train_batch_end(
@@ -177,13 +174,13 @@ class CollapseAlarm(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last evaluation, which may have come after the last update."""
-        if self._active and (log := _evaluation_log(trainer)):
+        if self._active and (log := evaluation_log(trainer)):
             for kind, message in self._judge_rows(trainer, as_distillation(self, pl_module), log)[0].items():
                 self._warn(trainer, kind, message)
 
     def _look(self, trainer: Trainer, module: DistillationModule) -> None:
         findings: dict[str, str] = {}
-        log = _evaluation_log(trainer)
+        log = evaluation_log(trainer)
         evaluated = measured = False
         if log is not None:
             found, evaluated = self._judge_rows(trainer, module, log)
@@ -212,15 +209,15 @@ class CollapseAlarm(Callback):
         start = min(self._judged_rows, len(log.rows))
         self._judged_rows = len(log.rows)
         new = [r for r in log.rows[start:] if r.stage != "test" and (r.step or 0) <= trainer.global_step]
-        teacher = log.baseline()
-        if not new or teacher is None:
+        if not new or log.baseline() is None:
             return {}, bool(new)
         findings: dict[str, str] = {}
         bad: dict[str, bool] = {}
-        for row in _telling_rows(new, len(module.student_times)):
+        for row in telling_rows(new, len(module.student_times)):
+            teacher = log.baseline(row=row)
             for name, value in row.metrics.items():
-                kind = _kind_of(name)
-                if kind is None or name not in teacher.metrics:
+                kind = kind_of(name)
+                if kind is None or teacher is None or name not in teacher.metrics:
                     continue
                 fraction = self.recall_fraction if kind == "recall" else self.diversity_fraction
                 floor = fraction * teacher.metrics[name]
@@ -359,18 +356,7 @@ class CollapseAlarm(Callback):
             trainer: of the running fit.
             module: its module.
         """
-        optimizers = trainer.strategy.optimizers
-        rates = [[_rates(group) for group in optimizer.param_groups] for optimizer in optimizers]
-        checkpoint = trainer.strategy.load_checkpoint(self._good)
-        with isolate_rng():  # the module's hook restores generators, for resuming
-            module.on_load_checkpoint(checkpoint)
-        trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
-        trainer.strategy.load_optimizer_state_dict(checkpoint)
-        for optimizer, groups in zip(optimizers, rates, strict=True):
-            for group, old in zip(optimizer.param_groups, groups, strict=True):
-                group.update({key: rate * self.lr_factor for key, rate in old.items()})
-        for config in trainer.lr_scheduler_configs:
-            _scale_schedule(config.scheduler, self.lr_factor)
+        restore(trainer, module, self._good, self.lr_factor)
         self.rollbacks += 1
         self._found.clear()
         self._stuck.clear()
@@ -400,38 +386,5 @@ class CollapseAlarm(Callback):
 
 
 # ---------------------------------------------------------------------------------------------------- inner parts
-def _evaluation_log(trainer: Trainer) -> EvaluationLog | None:
-    """The ``history`` of the first callback that keeps one (``log`` is Lightning's own name on callbacks)."""
-    logs = (getattr(callback, "history", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return next((log for log in logs if isinstance(log, EvaluationLog)), None)
-
-
-def _telling_rows(rows: Sequence[EvaluationRow], own_steps: int) -> list[EvaluationRow]:
-    """Rows at the student's own number of steps and of one network, where there is such a choice."""
-    own = [row for row in rows if row.nfe == own_steps] or list(rows)
-    averaged = [row for row in own if row.weights == "ema"]
-    return averaged or [row for row in own if row.weights == own[0].weights]
-
-
-def _kind_of(metric: str) -> str | None:
-    words = metric.split("_")
-    if words[0] in ("recall", "coverage"):
-        return "recall"
-    return "diversity" if words[0] == "vendi" or "diversity" in words else None
-
-
 def _skipped_steps(module: DistillationModule) -> dict[str, float]:
     return dict(zip(module.phases, module.skipped_steps.tolist()))
-
-
-def _rates(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Learning rates of a parameter group; tensors are copied, since restoring may write into them."""
-    return {k: group[k].clone() if isinstance(group[k], torch.Tensor) else group[k] for k in _RATES if k in group}
-
-
-def _scale_schedule(scheduler: Any, factor: float) -> None:
-    for name in _SCHEDULED:
-        if getattr(scheduler, name, None) is not None:
-            setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
-    for inner in getattr(scheduler, "_schedulers", ()):
-        _scale_schedule(inner, factor)

@@ -2,31 +2,29 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.callbacks.isolation import as_distillation, undisturbed
+from lightning_distill.callbacks.networks_in_training import critic_figures, discriminator_figures, rolled_out
 from lightning_distill.generation import default_cond, generate, index_noise
 from lightning_distill.guidance import Guidance
 from lightning_distill.losses.diagnostics import (
-    critic_state,
     gradient_cosines,
     gradient_norms,
-    guidance_split,
-    logit_statistics,
     sample_moments,
     weight_distance,
 )
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.methods.rollout import Rollout
 from lightning_distill.metrics.diversity import duplicate_rate
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.randomness import derive_seed
-from lightning_distill.times import bounded, few_step_times
+from lightning_distill.times import few_step_times
 
 __all__ = ["TrainingHealth"]
 
@@ -36,7 +34,8 @@ class TrainingHealth(Callback):
 
     Everything is logged under ``health/`` to the logger at that very update and to ``callback_metrics`` (where
     ``CollapseAlarm`` reads it). What needs a part that the method does not have is left out. With several levels,
-    ``NAME/level_Q`` is the figure at the Q-quantile of the method's matching times (uniform where it has none).
+    ``NAME/level_Q`` is the figure at the Q-quantile of the method's matching times (uniform where it has none); where
+    scores are compared within a sub-interval, of those above the end of the sample's step.
 
     ==========================  =======================================  =================  ============================
     name (``health/...``)       meaning                                  healthy            else
@@ -193,102 +192,19 @@ class TrainingHealth(Callback):
             batch = batch.rows(0, min(self.num_samples, batch.size))
             first = trainer.global_rank * batch.size
             with module.probing("health", first):
-                x = self._rolled_out(module, batch)
-                eps = [module.draws.normal(f"noise{i}", x.shape) for i in range(len(self.levels))]
-                real_eps = [module.draws.normal(f"real_noise{i}", x.shape) for i in range(len(self.levels))]
+                made = rolled_out(module, batch)
+                x = made.x0 if isinstance(made, Rollout) else made
+                eps = {q: module.draws.normal(f"noise{i}", x.shape) for i, q in enumerate(self.levels)}
+                real_eps = {q: module.draws.normal(f"real_noise{i}", x.shape) for i, q in enumerate(self.levels)}
                 u = module.draws.uniform("guidance", len(x))
                 # within, the steps that made the samples are known
                 if fake_score is not None:
-                    figures |= self._critic(module, teacher, fake_score, x, batch, eps, u)
+                    figures |= critic_figures(module, teacher, fake_score, made, batch, eps, u)
                 if discriminator is not None and batch.x0 is not None:
-                    figures |= self._discriminator(module, discriminator, x, batch, eps, real_eps)
+                    figures |= discriminator_figures(module, discriminator, x, batch, eps, real_eps)
         current = list(module.student.parameters())
         for name, average in zip(module.student_ema, module.averages()):
             figures[f"ema_distance/{name}"] = weight_distance(average, current)
-        return figures
-
-    def _rolled_out(self, module: DistillationModule, batch: Batch) -> Tensor:
-        """Samples as critics see them in training; those of sampling where students jump between two times."""
-        if module.sampler in ("renoise", "ode") or rolls_out_itself(module):
-            return module.rollout(batch, grad=False).x0
-        noise = module.draws.normal("start", (batch.size, *module.sample_shape))
-        generator = torch.Generator().manual_seed(derive_seed(module.streams.seed, "health/rollout"))
-        return generate(module.student, noise, batch.cond, module.student_times, module.sampler, generator=generator)
-
-    def _critic(
-        self,
-        module: DistillationModule,
-        teacher: Denoiser,
-        fake_score: Denoiser,
-        x: Tensor,
-        batch: Batch,
-        eps: Sequence[Tensor],
-        u: Tensor,
-    ) -> dict[str, Tensor]:
-        process, cond = module.process, batch.cond
-        distribution = getattr(module, "matching_times", None) or bounded(process, 0.02, 0.98)
-        guidance = getattr(module, "guidance", None)
-        guided = guidance is not None and guidance.needs_null and bool(cond)
-        levels: dict[str, list[Tensor]] = {}
-        for q, noise in zip(self.levels, eps):
-            t = distribution.quantile(torch.full((len(x),), q, dtype=torch.float64, device=x.device), process)
-            x_t = process.add_noise(x, noise, t)
-            with getattr(module, "told_step", nullcontext)():
-                fake = fake_score(x_t, t, cond).x0
-            real = teacher(x_t, t, cond).x0
-            state = critic_state(x, real, fake)
-            found = {"fake_score_lag": state.lag, "fake_score_residual": state.residual, "score_gap": state.gap}
-            if guided and guidance is not None:
-                uncond = teacher(x_t, t, teacher.null_cond(cond)).x0
-                split = guidance_split(real, uncond, fake, guidance.scales(t, u))
-                found["guidance_share"], found["guidance_cosine"] = split.share, split.cosine
-            for name, value in found.items():
-                levels.setdefault(name, []).append(value)
-        return self._over_levels(levels)
-
-    def _discriminator(
-        self,
-        module: DistillationModule,
-        discriminator: nn.Module,
-        x: Tensor,
-        batch: Batch,
-        eps: Sequence[Tensor],
-        real_eps: Sequence[Tensor],
-    ) -> dict[str, Tensor]:
-        gan, network = getattr(module, "gan", None), getattr(module, "feature_network", None)
-        if gan is None or network is None or batch.x0 is None:
-            return {}
-        process, data = module.process, batch.x0
-        distribution = gan.times or getattr(module, "critic_times", None) or bounded(process, 0.0, 1.0)
-        # a shared backbone would tell the teacher, too
-        told = getattr(module, "told_step", nullcontext) if gan.features == "fake_score" else nullcontext
-        levels: dict[str, list[Tensor]] = {}
-        for q, noise, real_noise in zip(self.levels, eps, real_eps):
-            t = distribution.quantile(torch.full((len(x),), q, dtype=torch.float64, device=x.device), process)
-            with told():
-                real, fake = (
-                    discriminator(gan.tapped(network, process.add_noise(clean, n, t), t, batch.cond))
-                    for clean, n in ((data, real_noise), (x, noise))
-                )
-            found = logit_statistics(real, fake, gan.kind)
-            for name, value in {
-                "logit_real": found.real_mean,
-                "logit_real_std": found.real_std,
-                "logit_fake": found.fake_mean,
-                "logit_fake_std": found.fake_std,
-                "discriminator_accuracy": found.accuracy,
-            }.items():
-                levels.setdefault(name, []).append(value)
-        return self._over_levels(levels)
-
-    def _over_levels(self, levels: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Each figure at every level and its mean, geometric for ratios."""
-        figures = {}
-        for name, values in levels.items():
-            stacked = torch.stack(list(values))
-            ratio = name == "fake_score_lag"
-            figures[name] = stacked.clamp_min(1e-12).log().mean().exp() if ratio else stacked.mean()
-            figures |= {f"{name}/level_{q:g}": value for q, value in zip(self.levels, values)}
         return figures
 
     def _terms(self, trainer: Trainer, module: DistillationModule, batch: Batch) -> dict[str, Tensor]:
@@ -409,8 +325,3 @@ class TrainingHealth(Callback):
         """Go on with the reference of the run that is resumed."""
         self._reference = dict(state_dict["reference"])
         self._references = int(state_dict["references"])
-
-
-def rolls_out_itself(module: DistillationModule) -> bool:
-    """Whether a method has rollouts other than those of the backward simulation."""
-    return type(module).simulate_student is not DistillationModule.simulate_student

@@ -20,11 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_distill.commands.errors import CommandParser
 from lightning_distill.data.buckets import Bucket, make_buckets
+from lightning_distill.data.cached import check_alike
 from lightning_distill.data.checksums import damages
 from lightning_distill.data.encoding import Encoders, Plan, Record, fill, make_parts, write_null
 from lightning_distill.data.image_text import ImageText, find_image_text, from_prompts
 from lightning_distill.data.prompts import read_prompts
-from lightning_distill.data.store import Store
+from lightning_distill.data.store import Store, is_store
 from lightning_distill.networks.autoencoders import autoencoder_folder
 from lightning_distill.networks.text import TextEncoder
 
@@ -52,7 +53,8 @@ def main(words: Sequence[str]) -> None:
     )
     size = None if args.resolution is None or pictures else (args.resolution, args.resolution)
     encoder = encoders.text(args.device, size)  # complains about a folder before any picture is looked at
-    parts = make_parts(out, encoders, records, _buckets(args, pictures), args.frames, size, negative)
+    parts = make_parts(out, encoders, records, _buckets(args, pictures), args.frames, size, negative, args.skip_broken)
+    check_alike(sorted(folder for folder in out.glob("*") if is_store(folder)), parts[0].key)
     plan = Plan(encoders, parts, args.shard_size, args.batch_size, args.frames, args.skip_broken, size)
     writers = [plan.writer(part) for part in parts]
     missing = [writer.missing() for writer in writers]

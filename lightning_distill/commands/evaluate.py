@@ -19,7 +19,7 @@ from lightning_distill.commands.run_folder import find_run, load_run, read_confi
 from lightning_distill.evaluation.conditions import RunConditions
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
 from lightning_distill.evaluation.passing import MINIMUM_SAMPLES, verdict
-from lightning_distill.evaluation.references import check_reference, resolve_reference
+from lightning_distill.evaluation.references import check_references, resolve_reference
 from lightning_distill.evaluation.runner import EvaluationRunner
 from lightning_distill.evaluation.table import print_table
 from lightning_distill.generation import needed_conditions
@@ -35,7 +35,7 @@ __all__ = ["main"]
 
 
 def main(words: Sequence[str]) -> None:
-    """Evaluate a run and add the rows to its ``metrics.json``."""
+    """Evaluate a run and add the rows to its ``metrics.json``, where the earlier ones stay, the teacher's too."""
     parser = CommandParser(
         prog="lightning-distill evaluate", description="Measure the student of a run against its teacher and the data."
     )
@@ -55,9 +55,17 @@ def main(words: Sequence[str]) -> None:
         "--extractors",
         help="YAML list of class_path/init_args, or its file (default: those of the shipped teacher)",
     )
-    parser.add_argument("--reference", help="zoo entry, folder, .npz, or data (see GenerativeEvaluation)")
+    parser.add_argument(
+        "--reference",
+        action="append",
+        metavar="[NAME=]REFERENCE",
+        help="zoo entry, folder, .npz, or data (see GenerativeEvaluation); of several extractors NAME=REFERENCE, "
+        "the option once for each",
+    )
     parser.add_argument("--clip", help="folder of a CLIP model, for the measure clip_score")
-    parser.add_argument("--prompts", help="text file with the prompt of each class, one a line, for clip_score")
+    parser.add_argument(
+        "--prompts", help="text file for clip_score, a prompt a line: of each class, or row of the data"
+    )
     parser.add_argument("--perceptual", help="torchvision weights of the LPIPS trunk, for the measure lpips_diversity")
     parser.add_argument("--perceptual-net", choices=["alex", "vgg", "squeeze"], default="alex", help="that trunk")
     parser.add_argument("--cache", help="folder for teacher rows and references")
@@ -81,7 +89,7 @@ def main(words: Sequence[str]) -> None:
             f"--pass-rule needs --n {MINIMUM_SAMPLES} or more and --half held_out, not --n {args.n} --half {args.half}."
         )
     run = find_run(args.run_dir)
-    earlier = _earlier(run)
+    earlier = EvaluationLog.load(run, missing_ok=True)
     if args.pass_rule and any(row.seed == args.seed and row.half == "selection" for row in earlier.rows):
         raise ValueError(f"--seed {args.seed} was used while training; the pass rule needs noise that was not.")
     config = read_config(run)
@@ -93,20 +101,20 @@ def main(words: Sequence[str]) -> None:
     for name in weights:
         weights_name(module, name)
     extractors = _extractors(args.extractors, module, judge=args.pass_rule)
-    for extractor in extractors:
-        extractor.check()
-        check_reference(args.reference, extractor)
+    sources = check_references(_references(args.reference or []), extractors, module.sample_shape)
     models = _models(args, module, images=bool(extractors))
-    data = read_data(config) if _needs_data(args.reference, extractors) else None
-    chosen: list[Extractor | None] = [*extractors] or [None]
-    references = {(e.name if e else ""): resolve_reference(args.reference, e, data, cache=args.cache) for e in chosen}
-    evaluator = Evaluator(extractors, references, args.measures, args.half, **models)
-    evaluator.probe(module.sample_shape)
+    data = read_data(config) if not extractors or "data" in sources.values() else None
+    chosen: dict[str, Extractor | None] = {e.name: e for e in extractors} or {"": None}
+    references = {n: resolve_reference(sources.get(n), e, data, cache=args.cache) for n, e in chosen.items()}
     # classes are known without the data
     needed = needed_conditions(module.student)
-    conditions = RunConditions((data or read_data(config)) if needed else None)
+    most = max(1, args.n // 2) if "lpips_diversity" in args.measures else None
+    conditions = RunConditions((data or read_data(config)) if needed else None, most)
     if needed:
         conditions(module.student, 1)  # raises where the data do not give them
+    models |= conditions.facts(module.student, args.measures, args.n, models.get("prompts", ()))
+    evaluator = Evaluator(extractors, references, args.measures, args.half, **models)
+    evaluator.probe(module.sample_shape)
     runner = EvaluationRunner(evaluator, args.n, args.seed, bf16=args.bf16, conditions=conditions)
     wanted = [*steps, args.teacher_steps] if args.teacher_steps else []
     updates = _updates(run, args.checkpoint)
@@ -116,7 +124,8 @@ def main(words: Sequence[str]) -> None:
     rows = [
         runner.student_row(module, nfe, name, teacher, step=updates, stage="test") for name in weights for nfe in steps
     ]
-    log = EvaluationLog([*earlier.rows, *rows], teacher, evaluator.reference_facts())
+    log = EvaluationLog.load(run, missing_ok=True)  # the run may have gone on
+    log.update(EvaluationLog(rows, teacher, evaluator.reference_facts()))
     print_table(EvaluationLog(rows, teacher))
     print(log.save(run))
     if args.pass_rule:
@@ -131,11 +140,14 @@ def main(words: Sequence[str]) -> None:
             sys.exit(1)
 
 
-def _earlier(run: Path) -> EvaluationLog:
-    try:
-        return EvaluationLog.load(run)
-    except FileNotFoundError:
-        return EvaluationLog()
+def _references(words: Sequence[str]) -> str | dict[str, str] | None:
+    """One reference for all extractors, or one by name for each."""
+    pairs = [word.partition("=") for word in words]
+    if len(pairs) == 1 and (not pairs[0][1] or Path(words[0]).expanduser().exists()):  # a path may hold a =
+        return words[0]
+    if wrong := next((name for name, equals, _ in pairs if not equals), None):
+        raise ValueError(f"--reference {wrong}: of several references give NAME=REFERENCE, by the extractors' names.")
+    return {name: source for name, _, source in pairs} or None
 
 
 def _updates(run: Path, checkpoint: str | None) -> int:
@@ -154,6 +166,8 @@ def _extractors(text: str | None, module: DistillationModule, judge: bool) -> li
         if entry is None:
             raise ValueError("--extractors must be given: the teacher of this run is not a shipped one.")
         return [ZooClassifier(entry), *([ZooClassifier(f"{entry}/judge", "judge")] if judge else [])]
+    if text.endswith((".yaml", ".yml")) and not Path(text).is_file():
+        raise ValueError(f"--extractors {text}: there is no such file.")
     content = yaml.safe_load(Path(text).read_text() if Path(text).is_file() else text)
     _check_names(content)
     parser = ArgumentParser(exit_on_error=False)
@@ -189,15 +203,14 @@ def _check_names(content: Any) -> None:
 def _models(args: Namespace, module: DistillationModule, images: bool) -> dict[str, Any]:
     """What ``clip_score`` and ``lpips_diversity`` look with, checked; arguments of ``Evaluator``."""
     models: dict[str, Any] = {}
+    classes = module.student.num_classes
+    prompts = {} if classes is None else {"prompts": "FILE (a line for each class)"}  # else the data's own
     needed = {
-        "clip_score": (
-            {"clip": "FOLDER (a CLIP model)", "prompts": "FILE (a line for each class)"},
-            CLIP_VARIABLE,
-        ),
+        "clip_score": ({"clip": "FOLDER (a CLIP model)"} | prompts, CLIP_VARIABLE),
         "lpips_diversity": ({"perceptual": "FILE (torchvision's weights of its trunk)"}, TRUNK_VARIABLE),
     }
     for measure, (options, variable) in needed.items():
-        given = [f"--{option}" for option in options if getattr(args, option)]
+        given = [f"--{o}" for o in (*options, *(["prompts"] if "clip" in options else [])) if getattr(args, o)]
         missing = [f"--{o} {what}" for o, what in options.items() if not getattr(args, o)]
         if variable in os.environ:
             missing = [text for text in missing if text.startswith("--prompts")]
@@ -211,20 +224,15 @@ def _models(args: Namespace, module: DistillationModule, images: bool) -> dict[s
         models["perceptual"] = PerceptualDistance(args.perceptual_net, args.perceptual)
         models["perceptual"].check(tuple(module.sample_shape))
     if "clip_score" in args.measures:
-        classes = module.student.num_classes
-        if classes is None:
-            raise ValueError(
-                "--measures clip_score needs a student with classes; this run's has none. In Python, "
-                "CLIPScore(folder).score(images, prompts) takes any prompts."
-            )
-        prompts = Path(args.prompts).expanduser().read_text().splitlines()
-        if len(prompts) < classes:
-            raise ValueError(f"{args.prompts} has {len(prompts)} lines for {classes} classes; give one for each.")
-        models |= {"clip": CLIPScore(args.clip), "prompts": prompts}
-        models["clip"].check()
+        models["clip"] = CLIPScore(args.clip)
+        models["clip"].check(tuple(module.sample_shape))
+        if args.prompts:
+            models["prompts"] = _lines(args.prompts)
     return models
 
 
-def _needs_data(reference: str | None, extractors: Sequence[Extractor]) -> bool:
-    own = extractors and all(isinstance(e, ZooClassifier) for e in extractors)
-    return reference == "data" or (reference is None and not own)
+def _lines(file: str) -> list[str]:
+    try:
+        return Path(file).expanduser().read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"--prompts {file} cannot be read ({error.strerror}).") from None

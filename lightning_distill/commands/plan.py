@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lightning_distill.commands.errors import CommandError, CommandParser
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.methods.guards import check_precision
 from lightning_distill.plan_parts import GIB, RESERVE, Plan
 from lightning_distill.plan_shards import processes_of
 from lightning_distill.planning import plan
@@ -144,10 +145,12 @@ def plan_config(
 
     trainer = config.get("trainer") or {}
     precision = str(trainer.get("precision") or "32-true")
+    precision = _PRECISIONS.get(precision, precision)
+    check_precision(precision)
     return plan(
         build,
         _micro_batch(config) if batch_size is None else batch_size,
-        _PRECISIONS.get(precision, precision),
+        precision,
         text_tokens=text_tokens,
         checkpointing=checkpointing,
         count=count,
@@ -187,6 +190,7 @@ def suggestions(
     samples = _micro_batch(config) if batch_size is None else batch_size
     options: dict[str, Any] = {"batch_size": samples, "text_tokens": text_tokens}
     eight = False
+    sharded = planned.processes is not None and planned.processes.shards > 1  # which refuses 8-bit states
 
     def again() -> Plan:
         made = plan_config(config, **options)
@@ -203,7 +207,7 @@ def suggestions(
     if options["batch_size"] > 1:
         options["batch_size"] = 1
         yield "batch of one sample, accumulate_grad_batches for the rest", (planned := again())
-    if planned.optimizers != ("AdamW8bit",):
+    if planned.optimizers != ("AdamW8bit",) and not sharded:
         eight = True
         yield "AdamW8bit for all optimizers", (planned := planned.with_8bit_optimizers())
     roles = [role for role in planned.roles if role.name in ("student", "fake_score")]

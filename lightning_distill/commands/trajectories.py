@@ -24,7 +24,8 @@ from lightning_distill.bfloat16 import bfloat16_advice
 from lightning_distill.commands.errors import CommandParser, is_user_error, one_line
 from lightning_distill.commands.run_folder import find_run
 from lightning_distill.data.checksums import damages, verify_stores
-from lightning_distill.data.store import StoreWriter
+from lightning_distill.data.shards import read_header
+from lightning_distill.data.store import StoreWriter, is_store
 from lightning_distill.data.trajectories import StoredConditions
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.run_denoiser import RunDenoiser
@@ -152,7 +153,7 @@ def main(words: Sequence[str]) -> None:
         args.cond,
         conditions.names if conditions else [],
         args.out,
-        trajectory_key(denoiser, recipe, shape, identity),
+        _comparable(trajectory_key(denoiser, recipe, shape, identity), Path(args.out).expanduser()),
         args.num,
         args.shard_size,
         args.batch_size,
@@ -212,6 +213,22 @@ def _conditions(cond: str, keys: list[str] | None, denoiser: Denoiser) -> Stored
             raise ValueError(f"--cond-keys {' '.join(keys)}: give the store that has them as --cond.")
         return None
     return StoredConditions.chosen(cond, keys, denoiser.family.cond_keys)
+
+
+def _comparable(key: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The key, without what a store that an earlier version began does not say; it is finished as it was begun."""
+    if not is_store(folder):
+        return key
+    begun = read_header(folder)["key"]
+    if begun.get("kind") != "trajectories" or "denoiser" in begun:
+        return key
+    print(
+        f"{folder} was begun by an earlier version, which did not write down how the teacher's network is read and "
+        "what its guidance leads away from: this is not compared, so go on with the same teacher only",
+        file=sys.stderr,
+    )
+    process = {k: v for k, v in key["process"].items() if k != "angles"}
+    return {**{k: v for k, v in key.items() if k != "denoiser"}, "process": process}
 
 
 def _device(name: str) -> str:

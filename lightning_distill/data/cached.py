@@ -1,5 +1,6 @@
 """Training from stores: text embeddings alone, or latents with their embeddings (see ``lightning-distill cache``)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from lightning_distill.data.base import DistillationDataModule, Scaling, _OneBat
 from lightning_distill.data.buckets import BucketLoader
 from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import ResumableLoader, epoch_generator
+from lightning_distill.data.shards import difference, read_header
 from lightning_distill.data.store import Store, is_store
 from lightning_distill.networks.autoencoders import autoencoder_identity
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.networks.text import text_digest
 
-__all__ = ["CachedConditions", "CachedLatents", "StoreSource", "open_stores"]
+__all__ = ["CachedConditions", "CachedLatents", "StoreSource", "check_alike", "open_stores"]
 
 _LATENTS = "x0"
+#: what the keys of stores in one folder may differ in
+_OF_ONE_STORE = ("size", "records")
 
 
 def open_stores(path: str | Path) -> list[Store]:
@@ -27,7 +31,7 @@ def open_stores(path: str | Path) -> list[Store]:
 
     Raises:
         FileNotFoundError: there is no store.
-        ValueError: a store is not complete, or they hold different tensors.
+        ValueError: a store is not complete, or they hold different tensors, or those of different encoders.
     """
     path = Path(path).expanduser()
     folders = [path] if is_store(path) else sorted(p for p in path.glob("*") if is_store(p))
@@ -37,6 +41,7 @@ def open_stores(path: str | Path) -> list[Store]:
             f"{path}."
         )
     stores = [Store(folder) for folder in folders]
+    check_alike(folders)
     for store in stores[1:]:
         if store.names != stores[0].names:
             raise ValueError(
@@ -46,49 +51,81 @@ def open_stores(path: str | Path) -> list[Store]:
     return stores
 
 
+def check_alike(folders: Sequence[Path], key: Mapping[str, Any] | None = None) -> None:
+    """Refuse stores in one folder that other encoders, or other settings, made.
+
+    Args:
+        folders: of stores.
+        key: what they all should have been made with, but for size and records; None is what the first was.
+
+    Raises:
+        ValueError: a store was made with something else.
+    """
+    for folder in folders:
+        own = read_header(folder)["key"]
+        key = own if key is None else key
+        theirs, ours = ({k: v for k, v in which.items() if k not in _OF_ONE_STORE} for which in (own, key))
+        if (differing := difference(theirs, ours)) is not None:
+            name, found, wanted = differing
+            raise ValueError(
+                f"{folder} holds a store with {name}={found}, not {wanted}; stores in one folder are trained on "
+                "together, so write those of other encoders or settings to another folder."
+            )
+
+
 class StoreSource:
     """A ``Source`` over one or several stores, drawn by the weights of their records.
 
-    Of n records with weights w an epoch has n places; place j holds the record in whose interval of the cumulated
-    weights (j + u_epoch) sum(w) / n lies. So a record comes n w / sum(w) times, rounded down or up, in every epoch.
+    An epoch has as many places as there are records, and each store a share of them by the sum of its weights. Of a
+    store's n places with weights w, place j holds the record in whose interval of the cumulated weights
+    (j + u_epoch) sum(w) / n lies. So a record comes n w / sum(w) times, rounded down or up, in every epoch.
 
     Args:
-        stores: of one size each, in order.
+        stores: of one size each, in order; those whose records all have the weight 0 are left out.
         keys: conditions wanted.
         latents: give out ``x0`` too.
         seed: of u.
+
+    Attributes:
+        stores: those that are drawn from.
+        sizes: number of places of each.
+
+    Raises:
+        ValueError: every record has the weight 0.
     """
 
     def __init__(self, stores: list[Store], keys: list[str], latents: bool, seed: int = 0) -> None:
-        self.stores, self.keys, self.latents, self.seed = stores, keys, latents, seed
-        facts = [store.facts(range(len(store))) for store in stores]
+        self.keys, self.latents, self.seed = keys, latents, seed
+        every = [store.facts(range(len(store))) for store in stores]
+        kept = [i for i, facts in enumerate(every) if any(_weight(fact) > 0 for fact in facts)]
+        if not kept:
+            raise ValueError(f"every record of {stores[0].folder} has the weight 0, so none can be drawn.")
+        self.stores, facts = [stores[i] for i in kept], [every[i] for i in kept]
         #: text of every record, in the order of the stores; empty where none was written
         self.prompts = [fact.get("prompt", "") for of_store in facts for fact in of_store]
-        self._cumulated = [_cumulated([float(fact.get("weight", 1.0)) for fact in of_store]) for of_store in facts]
-        for store, cumulated in zip(stores, self._cumulated):
-            if cumulated is not None and cumulated[-1] == 0:
-                raise ValueError(f"every record of {store.folder} has the weight 0, so none can be drawn.")
-        self._starts = torch.tensor([0, *[len(store) for store in stores]]).cumsum(0)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of records of each store."""
-        return [len(store) for store in self.stores]
+        weights = [torch.tensor([_weight(fact) for fact in of_store], dtype=torch.float64) for of_store in facts]
+        self.sizes = _shares([float(w.sum()) for w in weights], sum(map(len, weights)))
+        #: cumulated weights; None where every record has a place of its own
+        self._cumulated = [
+            None if size == len(w) and bool((w == w[0]).all()) else w.cumsum(0) for w, size in zip(weights, self.sizes)
+        ]
+        self._places = torch.tensor([0, *self.sizes]).cumsum(0)
+        self._starts = torch.tensor([0, *map(len, weights)]).cumsum(0)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._places[-1])
 
     def records(self, indices: Tensor, epoch: int) -> Tensor:
         """Records at the places ``indices`` of an epoch, (B,), int64, counted over all stores."""
-        stores = torch.searchsorted(self._starts, indices, right=True) - 1
-        out = indices.clone()
+        stores = torch.searchsorted(self._places, indices, right=True) - 1
+        out = indices - self._places[stores] + self._starts[stores]
         for index in stores.unique().tolist():
             if (cumulated := self._cumulated[index]) is not None:
-                start, own = self._starts[index], stores == index
+                own = stores == index
                 u = torch.rand(1, generator=epoch_generator(self.seed, epoch, 1000 + index), dtype=torch.float64)
-                wanted = (indices[own] - start + u) * (cumulated[-1] / len(cumulated))
+                wanted = (indices[own] - self._places[index] + u) * (cumulated[-1] / self.sizes[index])
                 rows = torch.searchsorted(cumulated, wanted, right=True)
-                out[own] = start + rows.clamp_max(len(cumulated) - 1)
+                out[own] = self._starts[index] + rows.clamp_max(len(cumulated) - 1)
         return out
 
     def gather(self, indices: Tensor, epoch: int) -> Batch:
@@ -107,9 +144,18 @@ class StoreSource:
         return Batch(cond=found, x0=x0, size=len(indices))
 
 
-def _cumulated(weights: list[float]) -> Tensor | None:
-    """Cumulated weights, float64; None where all are equal."""
-    return None if len(set(weights)) == 1 and weights[0] > 0 else torch.tensor(weights, dtype=torch.float64).cumsum(0)
+def _weight(fact: Mapping[str, Any]) -> float:
+    return float(fact.get("weight", 1.0))
+
+
+def _shares(sums: Sequence[float], total: int) -> list[int]:
+    """Places in proportion to sums of weights, all > 0: largest remainders of ``total``, but at least 1 each."""
+    exact = [total * part / sum(sums) for part in sums]
+    places = [int(part) for part in exact]
+    order = sorted(range(len(sums)), key=lambda i: places[i] - exact[i])
+    for i in order[: total - sum(places)]:
+        places[i] += 1
+    return [max(1, n) for n in places]
 
 
 class CachedConditions(DistillationDataModule):
@@ -126,7 +172,8 @@ class CachedConditions(DistillationDataModule):
 
     Raises:
         FileNotFoundError: there is no store.
-        ValueError: the store is not complete, lacks a condition, or was made with another text encoder.
+        ValueError: the store is not complete, lacks a condition, or was made with another text encoder; or stores in
+            the folder were made with different ones.
     """
 
     num_classes = None
@@ -158,8 +205,12 @@ class CachedConditions(DistillationDataModule):
             verify_stores(self.stores, "verify=false")
 
     def make_source(self) -> StoreSource:
-        """The records of all stores."""
-        return StoreSource(self.stores, self.cond_keys, self.latents, self.seed)
+        """The records of all stores from which any can be drawn."""
+        source = StoreSource(self.stores, self.cond_keys, self.latents, self.seed)
+        self.stores = source.stores
+        if self.latents:
+            self.shape = self.stores[0].shapes[_LATENTS]
+        return source
 
     @property
     def prompts(self) -> list[str]:
@@ -198,27 +249,28 @@ class CachedConditions(DistillationDataModule):
     # ------------------------------------------------------------------------------------------------ several sizes
     def check(self, count: int = 512) -> Scaling | None:
         """As the parent's; each size for itself."""
-        if len(self.stores) == 1 or not self.latents:
-            return super().check(count) if self.latents else None
         source, scaling, start = self.source, None, 0
         assert isinstance(source, StoreSource)
-        for store in self.stores:
-            rows = start + torch.arange(len(store))[:: max(1, len(store) * len(self.stores) // count)]
+        if len(self.stores) == 1 or not self.latents:
+            return super().check(count) if self.latents else None
+        for store, size in zip(source.stores, source.sizes):
+            rows = start + torch.arange(size)[:: max(1, size * len(source.stores) // count)]
             x0 = source.gather(rows, 0).x0
             assert x0 is not None
             scaling = check_scaling(x0, self.sigma_data, self.mean, where=str(store.folder))
-            start += len(store)
+            start += size
         return scaling
 
     def train_dataloader(self) -> ResumableLoader:
         """The loader of this rank; with several sizes every batch is of one of them."""
         loader = super().train_dataloader()
-        if len(self.stores) == 1:
+        assert isinstance(loader.source, StoreSource)
+        if len(loader.source.stores) == 1:
             return loader
         return BucketLoader(
             loader.source,
             loader.batch_size,
-            sizes=[len(store) for store in self.stores],
+            sizes=loader.source.sizes,
             slices=loader.slices,
             seed=loader.seed,
             rank=loader.rank,
@@ -229,9 +281,11 @@ class CachedConditions(DistillationDataModule):
 
     def val_dataloader(self) -> Any:
         """As the parent's, of the first size."""
-        if len(self.stores) == 1 or (self.trainer is not None and self.trainer.state.fn == "fit"):
+        source = self.source
+        assert isinstance(source, StoreSource)
+        if len(source.stores) == 1 or (self.trainer is not None and self.trainer.state.fn == "fit"):
             return super().val_dataloader()
-        return DataLoader(_OneBatch(self.source, min(self.batch_size, len(self.stores[0]))), batch_size=None)
+        return DataLoader(_OneBatch(source, min(self.batch_size, source.sizes[0])), batch_size=None)
 
 
 class CachedLatents(CachedConditions):
@@ -248,11 +302,12 @@ class CachedLatents(CachedConditions):
         **kwargs: arguments of ``DistillationDataModule``.
 
     Attributes:
-        shape: of the latents; of the first size where there are several.
+        shape: of the latents; where there are several sizes, of the first one with a record that can be drawn.
 
     Raises:
         FileNotFoundError: there is no store.
-        ValueError: the store holds no latents, is not complete, or was made with other networks.
+        ValueError: the store holds no latents, is not complete, or was made with other networks; or stores in the
+            folder were made with different ones.
     """
 
     latents = True

@@ -1,8 +1,9 @@
 """Locks between processes, on one or on several machines that share a folder.
 
 A lock is a file that only one process can create; it says who made it. A process that was killed leaves its file
-behind: on the same machine it is known by its process that is gone, from another machine by a file that nobody has
-touched for two minutes (whoever holds a lock touches it every fifteen seconds).
+behind: on the same machine it is known by its process that is gone, however long a suspended one has been silent; from
+another machine by a file that nobody has touched for two minutes (whoever holds a lock touches it every fifteen
+seconds). Where the system does not tell when a process started, ids that are used again leave the age to decide too.
 """
 
 from __future__ import annotations
@@ -140,8 +141,10 @@ def _is_here(owner: dict[str, Any]) -> bool:
 def _is_stale(file: Path, content: str) -> bool:
     try:
         owner: dict[str, Any] = json.loads(content)
-        if _is_here(owner) and not _is_alive(owner["pid"], owner["started"]):
-            return True
+        if _is_here(owner):
+            alive = _is_alive(owner["pid"], owner["started"])
+            if owner["started"] or not alive:
+                return not alive
     except (ValueError, KeyError, TypeError):
         pass  # being written, or its process was killed meanwhile
     return _now(file.parent) - file.stat().st_mtime > STALE_SECONDS
@@ -162,8 +165,8 @@ def _is_alive(pid: int, started: str) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
-        return True
+    except OSError:  # another user's, of which the system may tell nothing
+        return _started(pid) in ("", started)
     return _started(pid) == started
 
 

@@ -7,7 +7,7 @@ the autoencoder's posterior is a function of the record's number, and batches be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def make_parts(
     frames: int = 1,
     size: tuple[int, int] | None = None,
     negative: str | None = None,
+    skip_broken: bool = False,
 ) -> list[Part]:
     """The stores of a set of records, with their keys.
 
@@ -132,6 +133,10 @@ def make_parts(
         frames: frames per video.
         size: size that prompts are conditioned on.
         negative: negative prompt of the null embedding.
+        skip_broken: put pictures whose size cannot be read into the bucket nearest to the square.
+
+    Raises:
+        ValueError: a picture's size cannot be read.
     """
     key = dict(encoders.text(size=size).identity())
     key |= {"negative_prompt": negative, "size": None if size is None else list(size)}
@@ -142,7 +147,7 @@ def make_parts(
     key |= {**autoencoder_identity(encoders.autoencoder), "frames": frames}
     members: dict[Bucket, list[ImageText]] = {}
     for record in pictures:
-        bucket = buckets[0] if len(buckets) == 1 else buckets[assign(*record.image_size(), buckets)]
+        bucket = buckets[0] if len(buckets) == 1 else buckets[assign(*_size(record, skip_broken), buckets)]
         members.setdefault(bucket, []).append(record)
     return [
         Part(
@@ -153,6 +158,16 @@ def make_parts(
         )
         for bucket, chosen in sorted(members.items())
     ]
+
+
+def _size(record: ImageText, skip_broken: bool) -> tuple[int, int]:
+    """Height and width of a picture; of a broken one those of a square, if that is wished."""
+    try:
+        return record.image_size()
+    except ValueError as error:
+        if not skip_broken:
+            raise ValueError(f"{error} Or go on with --skip-broken.") from None
+        return 1, 1
 
 
 def _prompts_digest(records: Sequence[Record]) -> str:
@@ -171,12 +186,17 @@ def write_null(out: Path, encoder: TextEncoder, negative: str | None) -> Path:
         out: folder of the store, or of its buckets.
         encoder: text encoder of the store.
         negative: negative prompt, None for what the pipeline takes where none is given.
+
+    Raises:
+        ValueError: the embedding has NaN or inf.
     """
     file = out / NULL_FILE
     try:
         check_safetensors(file)
     except (FileNotFoundError, ValueError):
-        write_file(file, save({k: v.contiguous() for k, v in encoder.null(negative).items()}))
+        made = encoder.null(negative)
+        _check_finite(made, [f"the negative prompt {(negative or '')[:60]!r}"])
+        write_file(file, save({k: v.contiguous() for k, v in made.items()}))
     return file
 
 
@@ -232,11 +252,16 @@ def encode_rows(
 
     Returns:
         by name (B, ...): the conditions, and ``x0`` of pictures; and the facts of each record.
+
+    Raises:
+        ValueError: a record has NaN or inf, or a picture cannot be read.
     """
     records = [part.records[i] for i in rows]
     made = encoder.encode([record.text for record in records])
     facts: list[dict[str, Any]] = [{"prompt": r.text, "weight": r.weight} for r in records]
+    names = [f"record {i} ({r.name if isinstance(r, ImageText) else r.text[:60]!r})" for i, r in zip(rows, records)]
     if codec is None or part.bucket is None:
+        _check_finite(made, names)
         return made, facts
     images, originals, crops = [], [], []
     for record, fact in zip(records, facts):
@@ -256,7 +281,19 @@ def encode_rows(
     }
     for key in sizes.keys() & made.keys():
         made[key] = torch.stack([sizes[key](i) for i in range(len(records))])
+    _check_finite(made, names)
     return made, facts
+
+
+def _check_finite(made: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Refuse what a network made of its inputs, one row of each, where it is not finite as it would be stored."""
+    for key, value in made.items():
+        finite = value.reshape(len(value), -1).isfinite().all(dim=1)
+        if not finite.all():
+            raise ValueError(
+                f"{key} of {names[int(finite.int().argmin())]} has NaN or inf as {str(value.dtype)[6:]}; encode with a "
+                "wider type, --dtype float32 or bfloat16, or check the encoder's weights."
+            )
 
 
 def _image(

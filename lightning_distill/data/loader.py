@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.randomness import derive_seed
 
-__all__ = ["InMemory", "ResumableLoader", "Source", "epoch_generator"]
+__all__ = ["InMemory", "ResumableLoader", "Source", "epoch_generator", "pinned"]
 
 
 def epoch_generator(seed: int, epoch: int, stream: int = 0) -> torch.Generator:
@@ -88,7 +88,8 @@ class ResumableLoader:
         rank: index of this data-parallel process.
         world_size: number of them.
         num_workers: loading processes, for map-style data sets.
-        pin_memory: put batches into page-locked memory, for faster copies to an accelerator.
+        pin_memory: put batches into page-locked memory, for faster copies to an accelerator; without one they stay
+            where they are.
         shuffle: draw a new order every epoch; otherwise keep the stored one.
 
     Raises:
@@ -173,7 +174,7 @@ class ResumableLoader:
         assert isinstance(self.source, Source)
         for rows in indices:
             batch = self.source.gather(rows, self.epoch)
-            yield _pin(batch) if self.pin_memory else batch
+            yield pinned(batch) if self.pin_memory else batch
 
     def _collate(self, indices: Tensor) -> Iterator[Batch]:
         if self._workers is None:
@@ -247,5 +248,8 @@ def _collate(items: list[Any]) -> Any:
     return default_collate(items)
 
 
-def _pin(batch: Batch) -> Batch:
+def pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory; as it is where no accelerator would copy from there."""
+    if not torch.accelerator.is_available() or torch.backends.mps.is_available():
+        return batch
     return batch.map(Tensor.pin_memory)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -116,7 +117,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is no store.
-        ValueError: the file is damaged or of another format.
+        ValueError: the file is damaged or of another format, or a number is not positive.
     """
     file = folder / HEADER
     if not file.is_file():
@@ -128,6 +129,11 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = json.loads(file.read_text())
         if header["format"] != FORMAT:
             raise ValueError(f"{file} has the format {header['format']}; this version reads {FORMAT}.")
+        for name in ("num_records", "shard_size"):
+            if type(header[name]) is not int or header[name] < 1:
+                raise TypeError(f"{name} is {header[name]!r}, not a positive integer")
+        if not isinstance(header["key"], dict):
+            raise TypeError("its key is no mapping")
         return {name: header[name] for name in ("format", "key", "num_records", "shard_size")}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); remove the folder and write the store again.") from None
@@ -190,7 +196,7 @@ class Layout:
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> tuple[str, str, str] | None:
-    """The first entry in which two keys differ: its name and both values."""
+    """The first entry in which two keys differ: its name and both values as text, of digests the beginning."""
     for name in sorted({*theirs, *ours}):
         a, b = theirs.get(name), ours.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -198,7 +204,8 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -
                 return inner
         elif (name in theirs, a) != (name in ours, b):
             shown = [repr(v) if name in side else "nothing" for side, v in ((theirs, a), (ours, b))]
-            return f"{prefix}{name}", shown[0], shown[1]
+            first, second = (re.sub(r"'([0-9a-f]{12})[0-9a-f]{52}'", r"sha256 \1", text) for text in shown)
+            return f"{prefix}{name}", first, second
     return None
 
 

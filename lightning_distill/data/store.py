@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +88,7 @@ class StoreWriter(Layout):
             {**self.key, "num_records": num_records, "shard_size": shard_size},
         )
         if differing is not None:
-            name, theirs, ours = (re.sub(r"'([0-9a-f]{12})[0-9a-f]{52}'", r"sha256 \1", text) for text in differing)
+            name, theirs, ours = differing
             raise ValueError(
                 f"{self.folder} holds a store with {name}={theirs}, not {ours}; give the settings it was begun with, "
                 "another folder, or remove this one."

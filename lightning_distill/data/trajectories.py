@@ -11,10 +11,11 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.data.base import DistillationDataModule
 from lightning_distill.data.checksums import verify_stores
-from lightning_distill.data.loader import ResumableLoader
+from lightning_distill.data.loader import ResumableLoader, pinned
+from lightning_distill.data.shards import difference, plain_key
 from lightning_distill.data.store import Store
 from lightning_distill.guidance import IntervalGuidance, RandomGuidance
-from lightning_distill.trajectories import describe_process
+from lightning_distill.trajectories import describe_denoiser, describe_process
 
 __all__ = ["StoredConditions", "StoredTrajectories", "Trajectories", "check_teacher"]
 
@@ -80,6 +81,8 @@ class StoredConditions:
 def check_teacher(key: Mapping[str, Any], module: Any, where: str, argument: str = "allow_other_teacher") -> None:
     """Refuse trajectories of another teacher than a method's, or of other guidance.
 
+    What stores of earlier versions do not say is not compared: that of ``describe_denoiser``, and tables of alphas.
+
     Args:
         key: of the store.
         module: a method with its networks built; one without a teacher takes any trajectories.
@@ -87,7 +90,8 @@ def check_teacher(key: Mapping[str, Any], module: Any, where: str, argument: str
         argument: that lets them pass, for the message.
 
     Raises:
-        ValueError: other weights, states of another noise process, or guidance that the method does not have.
+        ValueError: other weights, weights that are read or guided otherwise, states of another noise process, or
+            guidance that the method does not have.
     """
     teacher = getattr(module, "teacher", None)
     if teacher is None or not hasattr(module, "teacher_fingerprint"):
@@ -98,7 +102,16 @@ def check_teacher(key: Mapping[str, Any], module: Any, where: str, argument: str
             f"the trajectories in {where} were made by another teacher (sha256 {key['teacher'][:12]}) than the "
             f"method's (sha256 {found[:12]}); make them with this teacher, or set {argument}=true."
         )
+    if "denoiser" in key:
+        ours = plain_key(describe_denoiser(teacher, key["guidance"], key.get("interval"), key["cond"]))
+        if (differing := difference(key["denoiser"], ours)) is not None:
+            raise ValueError(
+                f"the trajectories in {where} were made by a teacher with {'='.join(differing[:2])}, but the method's "
+                f"has {differing[2]}; make them with this teacher, or set {argument}=true."
+            )
     process = describe_process(teacher.process)
+    if "angles" not in key.get("process", {}):
+        process.pop("angles", None)
     if key["point_times"] and process != key["process"]:
         raise ValueError(
             f"the states in {where} belong to the noise process {_shown(key['process'])}, but the teacher works in "
@@ -191,7 +204,7 @@ class StoredTrajectories:
             predictions={name: found[name] for name in _PREDICTIONS if name in found},
             size=len(indices),
         )
-        return batch.map(Tensor.pin_memory) if self.pin_memory else batch
+        return pinned(batch) if self.pin_memory else batch
 
     def _conditions(self, folder: str, given: str | None) -> StoredConditions | None:
         wanted = self.key["cond"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.data.base import DistillationDataModule
+from lightning_distill.data.cached import StoreSource
 from lightning_distill.data.loader import Source
 from lightning_distill.environment import cache_folder
 from lightning_distill.evaluation.teacher import TeacherCache
@@ -48,10 +49,12 @@ class RunConditions:
             samples are taken (of the first size where it has several), of others the data set of the training loader.
             A loader without a map-style data set gives its first batch, to networks that cannot do without; ranks
             whose loaders differ then have different ones.
+        most: rows that are used at most; None is all.
     """
 
-    def __init__(self, data: Any = None) -> None:
+    def __init__(self, data: Any = None, most: int | None = None) -> None:
         self.name = None if data is None else type(data).__name__
+        self.most = most
         self._loader = _loader_of(data)
         self._items = _items_of(self._loader)
 
@@ -94,6 +97,48 @@ class RunConditions:
         keys = set(self.keys(denoiser))
         return bool(needed_conditions(denoiser) or keys - {_LABELS} or (keys and denoiser.num_classes is None))
 
+    def facts(
+        self, denoiser: Denoiser, measures: Sequence[str], num_samples: int, prompts: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """What an ``Evaluator`` must know of the conditions: its ``num_classes``, ``rows`` and ``prompts``.
+
+        Args:
+            denoiser: the network that makes the samples.
+            measures: names in ``MEASURES``.
+            num_samples: samples of a row of figures.
+            prompts: prompt of each class, or of each row; none is the text that the data have of their rows.
+
+        Raises:
+            ValueError: ``clip_score`` without a prompt for every sample, ``lpips_diversity`` without two samples of one
+                condition.
+        """
+        classes, rows = denoiser.num_classes, self._rows[1] if self.from_data(denoiser) else None
+        if "lpips_diversity" in measures and num_samples <= (different := rows or classes or 1):
+            raise ValueError(
+                f"lpips_diversity compares samples of one condition, and {num_samples} samples have {different} "
+                f"conditions: use {2 * different} samples or more, or leave the measure out."
+            )
+        if "clip_score" in measures:
+            prompts = prompts or (self.prompts if classes is None else ())
+            wanted = classes if classes is not None else min(rows or 0, num_samples)
+            what = "classes" if classes is not None else f"rows of {self.name}"
+            if not wanted:
+                raise ValueError("clip_score needs samples of classes or of text, and the network takes neither.")
+            if len(prompts) < wanted:
+                raise ValueError(f"there are {len(prompts)} prompts for {wanted} {what}; give one for each.")
+        return {"num_classes": classes, "rows": rows, "prompts": prompts}
+
+    @property
+    def prompts(self) -> list[str]:
+        """Text of the rows, in their order; none where the data do not tell it (stores of prompts do)."""
+        texts = getattr(self._items, "prompts", None)
+        if not isinstance(texts, list) or not any(texts):
+            return []
+        rows = torch.arange(self._rows[1])
+        if isinstance(self._items, StoreSource):  # records may come more than once
+            rows = self._items.records(rows, 0)
+        return [texts[i] for i in rows.tolist()]
+
     @property
     def digest(self) -> str:
         """What the conditions are, of a spread of the rows."""
@@ -115,18 +160,25 @@ class RunConditions:
     def _rows(self) -> tuple[Callable[[Tensor], Batch], int]:
         """How to get rows of the data, and how many there are; 0 where they cannot be had."""
         if self._items is None:
-            return _first_batch(self._loader)
-        return _rows_of(self._items, getattr(self._loader, "collate_fn", None) or default_collate)
+            gather, rows = _first_batch(self._loader)
+        else:
+            gather, rows = _rows_of(self._items, getattr(self._loader, "collate_fn", None) or default_collate)
+        return gather, rows if self.most is None else min(rows, self.most)
 
 
-def conditions_of(trainer: Trainer) -> RunConditions:
-    """The conditions of a run's samples, from its data module or else the loader that it was given."""
+def conditions_of(trainer: Trainer, most: int | None = None) -> RunConditions:
+    """The conditions of a run's samples, from its data module or else the loader that it was given.
+
+    Args:
+        trainer: of the run.
+        most: see ``RunConditions``.
+    """
     data = getattr(trainer, "datamodule", None)
     if data is None:  # a loader that was given to fit, validate or test; before the loops are set up nothing tells it
         loops = (trainer.fit_loop, trainer.validate_loop, trainer.test_loop)
         given = (getattr(getattr(loop, "_data_source", None), "instance", None) for loop in loops)
         data = next((source for source in given if source is not None), None)
-    return RunConditions(data)
+    return RunConditions(data, most)
 
 
 def _loader_of(data: Any) -> Any:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_distill.metrics.class_accuracy import class_accuracy
+from lightning_distill.metrics.contents import content
 from lightning_distill.metrics.diversity import duplicate_rate, vendi_score
 from lightning_distill.metrics.extractors import Extractor
 from lightning_distill.metrics.features import FeatureExtractor, extract
@@ -36,18 +36,20 @@ MEASURES: dict[str, str] = {
     "kid": "kernel distance, unbiased (arXiv:1801.01401)",
     "precision_recall": "share of samples on the data's manifold, and of data on the samples' (arXiv:1904.06991)",
     "density_coverage": "the same, robust against outliers (arXiv:2002.09797)",
-    "class_accuracy": "share of samples that show the class asked for",
+    "class_accuracy": "share of samples that show the class asked for (needs a classifier of these classes)",
     "inception_score": "sharp and varied class decisions (arXiv:1606.03498)",
     "vendi": "effective number of different samples (arXiv:2210.02410)",
     "nearest": "median distance to the nearest reference sample: memorisation",
     "duplicates": "share of samples with a near twin among the samples",
-    "lpips_diversity": "perceptual distance of samples of one condition (needs perceptual)",
-    "clip_score": "agreement of text and image (needs clip and prompts)",
+    "lpips_diversity": "perceptual distance of samples of one condition, each sampled twice or more (needs perceptual)",
+    "clip_score": "agreement of text and image (needs clip, and prompts that the data do not have)",
 }
 DEFAULT_MEASURES = ("fd", "precision_recall", "density_coverage", "class_accuracy", "vendi", "nearest")
 _NEEDS_FEATURES = {"kid", "precision_recall", "density_coverage", "nearest", "duplicates"}
 #: rows of the Gram matrix or of the distance matrix that the quadratic measures look at
 _MOST = 5_000
+#: images on the device at a time
+_AT_A_TIME = 64
 
 
 def check_measures(names: Sequence[str]) -> tuple[str, ...]:
@@ -88,8 +90,12 @@ class Evaluator:
         half: half of the reference for everything but the Frechet distance.
         perceptual: perceptual distance for ``lpips_diversity``.
         clip: text-image score for ``clip_score``.
-        prompts: prompt of each class, for ``clip_score``.
-        device: where features are computed.
+        prompts: prompt of each class, or of each row where there are no classes, for ``clip_score``.
+        num_classes: classes of the network; None is the largest label of samples and references, plus 1. An extractor
+            that tells another number of classes apart gives no ``class_accuracy``.
+        rows: number of rows of the data that samples have their conditions from, in turn, sample i row i modulo this;
+            None where the label is all of the condition. See ``RunConditions.facts``.
+        device: where features are computed, and what looks at images looks.
     """
 
     extractors: Sequence[Extractor]
@@ -99,6 +105,8 @@ class Evaluator:
     perceptual: Any = None
     clip: Any = None
     prompts: Sequence[str] = ()
+    num_classes: int | None = None
+    rows: int | None = None
     device: torch.device | str = "cpu"
     _built: dict[str, FeatureExtractor] = field(default_factory=dict, repr=False)
     _probed: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict, repr=False)
@@ -180,11 +188,12 @@ class Evaluator:
         for extractor in self.extractors:
             figures |= self._of_extractor(extractor, features)
         if "class_accuracy" in self.measures and features.labels is not None:
-            judge = next((e for e in self.extractors if hasattr(self.network(e), "classify")), None)
-            if judge is not None:
-                logits = self._classify(judge, features)
-                if features.labels.max() < logits.shape[1]:
+            classes = self._classes(features.labels)
+            for extractor in self.extractors:
+                logits = self._classify(extractor, features)
+                if logits is not None and logits.shape[1] == classes:
                     figures["class_accuracy"] = class_accuracy(logits, features.labels)
+                    break
         if features.images is not None:
             figures |= self._of_images(features.images, features.labels)
         return figures
@@ -207,8 +216,8 @@ class Evaluator:
         if "density_coverage" in chosen:
             density = density_coverage(made[:n], real[:n])
             figures |= {f"density_{name}": density.density, f"coverage_{name}": density.coverage}
-        if "inception_score" in chosen and hasattr(self.network(extractor), "classify"):
-            figures[f"is_{name}"] = inception_score(self._classify(extractor, features))
+        if "inception_score" in chosen and (logits := self._classify(extractor, features)) is not None:
+            figures[f"is_{name}"] = inception_score(logits)
         if "vendi" in chosen:
             figures[f"vendi_{name}"] = vendi_score(made[:_MOST])
         if "nearest" in chosen:
@@ -218,20 +227,33 @@ class Evaluator:
         return figures
 
     @torch.no_grad()
-    def _classify(self, extractor: Extractor, features: Features) -> Tensor:
+    def _classify(self, extractor: Extractor, features: Features) -> Tensor | None:
+        """Class scores, (N, K), of an extractor that decides."""
         network: Any = self.network(extractor)
+        if not hasattr(network, "classify"):
+            return None
         return network.classify(features.points[extractor.name].to(self.device)).cpu()
+
+    def _classes(self, labels: Tensor) -> int:
+        if self.num_classes:
+            return self.num_classes
+        known = [labels, *(own for reference in self.references.values() for own in reference.labels.values())]
+        return 1 + max(int(part.max()) for part in known if len(part))
 
     def _of_images(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         figures: dict[str, float] = {}
+        order = torch.arange(len(images)) % (self.rows or 1)
         if "lpips_diversity" in self.measures and self.perceptual is not None:
             from lightning_distill.metrics.lpips_diversity import lpips_diversity
 
-            groups = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
-            figures["lpips_diversity"] = lpips_diversity(self.perceptual, images, groups)
-        if "clip_score" in self.measures and self.clip is not None and labels is not None:
-            prompts = [self.prompts[int(label)] for label in labels]
-            figures["clip_score"] = self.clip.score(images, prompts).mean().item()
+            groups = order if labels is None or self.rows else labels
+            figures["lpips_diversity"] = lpips_diversity(self.perceptual, images, groups, device=self.device)
+        which = order if labels is None else labels
+        if "clip_score" in self.measures and self.clip is not None and (labels is not None or self.rows):
+            parts = zip(images.split(_AT_A_TIME), which.split(_AT_A_TIME), strict=True)
+            prompts = self.prompts
+            scores = [self.clip.score(part.to(self.device), [prompts[i] for i in own.tolist()]) for part, own in parts]
+            figures["clip_score"] = torch.cat(scores).mean().item()
         return figures
 
     # ------------------------------------------------------------------------------------------------ headline
@@ -268,7 +290,7 @@ class Evaluator:
     @property
     def key(self) -> str:
         """What figures depend on besides the samples: extractors, references, measures, and what those look with."""
-        digest = hashlib.sha256(repr((sorted(self.measures), self.half)).encode())
+        digest = hashlib.sha256(repr((sorted(self.measures), self.half, self.num_classes, self.rows)).encode())
         for name, reference in sorted(self.references.items()):
             digest.update(name.encode())
             for part in reference.statistics.values():
@@ -279,9 +301,9 @@ class Evaluator:
         for extractor in self.extractors:
             digest.update(extractor.key.encode())
         if "lpips_diversity" in self.measures:
-            digest.update(repr(_settings(self.perceptual)).encode())
+            digest.update(repr(content(self.perceptual, files=True)).encode())
         if "clip_score" in self.measures:
-            digest.update(repr((list(self.prompts), _settings(self.clip))).encode())
+            digest.update(repr((list(self.prompts), content(self.clip, files=True))).encode())
         return digest.hexdigest()[:24]
 
     def reference_facts(self) -> dict[str, Any]:
@@ -293,14 +315,3 @@ class Evaluator:
             if floor is not None:
                 facts["floors"][extractor.frechet_name] = floor
         return facts
-
-
-def _settings(part: Any) -> Any:
-    """Type and settings of an object as plain values; a path stands for its files with their sizes and times."""
-    if isinstance(part, str | Path) and str(part) and (root := Path(part).expanduser()).exists():
-        files = sorted(p for p in root.iterdir() if p.is_file()) if root.is_dir() else [root]
-        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    if not hasattr(part, "__dict__") or isinstance(part, type | torch.dtype):
-        return part
-    values = {name: _settings(value) for name, value in sorted(vars(part).items()) if not name.startswith("_")}
-    return getattr(part, "__qualname__", type(part).__qualname__), values

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import SequentialSampler, default_collate
 
 from lightning_distill.batch import as_batch
+from lightning_distill.checkpoints import fingerprint
 from lightning_distill.data.base import DistillationDataModule
 from lightning_distill.data.loader import Source
+from lightning_distill.evaluation.conditions import _items_of, _rows_of
+from lightning_distill.evaluation.evaluator import Evaluator
+from lightning_distill.evaluation.runner import _say_once
 from lightning_distill.metrics.extractors import Extractor, ZooClassifier
 from lightning_distill.metrics.reference import (
     Reference,
@@ -23,36 +32,89 @@ from lightning_distill.metrics.reference import (
 )
 from lightning_distill.zoo import list_zoo
 
-__all__ = ["check_reference", "reference_samples", "resolve_reference"]
+__all__ = ["check_references", "reference_samples", "resolve_reference"]
 
 DATA = "data"
 
 
-def check_reference(source: str | None, extractor: Extractor) -> None:
-    """Raise for a reference that is not there, before anything is loaded.
+def check_references(
+    reference: str | Mapping[str, str] | None, extractors: Sequence[Extractor], shape: Sequence[int]
+) -> dict[str, str]:
+    """Raise for extractors and references that will not do, before anything is trained or sampled.
+
+    Every extractor is built and reads one blank image.
 
     Args:
-        source: see ``GenerativeEvaluation.reference``.
-        extractor: extractor that it is for.
+        reference: see ``GenerativeEvaluation.reference``.
+        extractors: all extractors of the evaluation.
+        shape: of one sample, (C, H, W).
+
+    Returns:
+        source of each extractor's reference by its name, see ``resolve_reference``.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or zoo entry.
-        ValueError: the entry was made with another extractor.
+        FileNotFoundError: weights of an extractor, or a reference, are not there.
+        ValueError: an extractor cannot read samples of this shape, or a reference is none of its features.
     """
-    if source is None or source == DATA:
+    named = reference if isinstance(reference, Mapping) else {e.name: reference for e in extractors}
+    if wrong := [name for name in named if name not in {e.name for e in extractors}]:
+        known = ", ".join(e.name for e in extractors) or "none"
+        raise ValueError(f"reference: there is no extractor {wrong[0]!r}; the extractors are {known}.")
+    sources = {e.name: _source(named.get(e.name), e) for e in extractors}
+    for extractor in extractors:
+        extractor.check()
+        _check_name(sources[extractor.name], extractor)
+    trial = Evaluator(extractors, dict.fromkeys(["", *sources], Reference({}, {}, {}, {})), ())
+    with isolate_rng():  # layers draw their first weights
+        trial.probe(shape)
+    for extractor in extractors:
+        _check_width(sources[extractor.name], extractor, trial.widths[extractor.name])
+    return sources
+
+
+def _check_name(source: str, extractor: Extractor) -> None:
+    """Raise for a reference that is not there, and for a shipped one of another extractor."""
+    if source == DATA or (isinstance(extractor, ZooClassifier) and extractor.data == source):
         return
     if source in list_zoo():
-        if not isinstance(extractor, ZooClassifier) or extractor.data != source:
-            raise ValueError(
-                f"reference={source!r} holds features of the classifier shipped for {source!r}, not of "
-                f"{extractor.name!r}; give reference=data, or an .npz with mu and sigma of that extractor."
-            )
-        return
+        raise ValueError(
+            f"reference={source!r} holds features of the classifier shipped for {source!r}, not of "
+            f"{extractor.name!r}; give reference=data, or an .npz with mu and sigma of that extractor."
+        )
     if not Path(source).expanduser().exists():
         raise FileNotFoundError(
             f"reference={source!r} does not exist; give an .npz with mu and sigma, a folder with "
             f"reference.safetensors, 'data', or a zoo entry ({', '.join(list_zoo())})."
         )
+
+
+def _check_width(source: str, extractor: Extractor, width: int) -> None:
+    """Raise for a reference that cannot be read, or has another number of features."""
+    if source == DATA:
+        return
+    try:
+        found = len(_read_reference(source).statistics["train"].mean)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"reference={source!r}: {error}") from None
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"reference={source!r} cannot be read: {error}") from error
+    if found != width:
+        raise ValueError(
+            f"reference={source!r} holds statistics of {found} features, and the extractor {extractor.name!r} has "
+            f"{width}; give a reference made with that extractor."
+        )
+
+
+def _source(source: str | None, extractor: Extractor | None) -> str:
+    """What None stands for: the zoo entry of a zoo classifier, else the data."""
+    return source or (extractor.data if isinstance(extractor, ZooClassifier) else DATA)
+
+
+def _read_reference(source: str) -> Reference:
+    path = Path(source).expanduser()
+    if path.suffix == ".npz":
+        return statistics_reference(path)
+    return load_reference(path if path.exists() else source)
 
 
 def resolve_reference(
@@ -73,15 +135,13 @@ def resolve_reference(
         cache: folder of the cache.
         device: where features are computed.
     """
-    if source is None and isinstance(extractor, ZooClassifier):
-        source = extractor.data
-    if source is not None and source != DATA:
-        path = Path(source).expanduser()
-        return statistics_reference(path) if path.suffix == ".npz" else load_reference(source)
+    source = _source(source, extractor)
+    if source != DATA:
+        return _read_reference(source)
     samples, labels = reference_samples(data, limit)
     if extractor is None:
         return reference_from_points(samples)
-    key = f"{extractor.key}-{_content_key(samples)}"
+    key = f"{extractor.key}-{_content_key(samples, labels)}"
 
     def build() -> Reference:
         return reference_from_images(extractor, samples, labels, device=device)
@@ -89,31 +149,37 @@ def resolve_reference(
     return ReferenceCache(cache).get(key, build)
 
 
-def reference_samples(data: Any, limit: int) -> tuple[Tensor, Tensor | None]:
-    """The first ``limit`` clean samples of a data module and their classes.
+def reference_samples(data: Any, limit: int, say: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Clean samples of a data module and their classes: all of them, or ``limit`` drawn at random, always the same.
+
+    Of data of several sizes those of the first; of a loader that cannot be asked for single samples, or has an order of
+    its own, the first ``limit``.
 
     Args:
         data: a ``DistillationDataModule``, or any data module whose validation or training loader yields clean samples.
         limit: most samples.
+        say: tell once what was left out.
 
     Raises:
         ValueError: the data module has no clean samples.
     """
     batches: list[Any] = []
-    if isinstance(data, DistillationDataModule):
-        source = data.source
-        count = min(limit, len(source))  # type: ignore[arg-type]
-        if isinstance(source, Source):
-            rows = torch.arange(count)
-            batches = [source.gather(part, 0) for part in rows.split(4096)]
-        else:
-            from torch.utils.data import default_collate
-
-            batches = [
-                as_batch(default_collate([source[i] for i in part.tolist()])) for part in torch.arange(count).split(256)
-            ]
-    elif data is not None:
-        loader = data.val_dataloader() if _has_loader(data, "val_dataloader") else data.train_dataloader()
+    loader = data
+    if data is not None and not isinstance(data, DistillationDataModule):
+        loader = data.val_dataloader() if is_overridden("val_dataloader", data) else data.train_dataloader()
+    items = _items_of(loader)
+    own_order = not isinstance(getattr(loader, "sampler", None), SequentialSampler)
+    if items is not None and (loader is data or (len(items) > limit and not own_order)):
+        gather, count = _rows_of(items, getattr(loader, "collate_fn", None) or default_collate)
+        rows = torch.arange(count)
+        if count > limit:  # stored by class, the first ones would lack classes
+            rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+        left_out = [("of the first size", count < len(items)), ("drawn at random", len(rows) < count)]
+        which = ", ".join(words for words, true in left_out if true)
+        if which and say:
+            _say_once(f"The reference has {len(rows)} of the {len(items)} samples of {type(data).__name__}, {which}.")
+        batches = [gather(part) for part in rows.split(4096 if isinstance(items, Source) else 256)]
+    elif loader is not None:
         seen = 0
         for raw in loader:
             batches.append(as_batch(raw))
@@ -134,14 +200,10 @@ def reference_samples(data: Any, limit: int) -> tuple[Tensor, Tensor | None]:
     return samples, labels
 
 
-def _has_loader(data: Any, name: str) -> bool:
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
-    return is_overridden(name, data)
-
-
-def _content_key(samples: Tensor) -> str:
-    """Hash of the number, shape and a spread of the samples themselves."""
-    digest = hashlib.sha256(repr(tuple(samples.shape)).encode())
-    digest.update(samples[:: max(1, len(samples) // 512)].contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _content_key(samples: Tensor, labels: Tensor | None) -> str:
+    """Hash of a spread of the samples, of a checksum of all of them, and of the labels."""
+    checksum = 0
+    for part in samples.split(4096):  # several times as fast as a hash
+        checksum = zlib.crc32(part.contiguous().numpy().data, checksum)
+    told = [torch.tensor([len(samples), checksum]), samples[:: max(1, len(samples) // 512)]]
+    return fingerprint(told if labels is None else [*told, labels])[:16]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as remember
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_distill.evaluation.conditions import Conditions
@@ -82,6 +84,7 @@ class EvaluationRunner:
         guidance_scale: float | Guidance = 1.0,
         noise_scale: float = 1.0,
         noise_share: float = 0.2,
+        lenient: bool = False,
     ) -> tuple[dict[str, float], float]:
         """Figures of a network, equal on every rank, and the seconds they took.
 
@@ -93,9 +96,11 @@ class EvaluationRunner:
             guidance_scale: w, or a policy.
             noise_scale: factor on the fresh noise of the renoise sampler.
             noise_share: share of fresh noise of the gamma sampler.
+            lenient: samples with NaN or inf make all figures NaN, with a warning.
 
         Raises:
-            ValueError: an extractor cannot read samples of this shape; raised before any is made.
+            ValueError: an extractor cannot read samples of this shape, raised before any is made; or samples are not
+                finite.
         """
         self.evaluator.probe(shape)
         self._caution()
@@ -122,13 +127,26 @@ class EvaluationRunner:
         problem: Exception | None = None
         if ranks.rank == 0:
             try:
-                figures = self.evaluator.measure(features)
+                figures = self._figures(features, lenient)
             except Exception as error:  # told to the other ranks, which would wait for ever
                 problem = error
         figures, problem = ranks.broadcast((figures, problem))
         if problem is not None:
             raise problem
         return figures | {"samples_per_second": self.num_samples / sampling}, time.perf_counter() - start
+
+    def _figures(self, features: Features, lenient: bool) -> dict[str, float]:
+        sound = torch.stack([points.isfinite().flatten(1).all(dim=1) for points in features.points.values()]).all(dim=0)
+        if bool(sound.all()) or not lenient:
+            return self.evaluator.measure(features)
+        rank_zero_warn(
+            f"{int((~sound).sum())} of {len(sound)} evaluated samples contain NaN or inf, so the figures are NaN."
+        )
+        # any finite features tell which figures there are
+        generator = torch.Generator().manual_seed(0)
+        points = {name: torch.rand(part.shape, generator=generator) for name, part in features.points.items()}
+        images = None if features.images is None else torch.rand(features.images.shape, generator=generator)
+        return dict.fromkeys(self.evaluator.measure(replace(features, points=points, images=images)), math.nan)
 
     def _caution(self) -> None:
         for name, width in self.evaluator.widths.items():
@@ -197,6 +215,7 @@ class EvaluationRunner:
         nfe: int,
         weights: str,
         teacher: Sequence[EvaluationRow],
+        lenient: bool = False,
         **facts: Any,
     ) -> EvaluationRow:
         """The student at one number of steps, with its progress where the teacher's rows allow it.
@@ -206,10 +225,12 @@ class EvaluationRunner:
             nfe: number of steps; the student's own list is used when it has as many.
             weights: ``ema`` (the first average), ``student``, or the name of an average.
             teacher: rows of the teacher.
+            lenient: see ``measure``.
             **facts: further fields of the row (``step``, ``stage``).
 
         Raises:
-            ValueError: the student is not sampled in so many steps, or not from noise and conditions alone.
+            ValueError: the student is not sampled in so many steps, or not from noise and conditions alone; or its
+                samples are not finite.
         """
         network = module.sampling_network(None if weights == "ema" else weights)
         figures, seconds = self.measure(
@@ -219,6 +240,7 @@ class EvaluationRunner:
             module.sample_shape,
             noise_scale=module.noise_scale,
             noise_share=module.noise_share,
+            lenient=lenient,
         )
         few = next((row.metrics for row in teacher if row.nfe == nfe), None)
         figures = self.evaluator.with_progress(figures, few, [row.metrics for row in teacher])

@@ -42,14 +42,15 @@ def measures(rows: Sequence[EvaluationRow]) -> list[str]:
 def print_table(log: EvaluationLog, console: Console | None = None) -> None:
     """Measures of the teacher's rows and of the student's last ones, a column each.
 
-    A star marks rows of the teacher with another number of samples, or half of the reference, than the student's.
+    Of the teacher those that the student's are compared with. A star marks those with another number of samples, or
+    half of the reference, than the student's.
 
     Args:
         log: rows of a run.
         console: where to print; None is standard output.
     """
     students = final_rows(log)
-    teacher = sorted(log.teacher, key=lambda row: -row.nfe)
+    teacher = sorted(log.compared(students), key=lambda row: -row.nfe)
     if len(teacher) + len(students) > _MOST:  # the many-step teacher, and what has as many steps as a student
         wanted = {row.nfe for row in students} | {teacher[0].nfe if teacher else 0}
         teacher = [row for row in teacher if row.nfe in wanted]

@@ -21,6 +21,7 @@ import torch
 from lightning_distill.environment import cache_folder
 from lightning_distill.evaluation.evaluator import Evaluator
 from lightning_distill.guidance import Guidance
+from lightning_distill.metrics.contents import content
 from lightning_distill.metrics.extractors import ZooClassifier
 from lightning_distill.metrics.reference import Reference, load_reference
 from lightning_distill.networks.denoiser import Denoiser
@@ -47,7 +48,8 @@ def baseline_key(
 
     Args:
         fingerprint: SHA-256 of the teacher's weights.
-        teacher: for its process, prediction type, the dtype of its weights and where its samples begin.
+        teacher: for everything else that says how it is called: class, dtype of the weights, processes, prediction
+            type, scales of the data, its family with the null conditions and the guidance that it is told.
         steps: number of Euler steps.
         guidance: w, or a policy.
         n: number of samples.
@@ -56,9 +58,12 @@ def baseline_key(
         shape: of one sample.
     """
     dtype = next((str(p.dtype) for p in teacher.network.parameters()), "")
-    begins = () if teacher.family.start is None else (teacher.family.start,)
-    how = (vars(teacher.process), type(teacher.process).__name__, teacher.prediction_type, dtype, *begins)
-    text = repr((fingerprint, how, steps, guidance, n, seed, what, tuple(shape)))
+    processes = [p and (type(p), vars(p)) for p in (teacher.process, teacher.network_process)]
+    how = (
+        *(type(teacher), type(teacher.network), dtype, processes, teacher.prediction_type, teacher.family, guidance),
+        *(teacher.sigma_data, teacher.data_scale, teacher.null_class, teacher.jumps, teacher.sampling_guidance),
+    )
+    text = repr((fingerprint, content(how), steps, n, seed, what, tuple(shape)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

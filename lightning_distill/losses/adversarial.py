@@ -107,9 +107,10 @@ def approximate_r1(logits: Tensor, perturbed: Tensor, noise_std: float = 1.0) ->
 
 
 def r1_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
-    """Exact R1: squared input gradient of the summed logits, mean over samples (arXiv:1801.04406, Eq. 9).
+    """Exact R1: squared input gradient of each sample's mean logit, mean over samples (arXiv:1801.04406, Eq. 9).
 
-    The factor gamma / 2 is left to the loss weight.
+    The factor gamma / 2 is left to the loss weight. With n heads the penalty of their summed logits is n^2 times as
+    large. Slopes of heads that disagree cancel here, and do not in ``approximate_r1``.
 
     Args:
         logits: D(x) on real samples, (B, ...), with graph to ``inputs``.
@@ -118,7 +119,7 @@ def r1_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
     Returns:
         scalar with graph to the discriminator's parameters.
     """
-    (gradient,) = torch.autograd.grad(_wide(logits).sum(), inputs, create_graph=True)
+    (gradient,) = torch.autograd.grad(_wide(logits).flatten(1).mean(1).sum(), inputs, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean()
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "denoising_loss",
     "matching_weight",
     "score_difference",
+    "space_weight",
     "surrogate",
 ]
 
@@ -91,14 +92,30 @@ def denoising_loss(
     process, t = prediction.process, prediction.t
     alpha, sigma = process.alpha(t), process.sigma(t)
     if space == "edm":
-        weight = (alpha.square() * sigma_data**2 + sigma.square()) / (sigma_data * sigma).square()
-        error = expand(weight, x0) * (prediction.x0 - x0).square()
+        error = expand(space_weight(space, t, process, sigma_data), x0) * (prediction.x0 - x0).square()
     elif space == "scaled_epsilon":
         error = (expand(alpha, x0) * (prediction.eps - eps)).square()
     else:
         space = space or prediction.kind
         error = (prediction.as_type(space) - regression_target(space, x0, eps, alpha, sigma)).square()
     return error.mean() if factor is None else (expand(factor, error) * error).mean()
+
+
+def space_weight(space: str, t: Tensor, process: NoiseProcess, sigma_data: float = 1.0) -> Tensor:
+    """The w(t) by which ``denoising_loss`` in a space weighs the squared error of x0, (B,), float64.
+
+    Args:
+        space: a prediction type, ``edm`` or ``scaled_epsilon``.
+        t: native times above 0, (B,).
+        process: noise process.
+        sigma_data: s of the ``edm`` weight.
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    if space == "edm":
+        return (alpha.square() * sigma_data**2 + sigma.square()) / (sigma_data * sigma).square()
+    # the error of the target where that of x0 is 1 and x_t is known
+    kind, scale = ("epsilon", alpha) if space == "scaled_epsilon" else (space, torch.ones_like(alpha))
+    return (scale * regression_target(kind, torch.ones_like(alpha), -alpha / sigma, alpha, sigma)).square()
 
 
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:

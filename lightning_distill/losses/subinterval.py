@@ -18,7 +18,15 @@ from torch import Tensor
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import NoiseProcess, expand
 
-__all__ = ["cps_step", "importance_weight", "noise_further", "subinterval_target", "subinterval_weight", "transition"]
+__all__ = [
+    "balanced_weight",
+    "cps_step",
+    "importance_weight",
+    "noise_further",
+    "subinterval_target",
+    "subinterval_weight",
+    "transition",
+]
 
 
 def cps_step(prediction: Prediction, r: Tensor, eta: float, n: Tensor) -> Tensor:
@@ -87,10 +95,35 @@ def subinterval_target(x_u: Tensor, u: Tensor, t: Tensor, n: Tensor, process: No
     return x0, expand(process.sigma(t) / s, n) * n
 
 
+def balanced_weight(u: Tensor, t: Tensor, process: NoiseProcess, space_weight: Tensor) -> Tensor:
+    """Weight 1 / sqrt(1 + w V) of the error against ``subinterval_target``, w that of the loss' space.
+
+        V = (sigma_u sigma_t / (alpha_u S))^2
+
+    is the variance of x0* where the clean sample and x_t are known, which no critic can take away. Gradients then have
+    the size of those of ordinary denoising at every u and in every process. Weights 1 / (1 + w V), for losses of one
+    size, would leave hardly anything of what the noisiest samples teach. 1 from u = 0, where the target is the clean
+    sample.
+
+    Args:
+        u: native times, (B,).
+        t: native times, (B,).
+        process: noise process.
+        space_weight: w of the squared error of x0, (B,); see ``score_matching.space_weight``.
+
+    Returns:
+        (B,), float64, in [0, 1].
+    """
+    square = transition(u, t, process)[1].square()
+    spread = space_weight * (process.sigma(u) / process.alpha(u) * process.sigma(t)).square()
+    return torch.where(u > 0, (square / (square + spread)).sqrt(), torch.ones_like(square))
+
+
 def subinterval_weight(u: Tensor, t: Tensor, process: NoiseProcess, limit: float = 10.0) -> Tensor:
     """Weight S^2 min(1 / S^2, limit) of the error against ``subinterval_target``, whose variance grows as 1 / S^2.
 
-    1 from u = 0, where the target is the clean sample.
+    RTDMD's (arXiv:2605.26108, released code), for times in [0, 1]: where S is large it is 1, however large the target's
+    variance is. 1 from u = 0, where the target is the clean sample.
 
     Args:
         u: native times, (B,).
@@ -112,7 +145,7 @@ def importance_weight(x_t: Tensor, x0: Tensor, n: Tensor, t: Tensor, process: No
         exp(-|m|^2 / 2) / exp(-|n|^2 / 2),     m = (x_t - alpha_t x0) / sigma_t
 
     A regression on x0 with it learns the score of noised x0, not that of x_t. Logarithms are summed over the elements,
-    so that the weights degenerate in many dimensions.
+    so that the weights degenerate in many dimensions. They are relative to each other: those of one sample are 1.
 
     Args:
         x_t: from ``noise_further``, (B, ...).

@@ -1,4 +1,8 @@
-"""Entropic optimal transport between two small sets of samples, and the map it makes of one to the other."""
+"""Entropic optimal transport between two small sets of samples, and the map it makes of one to the other.
+
+Distances are differences of large numbers where samples have much in common, as the predictions of one prompt have, so
+that products are computed in float64, which mixed precision leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,11 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: samples, (..., N, D).
         b: samples, (..., M, D).
+
+    Returns:
+        (..., N, M), float64.
     """
+    a, b = a.double(), b.double()
     square = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2.0 * a @ b.transpose(-1, -2)
     return square.clamp_min(0.0) / a.shape[-1]
 
@@ -56,4 +64,4 @@ def barycentric_map(plan: Tensor, b: Tensor) -> Tensor:
     Returns:
         (..., N, D), dtype of ``b``.
     """
-    return (plan / plan.sum(-1, keepdim=True)).to(b.dtype) @ b
+    return (plan / plan.sum(-1, keepdim=True) @ b.double()).to(b.dtype)

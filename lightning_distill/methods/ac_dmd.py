@@ -40,6 +40,7 @@ class ACDMD(SubintervalMethod):
 
     Notes:
         The paper's student is sampled with eta = .9; here it is sampled by ``sampler``, and eta concerns the scores.
+        The released code weighs the critic's error by ``critic_weight="clamped"``.
         Reward stages follow with other methods.
     """
 

@@ -90,7 +90,7 @@ class ADM(AdversarialMethod):
         terms, _ = self.critic_denoising(batch)
         x = self.rollout(batch, grad=False).x0
         x_t, t, _ = self.renoise(x, self.matching_times, "gan")
-        r, u = self.earlier(t), self.draws.uniform("guidance", len(x))
+        r, u = self.earlier(t), self.guidance_draw(len(x))
         with torch.no_grad():
             real = self.guidance(self.require_teacher(), x_t, t, batch.cond, u)
             with self.told_step():

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_distill.batch import Batch
+from lightning_distill.guidance import is_told
 from lightning_distill.losses.adversarial import discriminator_loss
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.discriminating import Discriminating
@@ -82,7 +83,9 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
             return False
         if gan.features == "fake_score":
             return not self.fake_guidance.needs_null
-        return self.gan_at_scores and self.real_score() is self.feature_network
+        # a network that is told the scale has other features at it than where it judges real samples
+        told = self.guidance.needs_null and is_told(self.feature_network)
+        return self.gan_at_scores and self.real_score() is self.feature_network and not told
 
     def scores_and_logits(self, x: Tensor, batch: Batch) -> tuple[Scores, Tensor]:
         """Both scores and the discriminator's logits (B, n) at the same noisy samples."""

@@ -9,6 +9,7 @@ from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.processes import EDM, VariancePreserving
 from lightning_distill.times import few_step_times
 
 __all__ = ["ASD"]
@@ -32,7 +33,7 @@ class ASD(DMD2):
 
     Notes:
         Reconstructed from the paper's description; its weights were not at hand.
-        All lists of times start at the student's first time and are trailing grids (see ``few_step_times``).
+        All lists of times are trailing grids (see ``few_step_times``) from the student's first time, wherever that is.
         Every number of steps below N is trained alike; that of N is what N - 1 is compared with, and the paper is after
         the smallest, so that one step is sampled by default.
         The paper's video part, more steps for the first frames, is a matter of sampling.
@@ -61,9 +62,14 @@ class ASD(DMD2):
         self.most_steps = most_steps
 
     def times_of(self, n: int) -> list[float]:
-        """The student's times in n steps."""
-        first = self.student_times[0]
-        return [first, *(t for t in few_step_times(self.process, n)[1:] if t < first)]
+        """The student's times in n steps: the trailing grid, from the student's first time on."""
+        process, first = self.process, self.student_times[0]
+        if isinstance(process, EDM):
+            return few_step_times(EDM(process.sigma_min, first), n)
+        later = [first / process.t_max * t for t in few_step_times(process, n)[1:]]
+        if isinstance(process, VariancePreserving):  # whose times are the scheduler's
+            later = [round(t * process.num_train_timesteps) / process.num_train_timesteps for t in later]
+        return [first, *later]
 
     def length(self) -> int:
         """N of the current slice, the same on all ranks."""
@@ -81,7 +87,8 @@ class ASD(DMD2):
 
     def real_noisy(self, batch: Batch, t: Tensor) -> Tensor:
         """The student's samples in n + 1 steps from the same noise, at the given times, (B, ...)."""
-        better = self._in_steps(self.length() + 1, batch, grad=False).x0
+        with self.told_student():
+            better = self._in_steps(self.length() + 1, batch, grad=False).x0
         return self.process.add_noise(better, self.draws.normal("gan/real_noise", better.shape), t)
 
     def forward_counts(self) -> dict[str, dict[str, int]]:

@@ -29,11 +29,11 @@ from lightning_distill.methods.terms import Terms
 from lightning_distill.networks.compiling import compile_roles
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import enable_activation_checkpointing
-from lightning_distill.networks.merging import base_state_dict
 from lightning_distill.networks.roles import Copy, Role, averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 from lightning_distill.randomness import Draws, RandomStreams
 from lightning_distill.times import TimeDistribution, validate_times
+from lightning_distill.trajectories import teacher_fingerprint
 
 __all__ = ["DistillationModule", "Rollout", "Terms"]
 
@@ -202,10 +202,7 @@ class DistillationModule(StudentSampling, Probing):
     def teacher_fingerprint(self) -> str:
         """SHA-256 of the teacher's own weights (roles' adapters on its backbone excluded); computed once."""
         if self._teacher_fingerprint is None:
-            teacher = self.require_teacher()
-            beside = [v for k, v in teacher.state_dict().items() if k.startswith("adapters.")]  # that guide it
-            weights = [*base_state_dict(teacher.network).values(), *beside]
-            self._teacher_fingerprint = checkpoints.fingerprint(weights)
+            self._teacher_fingerprint = teacher_fingerprint(self.require_teacher())
         return self._teacher_fingerprint
 
     def train(self, mode: bool = True) -> "DistillationModule":

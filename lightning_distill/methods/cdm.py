@@ -10,6 +10,7 @@ from lightning_distill.methods.base import Terms
 from lightning_distill.methods.decoupled_dmd import DecoupledDMD
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.samplers import transport
 from lightning_distill.time_coverage import restricted
@@ -42,7 +43,7 @@ class CDM(DecoupledDMD):
     Notes:
         The paper's losses are means without the factor 1/2, twice as large. Its guidance term is 7 (y_c - y_u), which
         is w = 8 here.
-        ``critic_pull`` needs a critic of the student's architecture; for others set it to 0.
+        ``critic_pull`` needs a critic of the student's architecture and ``alpha``; for others set it to 0.
     """
 
     paper = "2605.06376"
@@ -77,10 +78,12 @@ class CDM(DecoupledDMD):
         """A pulled critic has the student's weights; random lists have no step indices."""
         super().check_configuration()
         shapes = [[p.shape for p in parameters] for parameters in self._pulled()]
-        if self.critic_pull and shapes[0] != shapes[1]:
+        # equal adapters of another alpha are another function
+        scales = [d.config.lora_alpha for d in (self.fake_score, self.student) if isinstance(d, AdapterDenoiser)]
+        if self.critic_pull and (shapes[0] != shapes[1] or len(set(scales)) > 1):
             raise ValueError(
-                "critic_pull moves the critic's weights to the student's, but the two networks differ; give both the "
-                "same role, or critic_pull=0."
+                "critic_pull moves the critic's weights to the student's, but the two networks differ (in "
+                "their weights, or in the alpha of their adapters); give both the same role, or critic_pull=0."
             )
         if self.random_steps and self.critic_condition_on == "step":
             raise ValueError("critic_condition_on='step' needs a fixed time list; use interval, or random_steps=0.")

@@ -139,6 +139,14 @@ class ScheduledCritic(_Base):
     def on_train_start(self) -> None:
         """Read what a checkpoint may have brought."""
         super().on_train_start()
+        self._read_levels()
+
+    def after_rollback(self) -> None:
+        """Read what the earlier state has brought."""
+        super().after_rollback()
+        self._read_levels()
+
+    def _read_levels(self) -> None:
         if self.critic_schedule is not None:
             self._critic_updates = round(float(self.critic_levels[0]))
             self._arriving = _to_host(self.critic_levels[1])

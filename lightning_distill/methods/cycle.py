@@ -21,6 +21,7 @@ from lightning_distill.methods.guards import (
     LossWeightWatch,
     check_batch,
     check_examples,
+    check_scheduler,
     check_trainer,
     stop_when_stuck,
 )
@@ -97,7 +98,11 @@ class Cycle(LightningModule):
         return [(phase, 0) for phase in self.phases]
 
     def configure_optimizers(self) -> Any:
-        """One optimizer, and its schedule if there is one, per phase."""
+        """One optimizer, and its schedule if there is one, per phase.
+
+        Raises:
+            ValueError: a schedule that follows a figure, ``ReduceLROnPlateau``.
+        """
         configured = []
         for phase, roles in self.phases.items():
             parameters = [p for role in roles for p in self.role_parameters(role)]
@@ -105,8 +110,10 @@ class Cycle(LightningModule):
                 self.default_lr
             )
             entry: dict[str, Any] = {"optimizer": factory(parameters)}
-            if (schedule := self.scheduler_factories.get(phase)) is not None:
-                entry["lr_scheduler"] = {"scheduler": schedule(entry["optimizer"]), "name": f"lr/{phase}"}
+            if (factory_of_schedule := self.scheduler_factories.get(phase)) is not None:
+                schedule = factory_of_schedule(entry["optimizer"])
+                check_scheduler(schedule, phase)
+                entry["lr_scheduler"] = {"scheduler": schedule, "name": f"lr/{phase}"}
             configured.append(entry)
         return configured
 
@@ -198,6 +205,9 @@ class Cycle(LightningModule):
     def after_phase(self, phase: str) -> None:
         """Called when a phase's optimizer has stepped; ``self._skipped`` is 1 where the step was skipped."""
 
+    def after_rollback(self) -> None:
+        """Called when an earlier state has been restored in a running fit; copies on the host are read again."""
+
     def losses_of(self, phase: str) -> Callable[[Batch], Terms]:
         """The method that computes the losses of a phase."""
         function: Callable[[Batch], Terms] = getattr(self, f"{phase}_loss")
@@ -209,10 +219,15 @@ class Cycle(LightningModule):
         return torch.stack(losses).sum()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip and guard; Lightning calls this once gradients are unscaled, in every precision."""
+        """Clip and guard; Lightning calls this when gradients are complete.
+
+        In ``16-mixed`` they are unscaled by then, but for optimizers that unscale in their own step, as fused ones do.
+        """
         index, loss = self._stepping
         loss = mean_over_processes(loss)  # all ranks skip a step, or none
-        self._grad_norm, self._skipped = guard_step(optimizer, loss, self.gradient_clip_val)
+        scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if scaled else None
+        self._grad_norm, self._skipped = guard_step(optimizer, loss, self.gradient_clip_val, scaler=scaler)
         self.skipped_steps[index] += self._skipped
         self.skipped_in_a_row[index] = (self.skipped_in_a_row[index] + 1.0) * self._skipped
 

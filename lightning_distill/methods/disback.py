@@ -83,10 +83,11 @@ class DisBack(DMD2):
     def build_roles(self) -> None:
         """As usual, and the moving targets."""
         super().build_roles()
-        if (self.num_waypoints or self.blend) and self._fake_score_role.shares_weights:
+        shared = self.fake_score.network is self.require_teacher().network
+        if (self.num_waypoints or self.blend) and shared:
             raise ValueError(
                 "DisBack keeps copies of the fake score, which here is an adapter on the teacher's backbone; give "
-                "fake_score=Copy()."
+                "fake_score=Copy(), or FromCheckpoint(..., merge=True)."
             )
         for index in range(self.num_waypoints):
             self.waypoints.append(averaged_copy(self.fake_score, f"waypoint{index}"))
@@ -118,14 +119,14 @@ class DisBack(DMD2):
         return self.draws.update < self.degradation_updates
 
     def target_index(self) -> int | None:
-        """Snapshot that is the target at this update, None for the teacher."""
+        """Snapshot that is the target at this update, None for the teacher, which it is while there are none yet."""
         passed = (self.draws.update - self.degradation_updates) // self.backtracking_updates
         index = self.num_waypoints - 1 - passed
-        return index if index >= 0 else None
+        return index if index >= 0 and not self.degrading else None
 
     def blend_share(self) -> float:
         """C at this update."""
-        progress = min(1.0, (self.draws.update - self.degradation_updates) / self.blend_updates)
+        progress = min(1.0, max(0, self.draws.update - self.degradation_updates) / self.blend_updates)
         return 0.5 * self.blend * (1.0 + math.cos(math.pi * progress))
 
     @torch.no_grad()
@@ -164,6 +165,11 @@ class DisBack(DMD2):
             told = nullcontext()
         with told:
             return super().scores(x, batch, taps, noisy, tapped)
+
+    @property
+    def scores_share_forward(self) -> bool:
+        """As usual; the first stage compares no scores, and its target is not that of the next one."""
+        return super().scores_share_forward and not self.degrading
 
     # ------------------------------------------------------------------------------------------------ the stages
     def student_loss(self, batch: Batch) -> Terms:

@@ -31,7 +31,7 @@ class FDistill(RunningMeans, RatioMethod):
 
     Estimated ratios are off by a factor that depends on the noise level, and h by an overall one. Both are divided out
     by running means over the samples of past updates, per bin of noise levels for r (its exact mean is 1 at each), over
-    all samples for h. They are part of checkpoints.
+    all samples for h. They are part of checkpoints; a bin without new samples keeps its mean.
 
     Args:
         teacher: the pretrained model.
@@ -115,8 +115,8 @@ class FDistill(RunningMeans, RatioMethod):
         r = u.float().exp().clamp(self.ratio_min, self.ratio_max)
         bins = torch.bucketize(t, self.ratio_edges)
         member = (bins[:, None] == torch.arange(self.ratio_state.shape[1] - 1, device=t.device)).to(r)
-        means = self.running_means("ratio")
-        normalised = r / (member @ means[:-1]) if self.ratio_bins else r
+        means = self.running_means("ratio").nan_to_num(1.0)
+        normalised = r / means[bins] if self.ratio_bins else r
         h = find_divergence(self.divergence).weight(normalised.log())
         sums, counts = (member * r[:, None]).sum(0), member.sum(0)
         self.note("ratio", torch.cat([sums, h.sum()[None]]), torch.cat([counts, torch.full_like(h[:1], len(h))]))

@@ -1,7 +1,7 @@
 """Methods with a fake score: a critic that tracks the student's distribution by denoising its samples."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -21,10 +21,11 @@ from lightning_distill.methods.rollout import Rollout
 from lightning_distill.methods.step_aware import Scores, StepAware
 from lightning_distill.methods.told_scale import ToldScale
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.modes import evaluation_mode
 from lightning_distill.networks.oracle import OracleNetwork
 from lightning_distill.networks.roles import Copy, Role
 from lightning_distill.networks.specs import DenoiserSpec
-from lightning_distill.networks.step_condition import CONDITIONS, build_step_condition
+from lightning_distill.networks.step_condition import CONDITIONS, build_step_condition, take_over_steps
 from lightning_distill.time_coverage import check_coverage
 from lightning_distill.times import TimeDistribution, bounded
 
@@ -130,11 +131,13 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         self.fake_score = self._fake_score_role.build(self.require_teacher(), "fake_score")
         self.matching_times = self._given_matching_times or bounded(self.process, 0.02, 0.98)
         self.critic_times = self._given_critic_times or bounded(self.process, 0.0, 1.0)
+        told = None
         if self.critic_condition_on != "none":
             cond = {k: v.to(self.fake_score.device) for k, v in default_cond(self.fake_score, 1).items()}
             how = (self.critic_condition_on, len(self.student_times))
             told = build_step_condition(self.fake_score, self.sample_shape, cond, *how)
             self.fake_score.add_module("step_condition", told)
+        take_over_steps(told, self._fake_score_role.learned_steps())
         self.find_told()
 
     def check_configuration(self) -> None:
@@ -142,13 +145,40 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         super().check_configuration()
         check_guidance(self.require_teacher(), self.guidance, self.fake_guidance, self.critic_guidance)
         check_coverage(self.matching_times, self.critic_times, self.process)
+        self._check_dropout()
         self.check_schedule()
         self.check_told()
+
+    def _check_dropout(self) -> None:
+        """What is dropped must have a null value, as guidance's second branch."""
+        if not self._drops_conditions:
+            return
+        network = self.fake_score
+        labels = [] if set(network.family.null) - {"class_labels"} else ["class_labels"]
+        if missing := network.missing_null([*network.family.required, *labels]):
+            what = "null_class=..." if missing[0] == "class_labels" else f"null_cond={{{missing[0]!r}: ...}}"
+            raise ValueError(
+                f"critic_dropout={self.critic_dropout:g} puts an unconditional value in the place of {missing[0]!r}, "
+                f"and the fake score ({type(network.network).__name__}) has none; give {what} of the teacher, or leave "
+                "critic_dropout out."
+            )
 
     @property
     def slices_per_cycle(self) -> int:
         """Batches of fresh student samples in a cycle."""
         return math.ceil(self.fake_score_steps / self.updates_per_sample)
+
+    def losses_of(self, phase: str) -> Callable[[Batch], Terms]:
+        """As usual; the student meets the fake score without the dropout with which it is trained."""
+        losses = super().losses_of(phase)
+        if phase != "student" or not self.fake_score.training:
+            return losses
+
+        def without_dropout(batch: Batch) -> Terms:
+            with evaluation_mode(self.fake_score):
+                return losses(batch)
+
+        return without_dropout
 
     def phase_plan(self) -> list[tuple[str, int]]:
         """Student first; its slice is the critic's first."""
@@ -180,7 +210,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
             tapped: whose blocks, ``teacher`` or ``fake_score``.
         """
         x_t, t = noisy or self.renoise(x, self.matching_times, "matching")[:2]
-        u = self.draws.uniform("guidance", len(x))
+        u = self.scale_draw(len(x))
         at, whole = (x_t, t, batch.cond, u), self.differentiates_scores
         of_teacher, of_fake = (taps, ()) if tapped == "teacher" else ((), taps)
         with nullcontext() if whole else torch.no_grad():
@@ -255,13 +285,18 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         asked = self.fake_guidance.needs_null and is_told(self.fake_score)
         return self.fake_guidance if asked and not self.critic_guidance.needs_null else self.critic_guidance
 
+    @property
+    def _drops_conditions(self) -> bool:
+        """Whether there is an unconditional branch to train: a fake score that is told a scale is guided by it."""
+        return self.critic_dropout > 0.0 and not (self._critic_policy.needs_null and is_told(self.fake_score))
+
     def criticised(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], taps: tuple[str, ...] = ()) -> Any:
         """The fake score's prediction in its own training."""
         with self.told_step():
             if self.critic_is_plain:
                 return self.fake_score(x_t, t, cond, taps=taps)
             policy = self._critic_policy
-            if self.critic_dropout and cond and not (policy.needs_null and is_told(self.fake_score)):
+            if cond and self._drops_conditions:
                 u = self.draws.uniform("critic/dropout", len(x_t))
                 cond = drop_conditions(self.fake_score, cond, u, self.critic_dropout)
             return policy(self.fake_score, x_t, t, cond, self.draws.uniform("critic/guidance", len(x_t)))

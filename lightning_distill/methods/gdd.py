@@ -34,7 +34,8 @@ class GDD(LADD):
     Notes:
         Samples are compared at the process' smallest noise level, below what images resolve.
         The paper computes R1 every few updates with a larger weight; here it is computed at each. Both sides of the
-        game are means over the batch, of which the released code takes the sum.
+        game are means over the batch, of which the released code takes the sum; its penalty is that of the sum of n
+        heads' logits, here that of their mean, n^2 times smaller.
         The network of ``features`` must not be one that evaluates the samples.
         D sees pictures and not their conditions, so that a student of classes or prompts may ignore them: all that is
         asked of it is the distribution of all pictures together: the method is meant for unconditional teachers.

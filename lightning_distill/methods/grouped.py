@@ -74,6 +74,10 @@ class Grouped(_Base):
             batch = Batch(cond=batch.own, x0=batch.x0, size=batch.size)
         return super().real_logits(batch, t)
 
+    def scale_draw(self, n: int) -> Tensor:
+        """As usual, one number per group."""
+        return super().scale_draw(n)[:: self.group_size].repeat_interleave(self.group_size)[:n]
+
     def group_noisy(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """x_t and t, (B,), as in ``renoise`` at matching times, with one time per group."""
         t = self.first_of_group(self.times(f"{name}/time", self.matching_times, len(x)))

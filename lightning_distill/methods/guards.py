@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_distill.networks.second_time import second_time_of
 
@@ -22,7 +23,9 @@ __all__ = [
     "check_batch",
     "check_examples",
     "check_null_class",
+    "check_precision",
     "check_schedule",
+    "check_scheduler",
     "check_step_settings",
     "check_target_time",
     "check_trainer",
@@ -54,17 +57,31 @@ def check_step_settings(gradient_clip_val: float | None, accumulate_grad_batches
         )
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Refuse weights in float16, and tell of averages that Lightning would make beside the module's own.
+def check_precision(precision: str) -> None:
+    """Refuse trained weights of 16 bits.
 
     Raises:
-        ValueError: the precision is 16-true.
+        ValueError: the precision is 16-true or bf16-true.
     """
-    if trainer.precision == "16-true":
+    if precision == "16-true":
         raise ValueError(
             "precision=16-true keeps weights and gradients in float16, where usual updates are lost and small "
             "gradients are 0; use bf16-mixed, or 16-mixed where the device has no bfloat16."
         )
+    if precision == "bf16-true":
+        raise ValueError(
+            "precision=bf16-true keeps trained weights in bfloat16, where an update of less than 1/512 of a weight is "
+            "lost; use bf16-mixed, and dtype: bfloat16 of PretrainedDenoiser for a teacher of half the size."
+        )
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse trained weights of 16 bits, and tell of averages that Lightning would make beside the module's own.
+
+    Raises:
+        ValueError: the precision is 16-true or bf16-true.
+    """
+    check_precision(str(trainer.precision))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if type(callback).__name__.endswith("WeightAveraging"):
             rank_zero_warn(
@@ -174,6 +191,23 @@ def check_schedule(module: DistillationModule, name: str, updates: int, conseque
         rank_zero_warn(
             f"{name} asks for {updates} student updates, and the run ends after {module.trainer.max_steps}: "
             f"{consequence}; lower {name}, or raise max_steps."
+        )
+
+
+def check_scheduler(scheduler: object, phase: str) -> None:
+    """Refuse a learning-rate schedule that needs a figure to step.
+
+    Args:
+        scheduler: of the phase's optimizer.
+        phase: its name.
+
+    Raises:
+        ValueError: it is a ``ReduceLROnPlateau``.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            f"{phase}_scheduler: ReduceLROnPlateau waits for a figure to stop falling, and losses of distillation do "
+            "not tell when; use a schedule of updates, such as WarmupDecay."
         )
 
 

@@ -40,7 +40,8 @@ class LADD(Discriminating, DistillationModule):
             of a flow's time is.
         r1: gradient penalty on real samples: ``none``, ``exact``, or ``approximate`` (a difference under small noise,
             no second derivatives through the teacher).
-        r1_std: size of that noise.
+        r1_std: size of that noise. Half-precision networks round logits by as much as noise of .01 moves them, which
+            is APT's; the difference under noise of .1 is right to about a tenth in bfloat16.
         guidance: of the teacher in the distillation term.
         discriminator_steps: discriminator updates per student update.
         discriminator_optimizer: of the heads; None for fused AdamW.
@@ -68,7 +69,7 @@ class LADD(Discriminating, DistillationModule):
         *,
         gan: Adversary | None = None,
         r1: Literal["none", "exact", "approximate"] = "none",
-        r1_std: float = 0.01,
+        r1_std: float = 0.1,
         guidance: Guidance | None = None,
         discriminator_steps: int = 1,
         discriminator_optimizer: OptimizerCallable | None = None,
@@ -110,6 +111,13 @@ class LADD(Discriminating, DistillationModule):
                 "TwoTime(guidance=True) out, or use DMD2 with an adversarial term, which tells it."
             )
         assert self.gan is not None
+        checkpointed = self.activation_checkpointing and self.student.network is self.require_teacher().network
+        if self.r1 == "exact" and checkpointed and self.gan.network_taps:
+            raise ValueError(
+                f"r1='exact' of {type(self).__name__} differentiates the teacher's blocks twice; the student shares "
+                "and recomputes them, with an attention that has one derivative alone. Give r1='approximate', "
+                "activation_checkpointing=False, or a student that is a copy."
+            )
         alone = type(self).student_loss is LADD.student_loss and not self.loss_weights["student/distillation"]
         known = sorted(default_cond(self.require_teacher(), 1))
         if alone and known and not self.gan.network_taps and not self.of_samples_alone:
@@ -165,10 +173,19 @@ class LADD(Discriminating, DistillationModule):
         if self.r1 == "exact":
             terms.losses["r1"] = r1_penalty(real, real_s)
         elif self.r1 == "approximate":
+            self._warn_of_rounding(real_s.device.type)
             nearby = real_s + self.r1_std * self.draws.normal("r1/noise", real_s.shape)
             terms.losses["r1"] = approximate_r1(real, self.logits(nearby, s, batch.cond), self.r1_std)
         terms.diagnostics |= {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
         return terms
+
+    def _warn_of_rounding(self, device: str) -> None:
+        narrow = torch.is_autocast_enabled(device) or self.feature_network.computes_in(torch.float32).itemsize < 4
+        if narrow and self.r1_std < 0.05:
+            rank_zero_warn(
+                f"r1_std={self.r1_std}: in half precision logits are rounded by as much as noise that small moves "
+                f"them, and the penalty of {type(self).__name__} is mostly rounding; give .1, or train in float32."
+            )
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls per phase of a one-step student; early-exit feature calls included."""

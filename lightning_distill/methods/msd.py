@@ -31,6 +31,8 @@ class MSD(DMD2):
     Notes:
         Batches hold all classes, and each network learns from its own part of them; the paper trains one after the
         other, each on whole batches.
+        With ``critic_dropout`` and ``fake_guidance`` one fake score is the unconditional branch of all classes, as the
+        teacher's is: the first, see ``Experts``.
         The paper's score-matching start of smaller students is ``TeacherTraining``'s task, whose result
         ``FromCheckpoint`` reads.
     """

@@ -1,7 +1,7 @@
 """Phased DMD: distribution matching within intervals of noise levels (arXiv:2510.27684)."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from lightning_distill.batch import Batch
@@ -9,7 +9,9 @@ from lightning_distill.losses.score_matching import checked_weight, matching_wei
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.subinterval import SubintervalMethod
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import TimeExperts, experts_at
 from lightning_distill.networks.specs import DenoiserSpec
+from lightning_distill.processes import expand
 
 __all__ = ["PhasedDMD"]
 
@@ -29,7 +31,8 @@ class PhasedDMD(SubintervalMethod):
         subintervals: number of student steps in each interval, noise first; None for one step each.
         subinterval_updates: student updates of each interval but the last, which has the rest; None trains all at
             once, at a random step.
-        weight: lambda; ``dmd`` is 1 / mean |x0_S - y_T| (see ``matching_weight``).
+        weight: lambda; ``dmd`` is 1 / mean |x0_S - y_T| and ``kl`` alpha_t^2 / (alpha_u sigma_t^2), the exact gradient
+            in x_u (see ``matching_weight``).
         **kwargs: see ``SubintervalMethod``, ``FakeScoreMethod`` and ``DistillationModule``.
 
     Notes:
@@ -62,7 +65,7 @@ class PhasedDMD(SubintervalMethod):
         return self._given_subintervals or [1] * len(self.student_times)
 
     def check_configuration(self) -> None:
-        """Intervals must hold the student's steps, and updates belong to intervals."""
+        """Intervals must hold the student's steps, updates belong to intervals, and experts to one of them."""
         parts, updates = self.subintervals, self.subinterval_updates
         if min(parts) < 1 or sum(parts) != len(self.student_times):
             raise ValueError(
@@ -74,6 +77,23 @@ class PhasedDMD(SubintervalMethod):
                 f"{len(parts)} intervals it has {len(parts) - 1} positive entries."
             )
         super().check_configuration()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Raise where a later interval would train an expert of an earlier one again, beside experts of its own."""
+        if self.subinterval_updates is None or not isinstance(self.student.network, TimeExperts):
+            return
+        times, ends = self.student_times, list(accumulate(self.subintervals))
+        owners = experts_at(self.student, times)
+        used = [set(owners[first:end]) for first, end in zip([0, *ends], ends)]
+        if all(a == b or not a & b for a, b in pairwise(used)):
+            return
+        middles = [f"{0.5 * (times[end - 1] + times[end]) / self.process.t_max:.4g}" for end in ends[:-1]]
+        raise ValueError(
+            f"steps of the intervals {self.subintervals} go to the experts {owners}, so that an interval would train "
+            "an expert of the one before it again (a boundary belongs to the noisier side); give "
+            f"Experts(boundaries=[{', '.join(middles)}]), one expert per interval."
+        )
 
     def step_ends(self) -> list[float]:
         """Each step jumps to the end of its interval."""
@@ -96,5 +116,7 @@ class PhasedDMD(SubintervalMethod):
         x_t, t, _ = self.noised(x_u.detach(), u, rollout, self.matching_times, "matching")
         scores = self.scores(rollout.x0, batch, noisy=(x_t, t))
         weight = matching_weight(self.weight, rollout.x0, scores.real, t, self.process)
+        if self.weight == "kl":
+            weight = weight / expand(self.process.alpha(u), x_u)
         loss = score_difference(x_u, scores.real, scores.fake, weight)
         return Terms({"matching": loss}, {"score_gap": scores.gap, "sample_std": x_u.detach().std()})

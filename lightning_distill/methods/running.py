@@ -23,7 +23,7 @@ class RunningMeans(_Base):
 
     A loss that divides by the mean of its own batch gives each sample another gradient when the batch is split over
     ranks or micro-batches. These are the means of the samples before the update; those of the update enter after the
-    student's gradients, unless its step is skipped.
+    student's gradients, unless its step is skipped. A column that has no samples left keeps its last mean.
     """
 
     _running: dict[str, float]
@@ -63,6 +63,7 @@ class RunningMeans(_Base):
             return
         for name, decay in self._running.items():
             state, pending = self.get_buffer(f"{name}_state"), self.get_buffer(f"{name}_pending")
-            fresh = sum_over_processes(pending)
-            state.copy_(torch.where(self._skipped.bool(), state, decay * state + fresh))
+            mixed = decay * state + sum_over_processes(pending)
+            forgotten = mixed[1] < torch.finfo(mixed.dtype).eps
+            state.copy_(torch.where(self._skipped.bool() | forgotten, state, mixed))
             pending.zero_()

@@ -5,7 +5,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_distill.losses.subinterval import noise_further, subinterval_target, subinterval_weight
+from lightning_distill.losses.score_matching import space_weight
+from lightning_distill.losses.subinterval import (
+    balanced_weight,
+    noise_further,
+    subinterval_target,
+    subinterval_weight,
+)
 from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.networks.denoiser import Denoiser
@@ -29,6 +35,9 @@ class SubintervalMethod(FakeScoreMethod):
         teacher: the pretrained model.
         interval_margin: share of the times above u that are left out, where S is small and the critic's target large.
         critic_condition_on: see ``FakeScoreMethod``; here the fake score knows the step unless told otherwise.
+        critic_weight: of the fake score's error, whose target is noisy where u is: ``balanced`` gives the gradients of
+            all steps one size (see ``balanced_weight``), ``clamped`` is that of released code for flows
+            (``subinterval_weight``), with which early steps drown the others.
         **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``.
     """
 
@@ -38,9 +47,13 @@ class SubintervalMethod(FakeScoreMethod):
         *,
         interval_margin: float = 0.01,
         critic_condition_on: Literal["none", "step", "interval"] = "step",
+        critic_weight: Literal["balanced", "clamped"] = "balanced",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, critic_condition_on=critic_condition_on, **kwargs)
+        if critic_weight not in ("balanced", "clamped"):
+            raise ValueError(f"critic_weight={critic_weight!r} is unknown; choose balanced or clamped.")
+        self.critic_weight = critic_weight
         if not 0.0 <= interval_margin < 1.0:
             raise ValueError(f"interval_margin={interval_margin}: give a share of the interval, from 0 to below 1.")
         self.interval_margin = interval_margin
@@ -98,9 +111,27 @@ class SubintervalMethod(FakeScoreMethod):
         n = self.draws.normal(f"{name}/noise", x_u.shape)
         return noise_further(x_u, u, t, n, self.process), t, n
 
+    def at_level(self, rollout: Rollout, level: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, t and the x0 that the fake score should predict there, at a given quantile of the times above u.
+
+        Args:
+            rollout: student samples without graph.
+            level: quantiles of the matching times between u and ``highest``, (B,).
+            n: unit noise, (B, ...).
+        """
+        x_u, u = self.where_it_ends(rollout)
+        t = restricted(self.matching_times, level, u, self.highest(rollout), self.process, self.interval_margin)
+        # x0_S is what renoising made x_u of; a deterministic step's noise is its own
+        clean = subinterval_target(x_u, u, t, n, self.process)[0] if self.sampler == "ode" else rollout.x0
+        return noise_further(x_u, u, t, n, self.process), t, clean
+
     def critic_samples(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """The fake score learns the score of x_t from x_u alone."""
         x_u, u = self.where_it_ends(rollout)
         x_t, t, n = self.noised(x_u, u, rollout, self.critic_times, "critic")
         x0, eps = subinterval_target(x_u, u, t, n, self.process)
-        return x_t, t, x0, eps, subinterval_weight(u, t, self.process)
+        if self.critic_weight == "clamped":
+            return x_t, t, x0, eps, subinterval_weight(u, t, self.process)
+        own = "edm" if self.fake_score.network_process is not None else self.fake_score.prediction_type
+        w = space_weight(self.critic_space or own, t, self.process, self.fake_score.data_scale)
+        return x_t, t, x0, eps, balanced_weight(u, t, self.process, w)

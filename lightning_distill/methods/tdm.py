@@ -28,7 +28,8 @@ class TDM(SubintervalMethod):
     Args:
         teacher: the pretrained model.
         critic_target: ``ambient`` learns the score of x_t; ``x0`` regresses on x0_S, as the paper's objective reads;
-            ``x0_is`` does so with importance weights, which is the score of noised x0_S instead of x_u.
+            ``x0_is`` does so with importance weights, which is the score of noised x0_S instead of x_u. Their mean is 1
+            over each micro-batch, at least 2 samples; the fewer, the nearer it is to ``x0``.
         times_within: ``step`` compares between the two ends of the step, ``all`` up to t_max.
         weight: lambda, see ``matching_weight``.
         sampler: how steps are chained; the paper's is deterministic.
@@ -91,5 +92,11 @@ class TDM(SubintervalMethod):
         eps = Prediction.from_x0(rollout.x0, x_t, t, self.process).eps
         weight = None
         if self.critic_target == "x0_is":
+            if len(x_t) == 1:
+                raise ValueError(
+                    "critic_target='x0_is' weighs the samples of a micro-batch against each other, and this one has 1, "
+                    "whose weight is always 1; give a larger batch, fewer accumulate_grad_batches, or another "
+                    "critic_target."
+                )
             weight = importance_weight(x_t, rollout.x0, n, t, self.process)
         return x_t, t, rollout.x0, eps, weight

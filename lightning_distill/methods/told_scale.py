@@ -33,10 +33,11 @@ class ToldScale(_Base):
     guidance: Guidance
     _tells_scale: bool
     _scales: dict[tuple[int, int], float | Tensor]
+    _scale_draws: dict[tuple[int, int], Tensor]
 
     def find_told(self) -> None:
         """Find who embeds a scale, once the roles are there; they are sampled with that of ``guidance``."""
-        self._scales = {}
+        self._scales, self._scale_draws = {}, {}
         # copies of a teacher that embeds a scale are told its default, unless the scale is one of each sample
         fixed = is_told(self.require_teacher()) and not isinstance(self.guidance, RandomGuidance)
         self._tells_scale = self.student.embeds_guidance and not fixed
@@ -61,17 +62,32 @@ class ToldScale(_Base):
         key = (self.draws.slice_index, self.draws.first)
         if not self._rollouts:
             self._scales.clear()  # of an earlier cycle
+            self._scale_draws.clear()
         if grad or key not in self._rollouts:
             # the draw with which scores guide the teacher
-            self._scales[key] = self.guidance.label(self.draws.uniform("guidance", batch.size))
+            self._scale_draws[key] = self.scale_draw(batch.size)
+            self._scales[key] = self.guidance.label(self._scale_draws[key])
         with self.told_student():
             return super().rollout(batch, grad)
+
+    def scale_draw(self, n: int) -> Tensor:
+        """One uniform number per sample, (n,), from which the phase's random scales of the teacher are made."""
+        return self.draws.uniform("guidance", n)
 
     def told_student(self) -> AbstractContextManager[None]:
         """Within it the student knows the scales of the current slice, if it is to know: for calls beside a rollout."""
         if not self._tells_scale:
             return nullcontext()
         return telling(self.student, self._scales[self.draws.slice_index, self.draws.first])
+
+    def guidance_draw(self, n: int) -> Tensor:
+        """The draw of the scales that the slice's samples were made with; one of the phase where nobody is told, (n,).
+
+        For phases that guide the teacher at samples of another phase.
+        """
+        if not self._tells_scale:
+            return self.scale_draw(n)
+        return self._scale_draws[self.draws.slice_index, self.draws.first]
 
     @contextmanager
     def told_step(self) -> Iterator[None]:

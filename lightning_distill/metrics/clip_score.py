@@ -31,12 +31,21 @@ class CLIPScore:
         self.batch_size = batch_size
         self._parts: tuple[Any, Any] | None = None
 
-    def check(self) -> None:
-        """Raise if the folder is incomplete; reads nothing.
+    def check(self, shape: Sequence[int] | None = None) -> None:
+        """Raise if the folder is incomplete or samples are no images; reads nothing.
+
+        Args:
+            shape: of one sample, (C, H, W); None where it is not known yet.
 
         Raises:
             FileNotFoundError: no folder was given, or a file is missing in it.
+            ValueError: the samples are no images of one or three channels.
         """
+        if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3)):
+            raise ValueError(
+                f"CLIPScore reads images of 1 or 3 channels, but the method's samples have the shape {tuple(shape)}; "
+                "leave out the measure clip_score for latents and videos."
+            )
         if self.folder is None:
             raise FileNotFoundError(
                 f"CLIPScore needs a CLIP model; give its folder with CLIPScore(folder=...) or {VARIABLE}=FOLDER."

@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import nn
 
+from lightning_distill.metrics.contents import content
 from lightning_distill.metrics.features import FeatureExtractor, load_classifier
 from lightning_distill.zoo import zoo_file
 
@@ -104,12 +104,8 @@ class ModuleExtractor(Extractor):
 
     @property
     def key(self) -> str:
-        """Hash of the module's weights."""
-        digest = hashlib.sha256(type(self.module).__qualname__.encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return f"module-{digest.hexdigest()[:16]}"
+        """Hash of the module's weights and settings (the public attributes of its parts)."""
+        return f"module-{hashlib.sha256(repr(content(self.module)).encode()).hexdigest()[:16]}"
 
 
 def file_sha256(path: str | Path) -> str:

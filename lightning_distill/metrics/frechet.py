@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -76,16 +77,26 @@ class FeatureStatistics:
         """Read an ``.npz`` with ``mu`` and ``sigma``.
 
         Raises:
-            ValueError: the file lacks one of the two keys.
+            ValueError: the file lacks one of the two keys, their shapes are not (d,) and (d, d), or it is no ``.npz``.
         """
-        with np.load(path) as data:
-            if missing := {"mu", "sigma"} - set(data.files):
-                raise ValueError(
-                    f"{path} lacks {sorted(missing)}; reference statistics need the keys mu and sigma, "
-                    f"this file has {sorted(data.files)}."
-                )
-            mean, cov = (torch.from_numpy(data[k].astype(np.float64)) for k in ("mu", "sigma"))
-            return cls(mean, cov, int(data["n"]) if "n" in data.files else 0)
+        try:
+            with np.load(path) as data:
+                kept = {name: data[name] for name in {"mu", "sigma", "n"} & set(data.files)}
+                names = sorted(data.files)
+        except (ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+            raise ValueError(f"{path} cannot be read ({error}); give an .npz with mu and sigma.") from None
+        if missing := {"mu", "sigma"} - set(kept):
+            raise ValueError(
+                f"{path} lacks {sorted(missing)}; reference statistics need the keys mu and sigma, "
+                f"this file has {names}."
+            )
+        mean, cov = (torch.from_numpy(kept[k].astype(np.float64)) for k in ("mu", "sigma"))
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"{path} has mu of shape {tuple(mean.shape)} and sigma of {tuple(cov.shape)}; reference statistics "
+                "need (d,) and (d, d)."
+            )
+        return cls(mean, cov, int(kept["n"]) if "n" in kept else 0)
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -133,7 +133,13 @@ class PerceptualDistance:
 
 
 @torch.no_grad()
-def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor, batch_size: int = 64) -> float:
+def lpips_diversity(
+    distance: PerceptualDistance,
+    images: Tensor,
+    groups: Tensor,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+) -> float:
     """Mean distance between samples of the same condition and different noise.
 
     Every sample is compared with the next one of its group: n pairs instead of n^2, with the same expected value.
@@ -143,6 +149,7 @@ def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor
         images: (N, C, H, W) in [-1, 1].
         groups: condition of each sample, (N,), integers.
         batch_size: pairs per network call.
+        device: where they are compared; None is where the images are.
 
     Returns:
         0 for a network that ignores its noise; compare with the teacher's figure.
@@ -160,7 +167,9 @@ def lpips_diversity(distance: PerceptualDistance, images: Tensor, groups: Tensor
     first, second = order[:-1][same], order[1:][same]
     if len(first) == 0:
         raise ValueError("LPIPS diversity needs two samples of one condition; give more samples.")
-    parts = [distance(images[i], images[j]) for i, j in zip(first.split(batch_size), second.split(batch_size))]
+    where = images.device if device is None else device
+    pairs = zip(first.split(batch_size), second.split(batch_size), strict=True)
+    parts = [distance(images[i].to(where), images[j].to(where)) for i, j in pairs]
     return torch.cat(parts).double().mean().item()
 
 

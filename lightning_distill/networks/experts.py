@@ -15,7 +15,15 @@ from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.prompt_groups import centres, group_of, prompt_features, read_centres
 from lightning_distill.networks.roles import Copy, Role, check_alone, with_network
 
-__all__ = ["ConditionExperts", "ExpertNetwork", "Experts", "PromptExperts", "TimeExperts", "single_experts"]
+__all__ = [
+    "ConditionExperts",
+    "ExpertNetwork",
+    "Experts",
+    "PromptExperts",
+    "TimeExperts",
+    "experts_at",
+    "single_experts",
+]
 
 
 class ExpertNetwork(nn.Module):
@@ -133,7 +141,8 @@ class TimeExperts(ExpertNetwork):
         """A boundary belongs to the noisier side."""
         time = kwargs.get("timestep", time)
         t = time.double().reshape(len(time), -1)[:, :1]
-        passed = t < self.boundaries - 1e-6 if self.rising else t > self.boundaries + 1e-6
+        slack = 1e-6 * self.boundaries.abs().clamp_min(1.0)  # times are told in float32
+        passed = t < self.boundaries - slack if self.rising else t > self.boundaries + slack
         return passed.sum(1)
 
 
@@ -184,6 +193,20 @@ class PromptExperts(ExpertNetwork):
         return group_of(prompt_features(given), self.centres)
 
 
+def experts_at(denoiser: Denoiser, times: Sequence[float]) -> list[int]:
+    """Number of the expert in charge at each of some native times.
+
+    Args:
+        denoiser: one whose network is a ``TimeExperts``.
+        times: native times, not 0.
+    """
+    network = denoiser.network
+    assert isinstance(network, TimeExperts)
+    t = denoiser._time(torch.tensor(times, dtype=torch.float64, device=denoiser.device))
+    found: list[int] = network.route(t, t, {}).tolist()
+    return found
+
+
 def single_experts(denoiser: Denoiser) -> list[Denoiser]:
     """The experts as denoisers of their own, which share the weights.
 
@@ -212,6 +235,8 @@ class Experts(Role):
     Notes:
         A call whose samples belong to several experts, or whose times are on the device, waits for the device once.
         Blocks are tapped, and adapters attached, in single networks only.
+        The null class belongs to the first expert and a null prompt to the nearest, which then is the unconditional
+        branch of all.
     """
 
     def __init__(
@@ -245,6 +270,9 @@ class Experts(Role):
                     f"Experts(classes={self.classes}): each class 0, 1, ... belongs to exactly one expert, and each "
                     "expert has one."
                 )
+
+    def learned_steps(self) -> dict[str, Tensor]:  # noqa: D102
+        return self.role.learned_steps()
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()

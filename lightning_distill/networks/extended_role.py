@@ -4,6 +4,8 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from lightning_distill.networks.adapter_bank import added_parts
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.merging import merged_network
@@ -36,6 +38,9 @@ class ExtendedRole(Role):
 
     def check(self) -> None:  # noqa: D102
         self.role.check()
+
+    def learned_steps(self) -> dict[str, Tensor]:  # noqa: D102
+        return self.role.learned_steps()
 
     @abstractmethod
     def install(self, denoiser: Denoiser) -> None:

@@ -54,6 +54,9 @@ __all__ = [
     "with_network",
 ]
 
+#: what of a fake score's state tells it the student's step
+_STEPS = "step_condition."
+
 
 class Role(ABC):
     """How one trained network is made from its source.
@@ -78,6 +81,10 @@ class Role(ABC):
 
     def check(self) -> None:  # noqa: B027  (a copy has nothing to check)
         """Find what is wrong without reading a weight; raises one clear sentence."""
+
+    def learned_steps(self) -> dict[str, Tensor]:
+        """What an earlier fake score learned about the steps of its student, beside its network; else nothing."""
+        return {}
 
 
 class Copy(Role):
@@ -179,7 +186,8 @@ class FromCheckpoint(Role):
 
     A checkpoint of full weights gives a copy of the teacher with these weights; one of adapters gives an
     adapter of the same rank, alpha and targets on the teacher, or a copy with the adapter fused when
-    ``merge`` is set.
+    ``merge`` is set. What a fake score was told about the student's steps is no part of its network; a fake score that
+    is told the same takes it over.
 
     Args:
         path: checkpoint file; run folder, or the folder of its versions (the newest run's last checkpoint is taken);
@@ -223,12 +231,18 @@ class FromCheckpoint(Role):
         place = self.place()
         return place.is_file() and any(part in key for key in self._role_state(place)[0])
 
+    def learned_steps(self) -> dict[str, Tensor]:  # noqa: D102
+        place = self.place()
+        state = self._role_state(place)[0] if place.is_file() else {}
+        return {key.removeprefix(_STEPS): value for key, value in state.items() if key.startswith(_STEPS)}
+
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()
         path = self.place()
         if path.is_dir():
             return self._from_folder(path, source)
         state, found = self._role_state(path)
+        state = {key: value for key, value in state.items() if not key.startswith(_STEPS)}
         origin = f"role {found!r} of {path}"
         alone = not any(key.startswith(("network.", "adapter.")) for key in state)
         if any(key.startswith("adapters.") for key in state) and (alone or not _guided(source)):

@@ -13,13 +13,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ExpertNetwork, single_experts
 from lightning_distill.networks.seeding import seeded
 
-__all__ = ["CONDITIONS", "ExpertStepConditions", "StepCondition", "build_step_condition", "entrance"]
+__all__ = [
+    "CONDITIONS",
+    "ExpertStepConditions",
+    "StepCondition",
+    "build_step_condition",
+    "entrance",
+    "take_over_steps",
+]
 
 CONDITIONS = ("none", "step", "interval")
 
@@ -233,3 +241,20 @@ def build_step_condition(
     return ExpertStepConditions(
         [StepCondition(*entrance(single, shape, cond), kind, num_steps) for single in single_experts(denoiser)]
     )
+
+
+def take_over_steps(told: nn.Module | None, learned: Mapping[str, Tensor]) -> None:
+    """Begin with what an earlier fake score learned about the student's steps, where it fits.
+
+    Args:
+        told: of the new one, see ``build_step_condition``; None where it is told nothing.
+        learned: tensors of the earlier one, see ``Role.learned_steps``.
+    """
+    own = {} if told is None else told.state_dict()
+    if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in learned.items()} and told is not None:
+        told.load_state_dict(learned)
+    elif learned:
+        rank_zero_warn(
+            "the fake score of the checkpoint was told other steps of its student (critic_condition_on, number of "
+            "steps) than this one is; what it learned about them is left out."
+        )

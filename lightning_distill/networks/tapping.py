@@ -34,10 +34,11 @@ def tap(denoiser: Denoiser, taps: Sequence[str], into: dict[str, Tensor], stop: 
         stack: removes the hooks.
 
     Raises:
-        ValueError: the network has no such block.
+        ValueError: the network has no such block, or sends the samples of a call to several networks.
     """
     network = denoiser.network
     if taps:
+        _check_single(network)
         network.__dict__[TAPPED] = into
         stack.callback(network.__dict__.pop, TAPPED)
     for name in taps:
@@ -54,3 +55,15 @@ def tap(denoiser: Denoiser, taps: Sequence[str], into: dict[str, Tensor], stop: 
 
         stack.callback(block.register_forward_hook(hook).remove)
         pause_around(network, name, stack)
+
+
+def _check_single(network: nn.Module) -> None:
+    """Raise for experts: a block of one of them sees some of a call's samples only."""
+    from lightning_distill.networks.experts import ExpertNetwork  # whose base imports this module
+
+    if isinstance(network, ExpertNetwork):
+        raise ValueError(
+            f"{type(network).__name__} divides the samples of a call between {len(network.experts)} networks, so that "
+            "a block has the features of some of them only; tap a role with a single network, for example "
+            "gan=Adversary(features='teacher') or 'fake_score', whichever is no Experts."
+        )

@@ -172,7 +172,7 @@ def _evaluation_curves(run: RunData) -> dict[tuple[str, int, str], Curve]:
 def _references(runs: Sequence[RunData], metric: str, steps: set[int]) -> list[Reference]:
     """The teacher with as many steps, the teacher with most, and real data against real data."""
     lines: list[Reference] = []
-    teachers = teacher_rows(runs)
+    teachers = teacher_rows(runs, curve=True)
     most = max((row.nfe for _, row in teachers), default=0)
     for names, row in teachers:
         if row.nfe in steps | {most} and np.isfinite(row.metrics.get(metric, np.nan)):

@@ -81,8 +81,12 @@ def _final(run: RunData) -> list[EvaluationRow]:
     return [with_floors(row, floors_of(run)) for row in final_rows(run.log)] if run.log and run.log.rows else []
 
 
-def teacher_rows(runs: Sequence[RunData]) -> list[tuple[str, EvaluationRow]]:
+def teacher_rows(runs: Sequence[RunData], curve: bool = False) -> list[tuple[str, EvaluationRow]]:
     """Baselines, many steps first; runs that share a teacher share its rows.
+
+    Args:
+        runs: all runs.
+        curve: those of the evaluations in training, instead of those of the last evaluations.
 
     Returns:
         pairs of the runs' names, empty where it is every run's, and the row.
@@ -90,7 +94,10 @@ def teacher_rows(runs: Sequence[RunData]) -> list[tuple[str, EvaluationRow]]:
     found: list[tuple[list[str], EvaluationRow]] = []
     evaluated = [run for run in runs if run.log]
     for run in evaluated:
-        for row in run.log.teacher if run.log else []:
+        if run.log is None:
+            continue
+        students = [row for row in run.log.rows if row.stage != "test"] if curve else final_rows(run.log)
+        for row in run.log.compared(students):
             row = with_floors(row, floors_of(run))
             same = next((names for names, other in found if (other.nfe, other.metrics) == (row.nfe, row.metrics)), None)
             if same is None:
@@ -138,9 +145,13 @@ def figures(runs: Sequence[RunData]) -> Table | None:
         return cells
 
     table = []
+    sets = {(row.num_samples, row.half) for _, row in teachers}
     for names, row in teachers:
         first = [Cell(names or "all runs")] if several else []
-        table.append(Row([*first, Cell("teacher"), Cell(str(row.nfe), number=True), *values(row, None)], "teacher"))
+        note = f"{row.num_samples} samples, {row.half.replace('_', '-')} half" if len(sets) > 1 else ""
+        table.append(
+            Row([*first, Cell("teacher", note), Cell(str(row.nfe), number=True), *values(row, None)], "teacher")
+        )
     for run, row in students:
         first = [Cell(run.name)] if several else []
         stage = f", {row.stage}" if stages else ""

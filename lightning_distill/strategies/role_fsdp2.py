@@ -23,6 +23,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, enable_activation_checkpointing
 from lightning_distill.networks.quantisation import QuantisedLinear
 from lightning_distill.networks.weightless import Shapes, weightless
+from lightning_distill.optim import AdamW8bit
 from lightning_distill.strategies import sharded_files
 from lightning_distill.strategies.handed_out import give_room, hand_out, structure, take_off
 from lightning_distill.strategies.reducer import same_everywhere
@@ -76,7 +77,7 @@ class RoleFSDP2(ModelParallelStrategy):
         timeout_minutes: longest wait for another process.
 
     Raises:
-        ValueError: a setting that is unknown, or does not fit the number of processes.
+        ValueError: a setting that is unknown, or does not fit the number of processes; 8-bit optimizers.
     """
 
     def __init__(
@@ -142,12 +143,17 @@ class RoleFSDP2(ModelParallelStrategy):
     def setup(self, trainer: Any) -> None:
         """Shard every network, then create the optimizers on the shards."""
         module = distillation_module(self.lightning_module, type(self).__name__)
-        self._refuse(trainer, module)
+        self._refuse(module)
         self._compare(module)
         # networks end in views (chunks, transpositions), and nothing here changes an output in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._shard(module)
         super().setup(trainer)
+        if any(isinstance(getattr(optimizer, "optimizer", optimizer), AdamW8bit) for optimizer in self.optimizers):
+            raise ValueError(
+                "role_fsdp2 cannot divide the 8-bit states of AdamW8bit; leave the optimizer out for AdamW, whose "
+                "states are divided over the processes, or use strategy=role_ddp."
+            )
 
     def _compare(self, module: DistillationModule) -> None:
         """Raise unless all processes have the same networks."""
@@ -165,17 +171,11 @@ class RoleFSDP2(ModelParallelStrategy):
         elif module.teacher is not None:
             module.teacher_fingerprint()  # while it is whole
 
-    def _refuse(self, trainer: Any, module: DistillationModule) -> None:
+    def _refuse(self, module: DistillationModule) -> None:
         if any(isinstance(part, QuantisedLinear) or "planned_kind" in part.__dict__ for part in module.modules()):
             raise ValueError(
                 "role_fsdp2 cannot shard weights that are stored in few bits (PretrainedDenoiser quantize=...); leave "
                 "quantize out, or use strategy=role_ddp, which keeps them whole on every GPU."
-            )
-        precision = str(trainer.precision)
-        if precision not in ("32-true", "bf16-mixed"):
-            raise ValueError(
-                f"role_fsdp2 keeps float32 weights and cannot run with precision={precision}; use precision=32-true "
-                "with compute_dtype=bfloat16, or precision=bf16-mixed."
             )
 
     # ------------------------------------------------------------------------------------------------ sharding

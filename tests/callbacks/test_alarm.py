@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.optim import lr_scheduler
 
 from lightning_distill.callbacks.alarm import CollapseAlarm
+from lightning_distill.callbacks.good_state import kept_step
 from lightning_distill.callbacks.health import TrainingHealth
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.small import ResidualMLP
@@ -405,6 +407,39 @@ def test_good_checkpoints_lie_with_the_others_and_can_be_resumed_from(tmp_path):
     _, fit = run(tmp_path, 4, ckpt_path=tmp_path / "kept/good.ckpt", logger=False)
     assert fit.global_step == 4
     assert torch.load(tmp_path / "kept/good.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_rewound_run_goes_back_to_its_own_good_state(tmp_path):
+    def parts(folder):
+        every = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        return CollapseAlarm(action="rollback"), every
+
+    kept = tmp_path / "kept"
+    run(tmp_path, 6, Evaluations(rows([0.7] * 6)), *parts(kept), enable_checkpointing=True, logger=False)
+    assert torch.load(kept / "good.ckpt", weights_only=True)["global_step"] == 6
+    want = torch.load(kept / "step=2.ckpt", weights_only=True)["state_dict"]
+    alarm, every = parts(kept)
+    states = States()
+    bad = Evaluations({4: {"recall_cnn": 0.0}})
+    settings = {"enable_checkpointing": True, "logger": False, "ckpt_path": kept / "step=2.ckpt"}
+    run(tmp_path, 5, bad, alarm, states, every, **settings)
+    assert alarm.rollbacks == 1
+    assert alarm.good_step == 2
+    assert not differences(want, states.states[4]["state_dict"])
+
+
+def test_all_processes_decide_alike_whether_there_is_a_good_state(tmp_path):
+    asked = []
+
+    def broadcast(value):
+        asked.append(value)
+        return 3  # the first process'
+
+    (tmp_path / "good.ckpt").write_bytes(b"another disk")
+    strategy = SimpleNamespace(broadcast=broadcast)
+    for first in (True, False):
+        assert kept_step(SimpleNamespace(is_global_zero=first, strategy=strategy), tmp_path / "good.ckpt") == 3
+    assert asked == [None, None]
 
 
 def test_warn_writes_no_checkpoint(tmp_path):

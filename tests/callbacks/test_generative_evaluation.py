@@ -19,6 +19,7 @@ from lightning_distill.evaluation.runner import EvaluationRunner
 from lightning_distill.methods import DMD2, TeacherTraining
 from lightning_distill.metrics.extractors import ModuleExtractor
 from lightning_distill.metrics.features import extract, load_classifier
+from lightning_distill.metrics.lpips_diversity import PerceptualDistance
 from lightning_distill.metrics.reference import load_reference
 from lightning_distill.networks.roles import Explicit
 from lightning_distill.networks.small import ResidualMLP
@@ -167,7 +168,7 @@ def test_missing_weights_stop_before_training(tmp_path, monkeypatch):
     start = time.perf_counter()
     with pytest.raises(FileNotFoundError, match=r"no\.pth.*weights.*LIGHTNING_DISTILL_INCEPTION"):
         run.fit(module, digits())
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 10.0
     assert run.global_step == 0
 
 
@@ -201,10 +202,56 @@ def test_what_does_not_fit_the_run_stops_it_before_training(tmp_path, settings, 
     assert run.global_step == 0
 
 
-def test_no_reference_is_told(tmp_path):
-    callback = evaluation(extractors=[ModuleExtractor(tiny(), "tiny")])
-    with pytest.raises(ValueError, match=r"Prior, which yields no clean samples; give reference="):
-        trainer(tmp_path, 1, callbacks=[callback]).fit(student(), prior())
+class ReadsColours(nn.Module):
+    num_features = 4
+
+    def forward(self, images):
+        if images.shape[1] != 3:
+            raise ValueError("reads three channels")
+        return images.flatten(1)[:, :4]
+
+
+#: reference and extractor, and what is wrong with them
+UNFIT = {
+    "empty_folder": ("folder", None, r"reference='.*folder': .*reference.safetensors does not exist"),
+    "no_keys": ("keys.npz", None, r"reference='.*keys.npz' cannot be read: .*lacks \['mu', 'sigma'\]"),
+    "no_archive": ("text.npz", None, r"reference='.*text.npz' cannot be read"),
+    "shapes": ("shapes.npz", None, r"has mu of shape \(7,\) and sigma of \(6, 7\)"),
+    "other_width": ("other.npz", None, r"holds statistics of 7 features, and the extractor 'cnn' has 64"),
+    "no_data": (None, lambda: tiny(), r"Prior, which yields no clean samples; give reference="),
+    "other_name": ({"cnm": "data"}, None, r"there is no extractor 'cnm'; the extractors are cnn"),
+    "other_channels": ("other.npz", ReadsColours, r"'user' cannot read samples of shape \(1, 8, 8\): reads three"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_references_and_extractors_are_read_before_training(tmp_path, name):
+    reference, network, message = UNFIT[name]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "keys.npz", mean=np.zeros(7))
+    np.savez(tmp_path / "shapes.npz", mu=np.zeros(7), sigma=np.zeros((6, 7)))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    settings = {"reference": str(tmp_path / reference) if isinstance(reference, str) else reference}
+    if network is not None:
+        settings["extractors"] = [ModuleExtractor(network())]
+    run = trainer(tmp_path, callbacks=[evaluation(**settings)])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run.fit(student(), prior())
+    assert run.global_step == 0
+
+
+def test_pictures_that_cannot_be_compared_are_told_before_training(tmp_path, monkeypatch):
+    (tmp_path / "trunk.pth").write_bytes(b"not read")
+    callback = evaluation(
+        measures=["lpips_diversity"],
+        perceptual=PerceptualDistance(trunk_weights=str(tmp_path / "trunk.pth")),
+    )
+    monkeypatch.setattr(DMD2, "sample_shape", (4, 8, 8))
+    run = trainer(tmp_path, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"pictures of 1 or 3 channels, but .* shape \(4, 8, 8\)"):
+        run.fit(student(), prior())
+    assert run.global_step == 0
 
 
 def test_validate_and_test(tmp_path):
@@ -255,6 +302,19 @@ def test_rows_survive_a_resume(tmp_path):
     again.fit(student(), prior(), ckpt_path=str(tmp_path / "two.ckpt"), weights_only=False)
     rows = again.callbacks[0].history.rows
     assert [r.step for r in rows] == [2, 4]
+
+
+def test_a_run_of_epochs_that_is_resumed_at_its_end_has_no_row_twice(tmp_path):
+    def fit(path=None):
+        saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        callbacks = [evaluation(every_n_steps=2), saving]
+        run = trainer(tmp_path, -1, callbacks=callbacks, enable_checkpointing=True, max_epochs=1, limit_train_batches=4)
+        run.fit(student(), prior(), ckpt_path=path, weights_only=False)
+        assert run.global_step == 4
+        return [row.step for row in callbacks[0].history.rows]
+
+    assert fit() == [2, 4]
+    assert fit(str(tmp_path / "step=4.ckpt")) == [2, 4]
 
 
 def test_grids_and_strips(tmp_path):

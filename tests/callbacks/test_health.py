@@ -17,7 +17,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.callbacks.alarm import CollapseAlarm
 from lightning_distill.callbacks.health import TrainingHealth
 from lightning_distill.data import InMemory, ResumableLoader
-from lightning_distill.methods import DMD2, TeacherTraining
+from lightning_distill.methods import DMD2, TDM, PhasedDMD, TeacherTraining
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws
@@ -202,12 +202,12 @@ def sgd(lr):
     return lambda parameters: torch.optim.SGD(parameters, lr=lr)
 
 
-def gaussian_run(steps, lr, critic_lr, *callbacks, a=1.3, b=-0.5, **settings):
+def gaussian_run(steps, lr, critic_lr, *callbacks, a=1.3, b=-0.5, fake=None, method=DMD2, **settings):
     """Student N(b, a^2), fake score exact for it at the start, teacher N(1, .7^2)."""
-    module = DMD2(
+    module = method(
         analytic_denoiser(GaussianMixture([[1.0]], std=0.7), FlowMatching()),
         student=Given(Affine(a, b)),
-        fake_score=Given(Gaussian(b, a)),
+        fake_score=Given(Gaussian(*(fake or (b, a)))),
         shape=[1],
         ema=[],
         student_optimizer=sgd(lr),
@@ -241,6 +241,28 @@ def test_lag_and_gap_of_an_exact_critic_in_closed_form():
     torch.testing.assert_close(lag, exact / teacher, rtol=0.05, atol=0)
     torch.testing.assert_close(torch.tensor(gaps).square().mean(0), 1 - exact / teacher, rtol=0.05, atol=0)
     assert health.latest["fake_score_lag"] == pytest.approx(math.exp(sum(map(math.log, lags[-1])) / 3), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [TDM, PhasedDMD])
+@pytest.mark.parametrize("sampler", ["ode", "renoise"])
+def test_a_critic_that_is_exact_where_a_step_ends_is_exact_here(method, sampler, monkeypatch):
+    """x_u = (1 - u) x0 + u eps of a deterministic step, with the noise that x0 was made of, has another variance."""
+    monkeypatch.setattr(method, "stops", lambda self: [0])
+    a, u = 1.3, 0.5
+    std = a if sampler == "renoise" else math.sqrt(((1 - u) * a + u) ** 2 - u**2) / (1 - u)
+    health, found = TrainingHealth(every_n_steps=1, num_samples=256, levels=[0.3, 0.7]), []
+
+    class Collect(Callback):
+        def on_train_batch_end(self, *_):
+            names = ("fake_score_lag/level_0.7", "score_gap/level_0.7", "fake_score_residual")
+            found.append([health.latest[name] for name in names])
+
+    settings = {"num_steps": 2, "sampler": sampler, "rollout_step": "batch", "critic_condition_on": "none"}
+    gaussian_run(40, 0.0, 0.0, health, Collect(), a=a, fake=(-0.5, std), method=method, **settings)
+    lag, gap, residual = torch.tensor(found).T
+    assert lag.mean() < 0.95
+    assert float(gap.square().mean()) == pytest.approx(1 - float(lag.mean()), abs=0.03)
+    assert float(residual.mean()) == pytest.approx(0.0, abs=0.03)
 
 
 def test_a_healthy_run_has_a_lag_of_one_and_raises_no_alarm(recwarn):

@@ -18,14 +18,18 @@ from lightning_distill.batch import Batch
 from lightning_distill.callbacks.evaluation import GenerativeEvaluation
 from lightning_distill.callbacks.samples import SampleGrid
 from lightning_distill.data.base import DistillationDataModule
+from lightning_distill.data.cached import CachedConditions, CachedLatents
 from lightning_distill.data.loader import InMemory
 from lightning_distill.data.prior import Prior
+from lightning_distill.data.store import StoreWriter
 from lightning_distill.evaluation import sample_many
 from lightning_distill.evaluation.conditions import RunConditions
+from lightning_distill.evaluation.references import reference_samples
 from lightning_distill.evaluation.sampling import makes_pixels
 from lightning_distill.generation import generate, index_noise, needed_conditions
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2
+from lightning_distill.metrics.clip_score import CLIPScore
 from lightning_distill.metrics.extractors import ModuleExtractor
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.pixel_decoder import PixelDecoder
@@ -194,3 +198,124 @@ def test_evaluation_of_text_runs(tmp_path):
     other = Texts()
     other.source.data.cond["encoder_hidden_states"] += 1.0
     assert RunConditions(other).digest != RunConditions(Texts()).digest == callback._conditions.digest
+
+
+# ------------------------------------------------------------------------------------------------ stores of prompts
+def store(folder, n=7, latent=(4, 8, 8), prompts="prompt {}"):
+    """Record i has the weight 1 + i % 3."""
+    writer = StoreWriter(folder, {"what": "test"}, n, shard_size=n)
+    generator = torch.Generator().manual_seed(n)
+    tensors = {"encoder_hidden_states": torch.randn(n, TOKENS, 8, generator=generator)}
+    tensors["x0"] = torch.randn(n, *latent, generator=generator)
+    writer.write(0, tensors, [{"prompt": prompts.format(i), "weight": 1.0 + i % 3} for i in range(n)])
+    return str(folder)
+
+
+class Flat(nn.Module):
+    num_features = 6
+
+    def forward(self, x):
+        return x.flatten(1)[:, :6]
+
+
+class Looks(CLIPScore):
+    """A text-image score and a perceptual distance for anything; remembers what was compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.pairs = [], []
+
+    def check(self, shape=None):
+        assert shape == (4, 8, 8)
+
+    def score(self, images, prompts):
+        self.seen += prompts
+        return torch.ones(len(images))
+
+    def __call__(self, a, b):
+        self.pairs.append((a, b))
+        return torch.ones(len(a))
+
+
+def test_text_and_repeated_conditions_of_stores_are_measured(tmp_path):
+    looks = Looks()
+    callback = GenerativeEvaluation(
+        num_samples=11,
+        extractors=[ModuleExtractor(Flat(), name="flat")],
+        reference="data",
+        measures=["clip_score", "lpips_diversity"],
+        clip=looks,
+        perceptual=looks,
+        teacher_steps=0,
+        table=False,
+    )
+    data, module = CachedLatents(store(tmp_path / "store"), batch_size=2), text_run()
+    trainer(tmp_path, 1, callbacks=[callback]).fit(module, data)
+    assert {"clip_score", "lpips_diversity"} <= callback.history.rows[0].metrics.keys()
+    records = data.source.records(torch.arange(7), 0)
+    assert records.tolist() != list(range(7))  # drawn by weight
+    rows = torch.arange(11) % 5  # half as many conditions as samples, so that each comes twice
+    assert looks.seen == [f"prompt {i}" for i in records[rows].tolist()]
+    samples, _ = sample_many(
+        module.sampling_network(), 11, [1.0], "renoise", callback.seed, conditions=RunConditions(data, most=5)
+    )
+    (pair,) = looks.pairs
+    assert len(pair[0]) == 6  # five conditions, one of them three times
+    expected = [(i, i + 5) for i in range(6)]
+    order = sorted(expected, key=lambda pair: (pair[0] % 5, pair[0]))
+    for side, rows in zip(pair, zip(*order)):
+        torch.testing.assert_close(side, samples[list(rows)], rtol=1e-3, atol=1e-3)
+
+
+def conditions_for(tmp_path, kind):
+    if kind == "classes":
+        return RunConditions(Prior(num_classes=3)), Denoiser(
+            ResidualMLP((2,), width=8, depth=1, num_classes=3), FlowMatching(), "flow_prediction"
+        )
+    if kind == "nothing":
+        return RunConditions(), Denoiser(ResidualMLP((2,), width=8, depth=1), FlowMatching(), "flow_prediction")
+    data = CachedConditions(store(tmp_path / kind, prompts="" if kind == "wordless" else "prompt {}"))
+    return RunConditions(data), text_denoiser()
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure", "n", "prompts", "message"),
+    [
+        ("text", "lpips_diversity", 7, (), "7 samples have 7 conditions: use 14 samples or more"),
+        ("classes", "lpips_diversity", 3, (), "3 samples have 3 conditions: use 6 samples or more"),
+        ("wordless", "clip_score", 20, (), "there are 0 prompts for 7 rows of CachedConditions; give one for each"),
+        ("text", "clip_score", 20, ("a", "b"), "there are 2 prompts for 7 rows of CachedConditions"),
+        ("classes", "clip_score", 20, ("a", "b"), "there are 2 prompts for 3 classes; give one for each"),
+        ("nothing", "clip_score", 20, ("a",), "the network takes neither"),
+    ],
+)
+def test_measures_that_the_conditions_do_not_allow(tmp_path, kind, measure, n, prompts, message):
+    conditions, denoiser = conditions_for(tmp_path, kind)
+    with pytest.raises(ValueError, match=message):
+        conditions.facts(denoiser, [measure], n, prompts)
+    conditions.facts(denoiser, ["fd"], n, prompts)
+
+
+def test_what_an_evaluator_is_told_of_the_conditions(tmp_path):
+    conditions, denoiser = conditions_for(tmp_path, "text")
+    both = ["clip_score", "lpips_diversity"]
+    told = conditions.facts(denoiser, both, 14)
+    assert (told["num_classes"], told["rows"], len(told["prompts"])) == (None, 7, 7)
+    assert conditions.facts(denoiser, both, 14, list("abcdefg"))["prompts"] == list("abcdefg")
+    conditions, denoiser = conditions_for(tmp_path, "classes")
+    assert conditions.facts(denoiser, both, 14, list("abc")) == {"num_classes": 3, "rows": None, "prompts": list("abc")}
+
+
+def test_references_of_stores_of_several_sizes(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("lightning_distill.evaluation.references._say_once", lines.append)
+    for name, n, latent in (("a", 12, (4, 8, 8)), ("b", 9, (4, 4, 16))):
+        store(tmp_path / "sizes" / name, n, latent)
+    data = CachedLatents(str(tmp_path / "sizes"), batch_size=2)
+    first = data.source.sizes[0]
+    samples, labels = reference_samples(data, 50)
+    assert labels is None
+    torch.testing.assert_close(samples, data.source.gather(torch.arange(first), 0).x0)
+    assert lines == [f"The reference has {first} of the 21 samples of CachedLatents, of the first size."]
+    assert reference_samples(data, 5)[0].shape == (5, 4, 8, 8)
+    assert lines[1:] == ["The reference has 5 of the 21 samples of CachedLatents, of the first size, drawn at random."]

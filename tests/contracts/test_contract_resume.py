@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from method_cases import CASES, EPOCH, Case, dmd2, flow_mlp, points, trainer, without_data
 
+from lightning_distill.checkpoints import restore_generators
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.roles import Lora
 
@@ -88,6 +89,33 @@ def test_global_generators_are_restored(tmp_path):
     lora = dmd2(student=lambda: Lora(rank=2, dropout=0.3), fake_score=lambda: Lora(rank=2))
     case = Case("dropout", DMD2, flow_mlp, lambda: without_data(points()), lora)
     check_resume(case, lambda: case.build(tmp_path), tmp_path, (2,))
+
+
+def states_of(*seeds):
+    kept = torch.get_rng_state()
+    states = torch.stack([torch.manual_seed(seed).get_state() for seed in seeds])
+    torch.set_rng_state(kept)
+    return {"cpu": states}
+
+
+def drawn(states, rank, world_size):
+    """What a process draws after its generators have been restored."""
+    restore_generators(states, rank, world_size)
+    return float(torch.rand(()))
+
+
+def test_each_process_gets_its_own_generator_back():
+    with torch.random.fork_rng():
+        want = [float(torch.manual_seed(seed) and torch.rand(())) for seed in (5, 6)]
+        assert [drawn(states_of(5, 6), rank, 2) for rank in range(2)] == want
+        # another number of processes: the one state that all had, or new ones that differ
+        assert [drawn(states_of(5, 5), rank, 3) for rank in range(3)] == [want[0]] * 3
+        others = [drawn(states_of(5, 6), rank, 3) for rank in range(3)]
+        assert len({*others, *want}) == 5
+        assert [drawn(states_of(5, 6), rank, 3) for rank in range(3)] == others
+        assert drawn(states_of(5, 7), 0, 1) not in others
+        # what earlier versions wrote
+        assert [drawn({"cpu": states_of(5)["cpu"][0]}, rank, 2) for rank in range(2)] == [want[0]] * 2
 
 
 def test_weights_loaded_outside_a_run_leave_the_generators_alone(tmp_path):

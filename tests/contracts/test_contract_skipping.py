@@ -8,6 +8,7 @@ import traceback
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from method_cases import CASES, Batches, adam, trainer, without_warm_up
 from sampling_of_cases import slow
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,6 +124,49 @@ def test_a_bad_batch_is_skipped(tmp_path):
     for state in fit.optimizers[0].state.values():
         assert state["step"] == 4.0
         assert bool(state["exp_avg_sq"].isfinite().all())
+
+
+class Norms(Callback):
+    """Gradient norms of the last phase of every cycle."""
+
+    def __init__(self):
+        self.found: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.found.append(float(pl_module._grad_norm))
+
+
+@pytest.mark.filterwarnings("ignore:.*autocast")
+@pytest.mark.parametrize("optimizer", [adam, plain_adam], ids=["fused", "plain"])
+def test_scaled_float16_losses_are_clipped_and_skipped_as_others_are(optimizer, tmp_path):
+    case = next(c for c in CASES if c.name == "one_step")
+
+    def fit(spoil=False, **settings):
+        torch.manual_seed(0)
+        module, norms = case.build(tmp_path, student_optimizer=optimizer, fake_score_optimizer=optimizer), Norms()
+        module.configure_model()
+        start = [p.detach().clone() for p in module.student.parameters()]
+        if spoil:  # the gradients stay finite
+            plain = module.student_loss
+            module.student_loss = lambda batch: (
+                (terms := plain(batch)).losses.update(odd=torch.tensor(torch.inf)) or terms
+            )
+        trainer(3, callbacks=[norms], **settings).fit(module, case.loader(module))
+        return module, norms.found, all(map(torch.equal, start, module.student.parameters()))
+
+    def half():
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+    full, wanted, _ = fit()
+    module, found, _ = fit(**half())
+    assert found == pytest.approx(wanted, rel=0.1)
+    assert module.skipped_steps.tolist() == [0.0, 0.0]
+    for a, b in zip(full.parameters(), module.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02)
+    module, _, stood_still = fit(spoil=True, **half())
+    assert module.skipped_steps.tolist() == [3.0, 0.0]
+    assert stood_still
 
 
 @pytest.mark.sparse(8)

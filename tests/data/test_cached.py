@@ -1,5 +1,6 @@
 """Training from stores: what batches hold, how weights draw, one size per batch, and whose encoder it was."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,58 @@ def test_nothing_to_draw(tmp_path):
     data = CachedConditions(str(store(tmp_path / "s", weights=[0.0] * 40)))
     with pytest.raises(ValueError, match=r"every record of .* has the weight 0"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("weights", [(1.0, 9.0), (2.0, 0.5)], ids=["rare-frequent", "frequent-rare"])
+def test_sizes_are_drawn_by_their_weights(tmp_path, weights):
+    """Also where all records of one size weigh the same."""
+    for name, weight, latent in (("a", weights[0], (4, 6, 6)), ("b", weights[1], (4, 4, 9))):
+        store(tmp_path / name, n=64, weights=[weight] * 64, latent=latent)
+    data = CachedLatents(str(tmp_path), batch_size=4)
+    data.setup("fit")
+    share = weights[0] / sum(weights)
+    drawn = torch.zeros(2)
+    for batch in data.train_dataloader():
+        drawn[int(batch.x0.shape[1:] == (4, 4, 9))] += batch.size
+    assert drawn.sum() >= 128 - 2 * 4
+    assert (drawn - 128 * torch.tensor([share, 1 - share])).abs().max() < 5  # the tail of a size is left out
+    total = torch.zeros(128)
+    for epoch in range(40):
+        total += torch.bincount(data.source.records(torch.arange(128), epoch), minlength=128)
+    expected = 2 * torch.tensor([share, 1 - share]).repeat_interleave(64)
+    assert (total / 40 - expected).abs().max() < 0.3
+    assert (total.reshape(2, 64).sum(1) / 40 - 128 * torch.tensor([share, 1 - share])).abs().max() < 1
+
+
+def test_sizes_of_the_same_mean_weight_keep_their_places(tmp_path):
+    for name, n in (("a", 30), ("b", 21), ("c", 3)):
+        store(tmp_path / name, n=n, weights=[0.3] * n)
+    source = StoreSource(open_stores(tmp_path), ["text_embeds"], False)
+    assert source.sizes == [30, 21, 3]
+    assert torch.equal(source.records(torch.arange(54), 2), torch.arange(54))
+
+
+def test_a_size_of_broken_pictures_is_left_out(tmp_path):
+    store(tmp_path / "a", n=1, weights=[0.0], latent=(4, 9, 4))
+    for name, latent in (("b", (4, 6, 6)), ("c", (4, 4, 9))):
+        store(tmp_path / name, n=20, latent=latent)
+    for several in (True, False):
+        data = CachedLatents(str(tmp_path), batch_size=4)
+        data.setup("fit")
+        shapes = {tuple(batch.x0.shape[1:]) for batch in data.train_dataloader()}
+        assert shapes == ({(4, 6, 6), (4, 4, 9)} if several else {(4, 6, 6)})
+        assert data.shape == (4, 6, 6)
+        assert next(iter(data.val_dataloader())).x0.shape == (4, 4, 6, 6)
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+
+
+def test_stores_of_other_encoders_are_not_mixed(tmp_path):
+    store(tmp_path / "a", key={"text_encoder": "ab" * 32, "size": [8, 8], "records": "x"})
+    store(tmp_path / "b", key={"text_encoder": "ab" * 32, "size": [8, 16], "records": "y"})
+    assert len(open_stores(tmp_path)) == 2
+    store(tmp_path / "c", key={"text_encoder": "cd" * 32, "size": [16, 8], "records": "z"})
+    with pytest.raises(ValueError, match=r"c holds a store with text_encoder=sha256 cdcdcdcdcdcd, not sha256 abab"):
+        CachedLatents(str(tmp_path))
 
 
 def test_several_sizes(tmp_path):

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
 from lightning_distill.batch import Batch
-from lightning_distill.data import DistillationDataModule, InMemory, ResumableLoader
+from lightning_distill.data import DistillationDataModule, InMemory, ResumableLoader, Toy2D
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware", "ignore:Using ModelCheckpoint with manual")
 
@@ -51,6 +51,13 @@ def test_every_tensor_of_a_batch_is_gathered_by_the_same_indices():
     for batch in ResumableLoader(numbers(50), batch_size=7):
         assert torch.equal(batch.noise, -batch.x0)
         assert torch.equal(batch.cond["class_labels"], batch.x0.flatten().long() % 3)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is there")
+def test_pinning_without_an_accelerator_leaves_batches_as_they_are():
+    data = Toy2D(batch_size=8, pin_memory=True)
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch.x0, next(iter(Toy2D(batch_size=8).train_dataloader())).x0)
 
 
 def test_unshuffled_order_is_the_stored_one():

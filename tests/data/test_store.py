@@ -157,6 +157,24 @@ def test_another_key_is_refused_by_the_entry_that_differs(filled, change, messag
     assert digests(filled) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_size": 0}, "shard_size is 0, not a positive integer"),
+        ({"num_records": "16"}, "num_records is '16', not a positive integer"),
+        ({"num_records": -3}, "num_records is -3, not a positive integer"),
+        ({"num_records": True}, "num_records is True, not a positive integer"),
+        ({"key": [1]}, "its key is no mapping"),
+    ],
+    ids=["no-size", "text", "negative", "bool", "key"],
+)
+def test_a_header_that_makes_no_sense_is_refused(filled, change, message):
+    header = Path(filled) / "store.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), **change}))
+    with pytest.raises(ValueError, match=rf"store\.json is damaged \({message}\); remove the folder"):
+        Store(filled)
+
+
 def test_a_folder_with_other_files_is_no_place_for_a_store(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds files but no store"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,17 +14,18 @@ from lightning_distill.batch import Batch
 from lightning_distill.cli import main
 from lightning_distill.data import Pairs, Prior, Trajectories
 from lightning_distill.data.store import Store, StoreWriter
-from lightning_distill.data.trajectories import StoredTrajectories
+from lightning_distill.data.trajectories import StoredTrajectories, check_teacher
 from lightning_distill.generation import default_cond, generate
 from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance
 from lightning_distill.methods import DMD, DMD2, KnowledgeDistillation, PairRegression
 from lightning_distill.methods.solved_pairs import SolvedPairs
+from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser, ZooDenoiser
 from lightning_distill.networks.two_time import TwoTime
-from lightning_distill.processes import VariancePreserving
+from lightning_distill.processes import FlowMatching, VariancePreserving
 from lightning_distill.times import few_step_times
-from lightning_distill.trajectories import record_noise
+from lightning_distill.trajectories import describe_process, record_noise
 
 TOLD = TwoTime(kind=None, guidance=True)
 
@@ -191,6 +193,35 @@ def test_states_of_another_process_are_refused_and_pairs_are_not(stores):
     ):
         fit(method(teacher), Trajectories(stores["points"], batch_size=4))
     assert fit(method(teacher), Trajectories(stores["pairs"], batch_size=4))
+
+
+def test_the_same_weights_read_otherwise_are_another_teacher(stores):
+    digits, key = ZooDenoiser("digits").build(), Store(stores["guided"]).key
+    module = SimpleNamespace(teacher=digits, teacher_fingerprint=lambda: key["teacher"])
+    check_teacher(key, module, "here")
+    digits.null_class = 9
+    with pytest.raises(ValueError, match=r"a teacher with null.class_labels=10, but the method's has 9; make them"):
+        check_teacher(key, module, "here")
+    old = {k: v for k, v in key.items() if k != "denoiser"}
+    check_teacher(old, module, "here")  # it does not say
+
+
+def test_states_in_a_table_of_alphas_belong_to_it():
+    def made(power):
+        squared = torch.linspace(0.999, 0.01, 100, dtype=torch.float64) ** power
+        process = VariancePreserving.from_alphas_cumprod(squared)
+        return Denoiser(ResidualMLP((2,), width=4, depth=1), FlowMatching(), "sample"), process
+
+    teacher, process = made(1)
+    teacher.process = process
+    key = {"teacher": "", "point_times": [0.5], "process": describe_process(process)}
+    module = SimpleNamespace(teacher=teacher, teacher_fingerprint=lambda: "")
+    check_teacher(key, module, "here")
+    teacher.process = made(3)[1]
+    with pytest.raises(ValueError, match=r"belong to the noise process VariancePreserving\("):
+        check_teacher(key, module, "here")
+    del key["process"]["angles"]  # of an earlier version
+    check_teacher(key, module, "here")
 
 
 def test_stores_that_do_not_fit_are_refused(stores, tmp_path):

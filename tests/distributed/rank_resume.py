@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rank_runs import leave, named, train
 
 from lightning_distill.strategies import RoleDataParallel, RoleFSDP2
@@ -27,13 +27,24 @@ STRATEGIES = {
 }
 
 
+class OwnGenerator(Callback):
+    """Another state of torch's generator on every process."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_start(self, *_: Any) -> None:
+        torch.manual_seed(100 + self.rank)
+
+
 def run(
     name: str, folder: Path, strategy: Any, rank: int, world: int, ckpt_path: Path | None = None, save: bool = True
 ):
     """A run of all steps that saves its checkpoints at each second one."""
     (case,) = named([name])
+    torch.manual_seed(1)  # networks are made with it
     saving = ModelCheckpoint(dirpath=folder, every_n_train_steps=STOP, save_top_k=-1, filename="{step}")
-    settings = {"callbacks": [saving], "enable_checkpointing": True} if save else {}
+    settings = {"callbacks": [saving, OwnGenerator(rank)], "enable_checkpointing": True} if save else {}
     return train(case, folder / f"files{rank}", strategy, rank, world, STEPS, ckpt_path=ckpt_path, **settings)
 
 
@@ -44,6 +55,7 @@ def main(folder: Path, names: list[str]) -> None:
     def keep(state: dict[str, torch.Tensor], name: str) -> None:
         if rank == 0:
             torch.save(state, folder / f"{name}.pt")
+        torch.save(torch.get_rng_state(), folder / f"{name}-generator{rank}.pt")
 
     for name in names:
         for kind, strategy in STRATEGIES.items():

@@ -19,6 +19,9 @@ from lightning_distill.commands.convert import convert
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
 
+PARTS = ("whole", "resumed")
+
+
 @pytest.fixture(scope="module", params=[CASES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CASES[1:])])
 def name(request):
     """Of the case."""
@@ -51,6 +54,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder, name, kind):
     assert whole.keys() == resumed.keys()
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
     check_close(whole, state(folder, f"{name}-one"))
+    whole, resumed = ([state(folder, f"{name}-{kind}-{part}-generator{r}") for r in (0, 1)] for part in PARTS)
+    assert all(map(torch.equal, whole, resumed))
+    assert not torch.equal(*whole)
 
 
 @pytest.mark.parametrize("origin", ["one", "converted", "other"])

@@ -29,6 +29,8 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter, enable_activation_checkpointing
 from lightning_distill.networks.quantisation import QuantisedLinear
 from lightning_distill.networks.small import small_dit
+from lightning_distill.networks.weightless import weightless
+from lightning_distill.optim import AdamW8bit
 from lightning_distill.processes import FlowMatching, VariancePreserving
 from lightning_distill.strategies import RoleDataParallel, RoleFSDP2, check_strategy
 from lightning_distill.strategies.sharding import block_names, networks_of, reshard, role_modules, shard_network
@@ -44,6 +46,11 @@ def mesh(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
+
+
+def eight_bit(parameters):
+    with weightless():  # needs no torchao
+        return AdamW8bit(parameters)
 
 
 def whole(tensor):
@@ -335,10 +342,19 @@ def test_bad_bucket_size():
         RoleDataParallel(bucket_size_mb=0)
 
 
-def test_low_precision_weights_are_refused(mesh, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_low_precision_weights_are_refused(mesh, precision, tmp_path):
     (case,) = named(["one_step"])
-    with pytest.raises(ValueError, match="precision=bf16-true; use precision=32-true"):
-        train(case, tmp_path, RoleFSDP2(), precision="bf16-true")
+    with pytest.raises(ValueError, match=f"^precision={precision} keeps .* use bf16-mixed"):
+        train(case, tmp_path, RoleFSDP2(), precision=precision)
+
+
+def test_8_bit_optimizers_are_refused(mesh, tmp_path):
+    (case,) = named(["one_step"])
+    module = build(case, tmp_path)
+    module.optimizer_factories["fake_score"] = eight_bit
+    with pytest.raises(ValueError, match=r"cannot divide the 8-bit states of AdamW8bit; .* strategy=role_ddp"):
+        train(case, tmp_path, RoleFSDP2(), module=module)
 
 
 def test_weights_in_few_bits_are_refused(mesh, tmp_path):

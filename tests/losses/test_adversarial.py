@@ -110,6 +110,17 @@ def test_approximate_r1_has_the_mean_of_r1():
     assert undivided.item() == pytest.approx(got.item() * 1e-6, rel=1e-9)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_both_penalties_of_equal_heads_are_that_of_one(heads):
+    w, x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), torch.randn(40_000, 3, dtype=torch.float64)
+    x.requires_grad_()
+    near = x + 1e-3 * torch.randn_like(x)
+    logits, moved = ((v @ w)[:, None].expand(-1, heads) for v in (x, near))
+    want = float(w.square().sum())
+    assert r1_penalty(logits, x).item() == pytest.approx(want, rel=1e-12)
+    assert approximate_r1(logits, moved, 1e-3).item() == pytest.approx(want, rel=0.03)
+
+
 def test_r1_trains_the_discriminator():
     w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)

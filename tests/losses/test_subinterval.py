@@ -6,8 +6,9 @@ import pytest
 import torch
 from gaussians import PROCESSES
 
-from lightning_distill.losses.score_matching import denoising_loss
+from lightning_distill.losses.score_matching import denoising_loss, space_weight
 from lightning_distill.losses.subinterval import (
+    balanced_weight,
     importance_weight,
     noise_further,
     subinterval_target,
@@ -47,7 +48,9 @@ def test_from_clean_samples_it_is_the_process_bit_for_bit(name):
     target, eps = subinterval_target(x0, u, t, n, process)
     assert torch.equal(target, x0)
     assert torch.equal(eps, n)
-    assert torch.equal(subinterval_weight(u, t, process), torch.ones(3, dtype=torch.float64))
+    ones = torch.ones(3, dtype=torch.float64)
+    assert torch.equal(subinterval_weight(u, t, process), ones)
+    assert torch.equal(balanced_weight(u, t, process, 7.0 * ones), ones)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -86,6 +89,36 @@ def test_the_weight_bounds_the_error_near_the_start():
     want = [float(v**2 * min(1 / v**2, 10.0)) for v in s.tolist()]
     assert subinterval_weight(u, t, process).tolist() == pytest.approx(want)
     assert float(subinterval_weight(u, t, process)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_other_weight_is_by_the_deviation_that_no_critic_takes_away(name):
+    """x0* is linear in the two noises, of which x_t fixes one combination: the other has the variance V."""
+    process, times = PROCESSES[name]
+    u, t = double(STARTS[name][0], STARTS[name][0]), double(times[1] * 1.01, times[2])
+    a, s = transition(u, t, process)
+    zero, one = torch.zeros(2, 1).double(), torch.ones(2, 1).double()
+    of_eps = subinterval_target(process.sigma(u)[:, None], u, t, zero, process)[0][:, 0]
+    of_n = subinterval_target(zero, u, t, one, process)[0][:, 0]
+    known = torch.stack([a * process.sigma(u), s]) / process.sigma(t)
+    both = torch.stack([of_eps, of_n])
+    left = both.square().sum(0) - (both * known).sum(0).square()
+    for w in (double(1.0, 1.0), double(0.3, 20.0)):
+        torch.testing.assert_close(balanced_weight(u, t, process, w), (1.0 + w * left).rsqrt())
+    assert balanced_weight(u, u, process, double(1.0, 1.0)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("space", [*PREDICTION_TYPES, "edm", "scaled_epsilon"])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_weight_of_a_space_is_that_of_its_loss(name, space):
+    process, times = PROCESSES[name]
+    for t in double(*times)[1:]:
+        x0, eps, off = torch.randn(3, 5, 2).double().unbind()[:3]
+        when = t.expand(5)
+        x_t = process.add_noise(x0, eps, when)
+        got = denoising_loss(Prediction.from_x0(x0 + off, x_t, when, process), x0, eps, space, 0.7)
+        want = space_weight(space, t, process, 0.7) * off.square().mean()
+        assert float(got) == pytest.approx(float(want), rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ TDM's critic

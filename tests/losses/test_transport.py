@@ -57,6 +57,22 @@ def test_a_large_epsilon_forgets_who_is_who():
     torch.testing.assert_close(plan, torch.full((6, 6), 1 / 36).double(), rtol=1e-3, atol=0)
 
 
+def test_mixed_precision_changes_nothing():
+    """Predictions of one prompt: a common picture, small differences, and a plan that is nearly the identity."""
+    generator = torch.Generator().manual_seed(0)
+    common, small = (torch.randn(n, 768, generator=generator) for n in (1, 16))
+    a = common + 0.03 * small[:8]
+    b = a + 0.01 * small[8:]
+    plan = sinkhorn_plan(squared_distances(a, b), iterations=30)
+    assert float(plan.diag().sum()) > 0.9
+    with torch.autocast("cpu", torch.bfloat16):
+        again = sinkhorn_plan(squared_distances(a, b), iterations=30)
+        moved = barycentric_map(again, b)
+    assert torch.equal(again, plan)
+    assert moved.dtype == b.dtype
+    assert torch.equal(moved, barycentric_map(plan, b))
+
+
 def test_sets_may_come_in_groups():
     (a, b), (c, d) = sets(seed=1), sets(seed=2)
     both = sinkhorn_plan(squared_distances(torch.stack([a, c]), torch.stack([b, d])))

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from small_problems import distil, gaussian_problem, mlp, ready, trained_steps
 
 from lightning_distill.batch import Batch
+from lightning_distill.callbacks.alarm import CollapseAlarm
 from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2, TDM, DiffInstruct, SiD, SwiftBrush, UpdateSchedule
@@ -227,6 +228,30 @@ def test_resumed_runs_go_on_with_the_same_numbers(ring4_problem, tmp_path, stop)
     assert rest.numbers == whole.numbers[stop:]
     assert len(set(whole.numbers)) > 1
     assert all(torch.equal(value, got[key]) for key, value in want.items())
+
+
+def test_a_rollback_brings_its_number_back(ring4_problem, tmp_path):
+    class Rollback(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            alarm.good_step, alarm._good = 2, tmp_path / "good.ckpt"
+            if trainer.global_step == 2:
+                alarm._keep(trainer)
+            elif trainer.global_step == 5:
+                pl_module.critic_levels.fill_(1.0)
+                pl_module._critic_updates, pl_module._arriving = 1, None
+                alarm.rollback(trainer, pl_module)
+
+    alarm = CollapseAlarm(action="rollback")
+    module = DMD2(
+        mlp(),
+        student_optimizer=ring4_problem.adam,
+        fake_score_optimizer=ring4_problem.adam,
+        critic_schedule=UpdateSchedule(1, 5, every=100),
+    )
+    seen = Seen()
+    ring4_problem.fit(module, 7, Batch(size=64), batch_size=4, callbacks=[Rollback(), seen])
+    assert seen.levels[-1] == [5.0, 5.0]
+    assert seen.numbers == [5] * 7
 
 
 # ------------------------------------------------------------------------------------------------ learning

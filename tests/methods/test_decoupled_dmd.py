@@ -189,6 +189,9 @@ def test_settings_that_cannot_work_are_refused():
     refused("random_low=0.9 below", random_low=0.9, random_high=0.5)
     refused("critic_pull=1.0", critic_pull=1.0)
     refused("the two networks differ", fake_score=Lora(rank=2))
+    lora = [Lora(rank=2, alpha=alpha, target_modules=["inner", "outer"]) for alpha in (2.0, 4.0)]
+    refused("the alpha of their adapters", student=lora[1], fake_score=lora[0])
+    CDM(mlp(3), student=lora[1], fake_score=lora[1]).configure_model()
     refused("needs a fixed time list", critic_condition_on="step")
     CDM(mlp(3), fake_score=Lora(rank=2), critic_pull=0.0).configure_model()
 

@@ -12,7 +12,8 @@ from small_problems import assert_same_cycle, gaussian_problem, mlp, ready, shif
 from lightning_distill.batch import Batch
 from lightning_distill.methods import DMD2, DisBack
 from lightning_distill.methods.solved_pairs import SolvedPairs
-from lightning_distill.networks.roles import Explicit, Lora
+from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.roles import Explicit, FromCheckpoint, Lora
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser
 from lightning_distill.processes import FlowMatching
@@ -144,6 +145,35 @@ def test_a_blend_leans_to_the_fake_score_less_and_less():
     at(module, 0).student_loss(Batch(size=8))
     assert all(torch.equal(a, b) for a, b in zip(before, module.teacher.parameters()))
     assert not any(k.startswith("blended") for k in module.state_dict())
+
+
+def test_an_adapter_of_an_earlier_run_is_not_blended(tmp_path):
+    """It runs on the teacher's own weights, which are no mixture of the two."""
+    lora = Lora(rank=2, target_modules=["inner", "outer"])
+    state = ready(DMD2(mlp(), fake_score=lora, ema=[])).state_dict()
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    role = FromCheckpoint(str(tmp_path / "a.ckpt"), role="fake_score")
+    with pytest.raises(ValueError, match="an adapter on the teacher's backbone"):
+        DisBack(mlp(), blend=0.5, fake_score=role, ema=[]).configure_model()
+    role.merge = True
+    DisBack(mlp(), blend=0.5, fake_score=role, ema=[]).configure_model()
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5])
+def test_scores_of_the_first_stage_are_compared_with_the_teachers(blend):
+    gan = Adversary(taps=["blocks.0"], features="teacher")
+    settings = {"waypoints": 2, "degradation_updates": 10, "backtracking_updates": 5, "gan_at_scores": True}
+    module = ready(DisBack(mlp(), gan=gan, blend=blend, blend_updates=10, ema=[], **settings))
+    batch = Batch(x0=torch.randn(8, 2))
+    counts = module.forward_counts()
+    assert counts == at(module, 12).forward_counts()
+    assert at(module, 0).target_index() is None
+    assert module.blend_share() == pytest.approx(blend)
+    shift(module.fake_score)
+    scores = module.scores(module.rollout(batch).x0, batch)
+    with torch.no_grad():
+        assert torch.equal(scores.real, module.real_score()(scores.x_t, scores.t).x0)
+        assert blend or torch.equal(scores.real, module.teacher(scores.x_t, scores.t).x0)
 
 
 def test_settings_that_cannot_work_are_refused():

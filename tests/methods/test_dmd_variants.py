@@ -19,9 +19,10 @@ from lightning_distill.networks.experts import ConditionExperts
 from lightning_distill.networks.roles import Explicit
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser
-from lightning_distill.processes import FlowMatching
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
 from lightning_distill.randomness import Draws
 from lightning_distill.samplers import ode
+from lightning_distill.times import few_step_times
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 
@@ -312,6 +313,16 @@ def test_transport_pulls_to_the_assigned_predictions():
         VDOT(mlp(), epsilon=0.0)
 
 
+def test_transport_is_that_of_full_precision_under_autocast():
+    module = ready(VDOT(mlp(), group_size=8))
+    common, small = torch.randn(1, 512), torch.randn(2, 8, 512)
+    fake = common + 0.03 * small[0]
+    scores = Scores(fake, torch.full((8,), 0.5), fake + 0.01 * small[1], fake)
+    want = module.pull(scores)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module.pull(scores), want)
+
+
 # ------------------------------------------------------------------------------------------------ endpoints
 def test_the_defect_of_a_linear_velocity_is_the_closed_form():
     """v = k x: one Euler step of -h against two of -h1, -h2: (1 + h1 k)(1 + h2 k) - (1 + h k) with signs of time."""
@@ -366,8 +377,9 @@ def test_a_student_whose_steps_compose_has_no_defect():
 
 
 # ------------------------------------------------------------------------------------------------ self-distillation
-def asd(**settings):
-    return ready(ASD(mlp(), **{"gan": heads(), "most_steps": 4, "num_steps": 4, "sampler": "ode", **settings}))
+def asd(teacher=None, **settings):
+    settings = {"gan": heads(), "most_steps": 4, "num_steps": 4, "sampler": "ode", **settings}
+    return ready(ASD(teacher or mlp(), **settings))
 
 
 def test_the_students_sample_is_that_of_n_steps_and_the_better_one_of_one_more():
@@ -390,6 +402,24 @@ def test_the_students_sample_is_that_of_n_steps_and_the_better_one_of_one_more()
         torch.testing.assert_close(module.real_noisy(batch, t), real, atol=1e-5, rtol=1e-5)
     assert lengths == {1, 2, 3}
     assert module.times_of(3) == pytest.approx([1.0, 2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("process", "first"),
+    [(FlowMatching(), 0.3), (FlowMatching(5.0), 0.6), (VariancePreserving(), 0.4), (EDM(), 2.5)],
+    ids=["flow", "shifted", "vp", "edm"],
+)
+def test_more_steps_have_more_times_wherever_they_start(process, first):
+    teacher = Denoiser(mlp().network, process, "sample", sigma_data=1.12)
+    module = asd(teacher=teacher, num_steps=1, student_times=[first])
+    for n in range(1, 5):
+        times = module.times_of(n)
+        assert len(times) == n
+        assert times[0] == pytest.approx(first)
+        assert times == sorted(set(times), reverse=True)
+        assert times[-1] > 0.0
+    whole = asd(teacher=teacher)
+    assert [whole.times_of(n) for n in range(1, 5)] == [few_step_times(process, n) for n in range(1, 5)]
 
 
 def test_self_distillation_needs_no_data_but_a_game():
@@ -423,3 +453,19 @@ def test_each_class_trains_its_own_student():
     assert [e.input.out_features for e in module.student.network.experts] == [4, 4]
     with pytest.raises(ValueError, match="features cannot be read in one call"):
         MSD(mlp(3), classes=[[0, 2], [1]], gan=heads())
+
+
+def test_one_fake_score_is_the_unconditional_branch_of_all_classes():
+    """Samples of every class whose label is dropped train it, and every class is guided by it."""
+    settings = {"critic_dropout": 0.999, "fake_guidance": Guidance(3.0)}
+    module = ready(MSD(mlp(4), classes=[[0, 1], [2, 3]], ema=[], **settings), "fake_score0")
+    rows = []
+    for k, expert in enumerate(module.fake_score.network.experts):
+        expert.register_forward_hook(lambda _m, args, _out, k=k: rows.append((k, len(args[0]))))
+    batch = Batch(cond={"class_labels": torch.tensor([2, 3] * 4)})
+    module.fake_score_loss(batch)
+    assert rows == [(0, 8)]
+    rows.clear()
+    module.draws = Draws(module.streams, 0, 0, "student0")
+    module.student_loss(batch)
+    assert sorted(rows) == [(0, 8), (1, 8)]  # without the label, and with it

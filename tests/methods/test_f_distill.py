@@ -184,6 +184,24 @@ def test_means_are_in_checkpoints_and_skipped_steps_leave_them_alone(ring4_probl
     assert torch.equal(poisoned.ratio_state, torch.ones(2, 5))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_bins_without_samples_keep_their_means(ring4_problem, decay):
+    """Two samples per update leave at least two of four bins empty."""
+    module, _ = run(ring4_problem, 12, 2, ratio_decay=decay)
+    assert not module.skipped_steps.any()
+    assert bool((module.ratio_state[1] > 0).all())
+    assert float((module.running_means("ratio")[:-1] - 1.0).abs().min()) > 1e-3
+    weight = module.ratio_weight(torch.zeros(8), torch.linspace(0.05, 0.95, 8, dtype=torch.float64))
+    assert bool(weight.isfinite().all())
+
+
+def test_means_that_were_lost_in_a_checkpoint_are_one():
+    module = small(ratio_bins=2, divergence="kl")
+    module.ratio_state[:, 0] = 0.0
+    h = module.ratio_weight(torch.tensor([3.0, 2.0]).log(), torch.tensor([0.1, 0.9], dtype=torch.float64))
+    assert h.tolist() == pytest.approx([3.0, 2.0])
+
+
 def test_probing_leaves_the_means_alone(ring4_problem):
     module, _ = run(ring4_problem)
     before = module.ratio_state.clone()

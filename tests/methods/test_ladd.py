@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from lightning_distill.guidance import Guidance
 from lightning_distill.methods import ADD, LADD
 from lightning_distill.methods.base import Terms
 from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Copy, Lora
+from lightning_distill.networks.small import small_unet
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws
 from lightning_distill.schedules import WarmupDecay
@@ -77,6 +82,44 @@ def test_penalties_are_the_slope_on_real_samples():
     assert want > 1e-4
     assert found["exact"] == pytest.approx(want, rel=1e-4)
     assert found["approximate"] == pytest.approx(want, rel=0.1)
+
+
+def test_noise_below_the_rounding_of_logits_is_told_of():
+    assert LADD(mlp(), gan=heads()).r1_std == 0.1
+    batch = Batch(x0=torch.randn(8, 2))
+
+    def warnings_of(r1_std, narrow, **settings):
+        module = ready(LADD(mlp(), gan=heads(), r1_std=r1_std, **{"r1": "approximate", **settings}), "discriminator0")
+        with warnings.catch_warnings(record=True) as found, torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            warnings.simplefilter("always")
+            module.discriminator_loss(batch)
+        return [str(w.message) for w in found if "r1_std" in str(w.message)]
+
+    assert "mostly rounding; give .1" in warnings_of(0.01, True)[0]
+    assert not warnings_of(0.1, True) + warnings_of(0.01, False) + warnings_of(0.01, True, r1="exact")
+
+
+@pytest.mark.parametrize(
+    ("r1", "student", "refused"),
+    [("exact", Lora(rank=2), True), ("exact", Copy(), False), ("approximate", Lora(rank=2), False)],
+    ids=["exact_lora", "exact_copy", "approximate_lora"],
+)
+def test_recomputed_blocks_have_one_derivative(r1, student, refused):
+    teacher = Denoiser(
+        small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8), FlowMatching(), "flow_prediction"
+    )
+    shift(teacher.network)
+    settings = {"gan": heads(taps=("mid_block",)), "activation_checkpointing": True, "ema": []}
+    module = LADD(teacher, student=student, r1=r1, **settings)
+    if refused:
+        with pytest.raises(ValueError, match="differentiates the teacher's blocks twice"):
+            module.configure_model()
+        return
+    ready(module, "discriminator0")
+    with module._only("discriminator"):
+        losses = module.discriminator_loss(Batch(x0=torch.randn(2, 1, 8, 8)))
+        module.weighted_sum("discriminator", losses).backward()
+    assert all(p.grad is not None for p in module.discriminator.parameters())
 
 
 def test_the_distance_of_add_is_to_the_guided_teacher():

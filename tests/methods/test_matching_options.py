@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,6 +177,16 @@ def test_consistency_compares_predictions_of_one_kind(option):
     losses = module.fake_score_loss(Batch(cond={"class_labels": torch.arange(16) % 3})).losses
     assert float(losses["consistency"].abs()) < 1e-8
     assert float(losses["denoising"]) > 0.1
+
+
+def test_conditions_without_a_null_are_not_dropped():
+    """Found before the first critic update, as it is with guidance."""
+    teacher = mlp(classes=3)
+    teacher.family, teacher.null_class = replace(teacher.family, null={}), None
+    with pytest.raises(ValueError, match=r"critic_dropout=0.5 puts .* of 'class_labels', .* give null_class="):
+        ready(DMD2(teacher, critic_dropout=0.5, ema=[]))
+    ready(DMD2(teacher, ema=[]))
+    ready(DMD2(mlp(classes=3), critic_dropout=0.5, ema=[]))
 
 
 @pytest.mark.parametrize("kind", ["step", "interval"])

@@ -310,7 +310,10 @@ class Curved(nn.Module):
 
 @pytest.mark.parametrize(("released", "kind"), [("ns", "logistic"), ("hinge", "hinge")])
 def test_gdd(released, kind):
-    """Means over the batch in the place of sums, except for the penalty; noise of the smallest level is left out."""
+    """Means over the batch in the place of sums; the penalty is that of the mean of two logits, not of their sum.
+
+    Noise of the smallest level is left out.
+    """
     given, expected = fixture("GDD")
     student = denoiser(STUDENT, EDM())
     features = FrozenFeatures(nn.Sequential(nn.Identity()), ["0"], channels=2)
@@ -321,7 +324,7 @@ def test_gdd(released, kind):
     batch, n = Batch(x0=given.real), len(given.z)
     check(module.student_loss(batch).losses["gan"], student.network, expected[f"generator_{released}"], factor=n)
     losses = module.discriminator_loss(batch).losses
-    pairs = ((n * losses["gan"], f"discriminator_{released}"), (0.5 * given.gamma * losses["r1"], "r1"))
+    pairs = ((n * losses["gan"], f"discriminator_{released}"), (0.5 * given.gamma * 2**2 * losses["r1"], "r1"))
     for value, name in pairs:
         assert float(value.detach()) == pytest.approx(expected[name]["loss"], rel=1e-9)
         (slope,) = torch.autograd.grad(value, head.weight, retain_graph=True)

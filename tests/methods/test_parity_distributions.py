@@ -117,6 +117,7 @@ def test_ac_dmd(monkeypatch):
         guidance=Guidance(given.guidance),
         eta=given.eta,
         critic_condition_on="none",
+        critic_weight="clamped",
         matching_times=everywhere,
         critic_times=everywhere,
     )

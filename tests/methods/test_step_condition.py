@@ -11,11 +11,12 @@ from torch import nn
 from lightning_distill.batch import Batch
 from lightning_distill.callbacks.health import TrainingHealth
 from lightning_distill.guidance import Guidance
-from lightning_distill.methods import DMD2, VSD, SiD
+from lightning_distill.methods import DMD2, TDM, VSD, SiD
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import enable_activation_checkpointing
+from lightning_distill.networks.roles import FromCheckpoint
 from lightning_distill.networks.small import small_dit, small_unet
 from lightning_distill.networks.step_condition import StepCondition, entrance
 from lightning_distill.processes import FlowMatching
@@ -212,6 +213,31 @@ def test_without_the_option_nothing_changes():
     losses = [m.student_loss(Batch(size=8)).losses["matching"] for m in (plain, told)]
     assert torch.equal(*losses)
     assert not hasattr(plain.fake_score, "step_condition")
+
+
+def test_what_was_learned_about_the_steps_is_warm_started(tmp_path, recwarn):
+    """Beside the network: with another number of steps, or in a student, the network alone goes on."""
+
+    def warm(**settings):
+        role = FromCheckpoint(str(tmp_path / "a.ckpt"), role="fake_score")
+        return ready(TDM(mlp(), ema=[], **{"num_steps": 2, "fake_score": role, **settings}))
+
+    first = ready(TDM(mlp(), num_steps=2, ema=[]))
+    shift(first.fake_score)
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "a.ckpt")
+    again = warm()
+    assert again.fake_score.step_condition.embedding.weight.any()
+    for kept, now in zip(first.fake_score.parameters(), again.fake_score.parameters(), strict=True):
+        assert torch.equal(kept, now)
+    assert not [w for w in recwarn if "left out" in str(w.message)]
+    with pytest.warns(UserWarning, match="was told other steps"):
+        longer = warm(num_steps=4)
+    assert not longer.fake_score.step_condition.embedding.weight.any()
+    with pytest.warns(UserWarning, match="was told other steps"):
+        untold = warm(critic_condition_on="none")
+    for module in (longer, untold):
+        for kept, now in zip(first.fake_score.network.parameters(), module.fake_score.network.parameters()):
+            assert torch.equal(kept, now)
 
 
 def test_a_shared_critic_is_content_with_the_right_mixture_of_wrong_steps():

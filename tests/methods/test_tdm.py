@@ -6,18 +6,37 @@ import math
 
 import pytest
 import torch
-from small_problems import assert_same_cycle, distil, gaussian_problem, learns_soon, mlp, ready
+from small_problems import assert_same_cycle, distil, gaussian_problem, learns_soon, mlp, ready, shift
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.subinterval import subinterval_target, transition
 from lightning_distill.methods import DMD2, TDM, PhasedDMD
 from lightning_distill.methods.base import Terms
-from lightning_distill.processes import FlowMatching
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import Experts
+from lightning_distill.prediction import Prediction
+from lightning_distill.processes import EDM, FlowMatching, TrigFlow
 from lightning_distill.randomness import Draws
 from lightning_distill.time_coverage import restricted
 from lightning_distill.times import Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
+
+
+# ------------------------------------------------------------------------------------------------ experts
+def test_an_interval_does_not_train_an_expert_of_the_one_before_it():
+    def built(boundaries, updates, subintervals=(2, 2), times=(1.0, 0.75, 0.5, 0.25)):
+        settings = {"subintervals": subintervals, "subinterval_updates": updates, "student_times": list(times)}
+        ready(PhasedDMD(mlp(), student=Experts(boundaries=boundaries), ema=[], **settings))
+
+    with pytest.raises(ValueError, match=r"go to the experts \[0, 0, 0, 1\].*boundaries=\[0.625\]"):
+        built([0.5], [10])
+    with pytest.raises(ValueError, match=r"boundaries=\[0.875, 0.375\]"):
+        built([0.7, 0.4], [3, 3], (1, 2, 1))
+    built([0.625], [10])
+    built([0.5], None)  # all intervals at once
+    built([0.9, 0.6, 0.3], [10])  # two experts of its own for each interval
+    built([0.6], [3, 3], (1, 1, 2))  # the first two share one, as a single network would be shared
 
 
 # ------------------------------------------------------------------------------------------------ special cases
@@ -100,6 +119,54 @@ def test_critic_targets_are_those_asked_for():
             assert (weight is None) == (target == "x0")
 
 
+@pytest.mark.parametrize("method", [TDM, PhasedDMD])
+@pytest.mark.parametrize("name", ["flow", "edm"])
+def test_the_noise_of_the_targets_has_one_size_in_all_steps(name, method):
+    """What is left of the gradient where a critic knows each clean sample, in units of its space."""
+    teacher = mlp()
+    if name == "edm":
+        teacher = Denoiser(teacher.network, EDM(), "v_prediction", network_process=TrigFlow(), sigma_data=0.5)
+    settings = {"num_steps": 4, "sampler": "renoise", "rollout_step": "sample", "ema": []}
+
+    def noise(**how):
+        module = ready(method(teacher, **settings, **how), "fake_score0")
+        rollout = module.rollout(Batch(size=4000), grad=False)
+        x_t, t, x0, eps, weight = module.critic_samples(rollout)
+        found = []
+        for k in range(4):
+            own = rollout.steps == k
+            knowing = Prediction.from_x0(rollout.x0[own], x_t[own], t[own], module.process)
+            found.append(float(module.critic_error(knowing, x0[own], eps[own], weight[own].square())) ** 0.5)
+        return found
+
+    found = noise()
+    assert max(found) < 1.1
+    assert min(found[:-1]) > 0.3
+    assert found[-1] < 1e-3
+    assert noise(critic_weight="clamped")[0] > (3.0 if name == "flow" else 30.0)
+
+
+def test_weights_relative_to_each_other_need_two_samples():
+    module = ready(TDM(mlp(), num_steps=2, critic_target="x0_is", ema=[]), "fake_score0")
+    with pytest.raises(ValueError, match="this one has 1, whose weight is always 1"):
+        module.fake_score_loss(Batch(size=1))
+    with pytest.raises(ValueError, match="critic_weight='one' is unknown"):
+        TDM(mlp(), critic_weight="one")
+
+
+def test_the_exact_gradient_is_that_of_the_clean_prediction():
+    """x_u = alpha_u x0_S + fresh noise: moving x_u along its own gradient moves x0_S along its."""
+    settings = {"num_steps": 3, "weight": "kl", "sampler": "renoise", "rollout_step": "sample", "ema": []}
+    gradients = []
+    for module in (PhasedDMD(mlp(), **settings), TDM(mlp(), times_within="all", **settings)):
+        ready(module)
+        shift(module.fake_score)
+        loss = module.student_loss(Batch(size=64)).losses["matching"]
+        gradients.append(torch.autograd.grad(loss, list(module.student.parameters())))
+        assert any(bool(g.any()) for g in gradients[-1])
+    torch.testing.assert_close(*gradients)
+
+
 # ------------------------------------------------------------------------------------------------ phases
 def test_intervals_are_trained_one_after_the_other():
     module = ready(PhasedDMD(mlp(), num_steps=4, subintervals=[1, 2, 1], subinterval_updates=[3, 2], ema=[]))
@@ -130,6 +197,7 @@ def test_the_first_interval_of_gaussians_converges_to_its_known_map(method, samp
 
     module = gaussian_problem(0.9, 0.5, method=FirstStep, fake=(0.5, 0.9), fake_score_steps=2, weight="one", **settings)
     module.optimizer_factories["student"] = lambda p: torch.optim.SGD(p, lr=0.3)
+    module.optimizer_factories["fake_score"] = lambda p: torch.optim.SGD(p, lr=0.2)  # its weight is about 1/2
     ring4_problem.fit(module, 120, Batch(size=4096), batch_size=512)
     a, b = (float(v.detach()) for v in (module.student.network.a, module.student.network.b))
     want = 0.7 if sampler == "renoise" else (math.sqrt(0.25 * 0.49 + 0.25) - 0.5) / 0.5

@@ -13,9 +13,13 @@ from lightning_distill.batch import Batch
 from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance, check_guidance, guided, is_told
 from lightning_distill.methods import (
+    ADM,
+    ASD,
     CDM,
     DMD2,
+    GNDM,
     SCDMD,
+    VDOT,
     ConsistencyDistillation,
     DecoupledDMD,
     GuidanceDistillation,
@@ -25,6 +29,7 @@ from lightning_distill.methods import (
     SwiftBrush,
 )
 from lightning_distill.methods.discriminating import score_with_features
+from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.guidance_adapters import GuidanceAdapters
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.roles import Copy, Lora
@@ -282,6 +287,77 @@ def test_calls_beside_the_rollout_are_told_its_scales(method):
     module._rollouts.clear()  # the next cycle
     module.rollout(Batch(cond={"class_labels": torch.arange(N) % 3}))
     assert len(module._scales) == 1
+
+
+def told_game(method, **settings):
+    role = TwoTime(kind=None, guidance=True)
+    module = ready(method(mlp(classes=3), student=role, fake_score=role, guidance=RandomGuidance(1.0, 6.0), **settings))
+    for network in (module.student, module.fake_score):
+        shift(network.network)
+    return module
+
+
+def test_real_samples_of_the_student_are_made_at_the_scales_of_the_others(batch):
+    module, seen = told_game(ASD, gan=Adversary(taps=("input",)), ema=[]), []
+    module.student.register_forward_pre_hook(lambda m, _: seen.append(m.family.guidance_scale))
+    module.student_loss(batch)
+    module.draws = Draws(module.streams, 0, 0, "fake_score0")
+    module.fake_score_loss(batch)
+    assert len(seen) > 2
+    assert all(isinstance(scale, torch.Tensor) and torch.equal(scale, seen[0]) for scale in seen)
+
+
+def test_the_teacher_of_the_game_is_guided_by_what_the_samples_were_told(batch):
+    """In the critic's updates, too: on the student's samples, on those of another slice, and on the same once more."""
+    gan = Adversary(taps=("input",), features="teacher")
+    module = told_game(ADM, gan=gan, fake_score_steps=4, updates_per_sample=2, ema=[])
+    told, teachers = [], []
+    module.fake_score.register_forward_pre_hook(lambda m, _: told.append(m.family.guidance_scale))
+    scales = module.guidance.scales
+    module.guidance.scales = lambda t, u: teachers.append(scales(t, u)) or teachers[-1]
+    module.student_loss(batch)
+    for repeat, (_, index) in enumerate(module.phase_plan()[1:]):
+        module.draws = Draws(module.streams, 0, 0, f"fake_score{repeat}", index)
+        told.clear()
+        teachers.clear()
+        module.fake_score_loss(batch)
+        (teacher,) = teachers
+        assert all(torch.equal(scale, teacher) for scale in told)
+        assert len(told) == 2
+
+
+@pytest.mark.parametrize(("policy", "calls"), [(Guidance(8.0), 2), (Guidance(1.0), 1)], ids=["told", "default"])
+def test_the_game_at_the_scores_of_a_told_teacher_judges_at_its_default_scale(told, batch, policy, calls):
+    gan = Adversary(taps=("blocks.1",), features="teacher")
+    module = ready(DMD2(told, guidance=policy, gan=gan, gan_at_scores=True, ema=[]))
+    seen = []
+    module.teacher.register_forward_pre_hook(lambda *_: seen.append(1))
+    scores, logits = module.scores_and_logits(module.rollout(batch).x0, batch)
+    assert len(seen) == calls == module.forward_counts()["student"]["teacher"]
+    torch.testing.assert_close(logits, module.logits(scores.x_t, scores.t, batch.cond))
+
+
+@pytest.mark.parametrize("method", [VDOT, GNDM])
+def test_groups_have_one_scale(method):
+    """Samples of a group are compared with each other, so that the teacher must be guided alike."""
+    role = TwoTime(kind=None, guidance=True)
+    roles = {"student": role, "fake_score": role}
+    module = method(mlp(classes=3), group_size=4, guidance=RandomGuidance(1.0, 8.0), ema=[], **roles)
+    module, seen = ready(module), []
+    module.student.register_forward_pre_hook(lambda m, _: seen.append(m.family.guidance_scale))
+    scales = module.guidance.scales
+    module.guidance.scales = lambda t, u: seen.append(scales(t, u)) or seen[-1]
+    module.student_loss(Batch(cond={"class_labels": torch.arange(8) % 3}))
+    module._rollouts.clear()
+    module.draws = Draws(module.streams, 0, 0, "fake_score1", 1)
+    module.fake_score_loss(Batch(cond={"class_labels": torch.arange(8) % 3}))
+    made, guided_by, later = seen
+    assert torch.equal(made, guided_by)
+    for found in (made, later):
+        groups = found.view(2, 4)
+        assert torch.equal(groups, groups[:, :1].expand(2, 4))
+        assert not torch.isclose(groups[0, 0], groups[1, 0])
+    assert len(module.scale_draw(6)) == 6  # of callbacks, which look at fewer samples
 
 
 def test_students_are_sampled_at_a_scale_that_is_asked_for(told):

@@ -165,3 +165,11 @@ def test_bad_input(folder):
         scorer.score(pictures(), PROMPTS[:4])
     with pytest.raises(ValueError, match=r"1 or 3, H, W\), got \(1, 2, 8, 8\)"):
         scorer.score(torch.zeros(1, 2, 8, 8), ["a"])
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 5, 8, 8), (2,)])
+def test_samples_that_are_no_images_are_told_at_once(folder, shape):
+    score = CLIPScore(str(folder))
+    score.check((3, 32, 32))
+    with pytest.raises(ValueError, match="reads images of 1 or 3 channels, but the method's samples"):
+        score.check(shape)

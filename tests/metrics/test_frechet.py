@@ -85,6 +85,15 @@ def test_files_have_the_keys_of_edm_and_adm(tmp_path):
     np.savez(tmp_path / "bad.npz", mean=foreign["mu"])
     with pytest.raises(ValueError, match=r"lacks \['mu', 'sigma'\].*has \['mean'\]"):
         FeatureStatistics.load(tmp_path / "bad.npz")
+    np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.zeros((3, 4)))
+    with pytest.raises(ValueError, match=r"mu of shape \(3,\) and sigma of \(3, 4\)"):
+        FeatureStatistics.load(tmp_path / "shapes.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    (tmp_path / "text.npz").write_text("PK no archive")
+    for name in ("array", "text"):
+        with pytest.raises(ValueError, match=rf"{name}.npz cannot be read .* give an .npz with mu and sigma"):
+            FeatureStatistics.load(tmp_path / f"{name}.npz")
 
 
 def test_bad_features_are_refused():

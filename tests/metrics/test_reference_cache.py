@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_distill.batch import Batch
+from lightning_distill.data.base import DistillationDataModule
+from lightning_distill.data.loader import InMemory
+from lightning_distill.evaluation import references
+from lightning_distill.evaluation.references import reference_samples, resolve_reference
 from lightning_distill.metrics import (
     FeatureStatistics,
     ModuleExtractor,
@@ -253,3 +260,76 @@ def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path, builds):
     with pytest.warns(UserWarning, match="cannot be written .* the next run will start over"):
         reference = ReferenceCache(tmp_path / "file").get("k", builds[0])
     assert len(reference.features["selection"]) == 20
+
+
+# ------------------------------------------------------------------------------------------------ of the run's data
+class Sorted(DistillationDataModule):
+    """Ten classes of 120 samples, stored one behind the other; sample i is i."""
+
+    num_classes, sigma_data, shape = 10, 1.0, (3, 2, 2)
+
+    def make_source(self):
+        x0, labels = torch.arange(1200.0)[:, None, None, None].expand(-1, 3, 2, 2) / 600, torch.arange(1200) // 120
+        return self.listed(x0.clone(), labels)
+
+    def listed(self, x0, labels):
+        return InMemory(Batch(x0=x0, cond={"class_labels": labels}))
+
+
+class SortedItems(Sorted):
+    def listed(self, x0, labels):
+        return TensorDataset(x0, labels)
+
+
+class Loaders(LightningDataModule):
+    """The same in loaders of torch's own."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def val_dataloader(self):
+        return DataLoader(SortedItems().source, batch_size=100, **self.settings)
+
+
+@pytest.mark.parametrize("kind", ["batches", "items", "loader", "shuffled_loader"])
+def test_a_part_of_sorted_data_has_all_classes(kind, monkeypatch):
+    lines = []
+    monkeypatch.setattr(references, "_say_once", lines.append)
+    data = {"batches": Sorted, "items": SortedItems, "loader": Loaders}.get(kind, lambda: Loaders(shuffle=True))()
+    samples, labels = reference_samples(data, 300)
+    assert samples.shape == (300, 3, 2, 2)
+    assert labels.unique().tolist() == list(range(10))
+    assert torch.equal((samples[:, 0, 0, 0] * 600).round().long() // 120, labels)
+    if kind != "shuffled_loader":
+        told = f"The reference has 300 of the 1200 samples of {type(data).__name__}, drawn at random."
+        assert torch.equal(reference_samples(data, 300)[0], samples)
+        assert len(samples[:, 0, 0, 0].unique()) == 300
+        whole, labels = reference_samples(data, 1200)
+        assert torch.equal(whole[:, 0, 0, 0], torch.arange(1200.0) / 600)
+        assert lines == [told, told]
+
+
+def test_loaders_with_an_order_of_their_own_keep_it():
+    chosen = torch.utils.data.SubsetRandomSampler(range(600, 1000))
+    labels = reference_samples(Loaders(sampler=chosen), 300)[1]
+    assert labels.unique().tolist() == [5, 6, 7, 8]
+
+
+def test_references_of_data_know_every_sample_and_label(tmp_path):
+    def change(sample=None, label=None):
+        data = Sorted()
+        if sample is not None:
+            data.source.data.x0[sample, 0, 1] += 0.5
+        if label is not None:
+            data.source.data.cond["class_labels"][label] = 3
+        found = resolve_reference("data", ModuleExtractor(Pixels(), "pixels"), data, cache=tmp_path)
+        return found, len(list((tmp_path / "references").iterdir()))
+
+    assert change()[1] == change()[1] == 1
+    for count, changes in enumerate([{"sample": 1}, {"sample": 700}, {"label": 1}, {"label": 700}], start=2):
+        assert change(**changes)[1] == count
+    assert change()[1] == 5
+    scaled = ModuleExtractor(Pixels(2.0), "pixels")
+    moved = resolve_reference("data", scaled, Sorted(), cache=tmp_path)
+    assert torch.allclose(moved.statistics["train"].mean, 2 * change()[0].statistics["train"].mean)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import tiny_pipelines
@@ -13,8 +14,9 @@ from torch import nn
 from lightning_distill.batch import Batch
 from lightning_distill.generation import default_cond, needed_conditions
 from lightning_distill.methods import DMD2
+from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
-from lightning_distill.networks.experts import ConditionExperts, Experts, PromptExperts, TimeExperts
+from lightning_distill.networks.experts import ConditionExperts, Experts, PromptExperts, TimeExperts, experts_at
 from lightning_distill.networks.families import FAMILIES, Family, register
 from lightning_distill.networks.prompt_groups import prompt_features
 from lightning_distill.networks.roles import Copy, Lora, averaged_copy
@@ -89,6 +91,30 @@ def test_each_time_meets_its_expert(name):
         expert.register_forward_hook(lambda *_args, k=k: calls.append(k))
     student(x, torch.tensor(0.4 * top, dtype=torch.float64))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("t", [15 / 16, 5 / 6, 5 / 8])
+def test_a_boundary_belongs_to_the_noisier_side_however_times_are_rounded(t):
+    """Pipelines send t >= boundary there, and networks are told t in float32, here from 0 to 1000."""
+    teacher = mlp(process=FlowMatching(5.0))
+    teacher.family = replace(teacher.family, time="network")
+    student = Experts(boundaries=[t]).build(teacher, "student")
+    at = torch.tensor([t, t - 1e-4], dtype=torch.float64)
+    told = student._cast_time(at, torch.zeros(2, 2), torch.float32)
+    assert float(told[0]) == pytest.approx(1000 * t)
+    assert student.network.route(torch.zeros(2, 2), told, {}).tolist() == [0, 1]
+    assert experts_at(student, at.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("features", ["fake_score", "teacher"])
+def test_blocks_of_experts_are_not_tapped(features):
+    """A block of one expert has the features of its own samples only."""
+    role = Experts(boundaries=[0.5])
+    experts = {"fake_score": role} if features == "fake_score" else {"teacher": role.build(mlp(), "teacher")}
+    settings = {"teacher": mlp(), "ema": [], **experts}
+    with pytest.raises(ValueError, match="divides the samples of a call between 2 networks"):
+        DMD2(gan=Adversary(taps=["blocks.0"], features=features), **settings).configure_model()
+    DMD2(gan=Adversary(taps=["input"], features=features), **settings).configure_model()
 
 
 def test_each_class_meets_its_expert():

@@ -6,6 +6,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from lightning_distill.batch import Batch
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import (
@@ -24,6 +25,7 @@ from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import ZooDenoiser
 from lightning_distill.processes import FlowMatching
+from lightning_distill.randomness import Draws
 
 
 def unet():
@@ -362,6 +364,20 @@ def test_a_student_trains_with_dropout_and_is_sampled_without():
         assert not torch.equal(module.student(x, t).raw, module.student(x, t).raw)
         assert torch.equal(module.fake_score(x, t).raw, module.fake_score(x, t).raw)
         assert torch.equal(module.sample(3, noise=x), module.sample(3, noise=x))
+
+
+def test_the_student_meets_a_fake_score_without_dropout():
+    module = DMD2(ZooDenoiser("digits"), fake_score=Lora(rank=4, dropout=0.5), ema=[])
+    module.configure_model()
+    fill(module.fake_score, 1)
+    found = {}
+    for phase in ("student", "fake_score"):
+        module.draws = Draws(module.streams, 0, 0, f"{phase}0")
+        losses = (module.losses_of(phase)(Batch(size=3)).losses for _ in range(2))
+        found[phase] = [float(next(iter(terms.values())).detach()) for terms in losses]
+        assert module.fake_score.training
+    assert found["student"][0] == found["student"][1]
+    assert found["fake_score"][0] != found["fake_score"][1]
 
 
 def test_role_state_round_trip_and_refusals():

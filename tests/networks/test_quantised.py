@@ -224,6 +224,30 @@ def test_a_method_on_a_quantised_teacher(folder):
 
 # ------------------------------------------------------------------------------------------------ optimizer
 @needs_torchao
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "from_older_states"])
+def test_no_weight_of_an_8_bit_step_leaps(resumed):
+    """Gradients of a block that span six orders of magnitude, and change from step to step."""
+    g = torch.Generator().manual_seed(0)
+    start, sizes = 0.27 * torch.randn(16, 256, generator=g), 10.0 ** (-6 * torch.rand(16, 256, generator=g))
+    parameter = nn.Parameter(start.clone())
+    optimizer, moved = AdamW8bit([parameter], lr=1e-2, weight_decay=0.0), []
+    with torch.compiler.set_stance("force_eager"):
+        for k in range(6):
+            parameter.grad = sizes * torch.randn(16, 256, generator=g)
+            parameter.grad[:, 0] = 1.0
+            before = parameter.detach().clone()
+            optimizer.step()
+            moved.append(float((parameter.detach() - before).abs().max()))
+            if resumed and k == 1:
+                old = optimizer.state_dict()
+                old["state"][0]["exp_avg_sq"]["qmap"][0] = 0.0  # as torchao's
+                optimizer.load_state_dict(old)
+    assert max(moved) < 2e-2  # AdamW's: 1.01e-2
+    # and small blocks of gradients are stepped in as AdamW does
+    assert float((parameter.detach() - start)[:, 0].abs().max()) == pytest.approx(6e-2, rel=0.05)
+
+
+@needs_torchao
 def test_adamw_8bit_follows_adamw_and_resumes_exactly(tmp_path):
     torch.manual_seed(0)
     shapes = [(64, 128), (7,), (65, 65)]  # quantised; too small; a number that 256 does not divide

@@ -303,8 +303,12 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
 
     def critic_error(self, prediction: Any, x0: Tensor, eps: Tensor, weight: Tensor | None) -> Tensor:
         """The fake score's squared error, in its space; arguments as ``denoising_loss``."""
+        return denoising_loss(prediction, x0, eps, self.error_space(), self.fake_score.data_scale, weight)
+
+    def error_space(self) -> str:
+        """Space of the fake score's squared error: the one asked for, else the network's own."""
         own = "edm" if self.fake_score.network_process is not None else self.fake_score.prediction_type
-        return denoising_loss(prediction, x0, eps, self.critic_space or own, self.fake_score.data_scale, weight)
+        return self.critic_space or own
 
     def fake_score_loss(self, batch: Batch) -> Terms:
         """Denoising on student samples."""

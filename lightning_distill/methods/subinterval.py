@@ -132,6 +132,5 @@ class SubintervalMethod(FakeScoreMethod):
         x0, eps = subinterval_target(x_u, u, t, n, self.process)
         if self.critic_weight == "clamped":
             return x_t, t, x0, eps, subinterval_weight(u, t, self.process)
-        own = "edm" if self.fake_score.network_process is not None else self.fake_score.prediction_type
-        w = space_weight(self.critic_space or own, t, self.process, self.fake_score.data_scale)
+        w = space_weight(self.error_space(), t, self.process, self.fake_score.data_scale)
         return x_t, t, x0, eps, balanced_weight(u, t, self.process, w)

@@ -212,7 +212,8 @@ def text_usage(config: Mapping[str, Any], parts: StockParts, load: str) -> str:
         scale = ", ".join(f"{k}={call[k]}" for k in (*entry.guidance_off, *(entry.guided or {})))
         notes.append(
             f"The student is guided in two passes, as it was trained: keep {scale}. The other pass has the empty "
-            f"prompt; calls with embeddings take those of `{NULL_FILE}`, or zeros where there is no such file."
+            "prompt (give the negative prompt with which the student was trained, if there was one); calls with "
+            f"embeddings take those of `{NULL_FILE}`, or zeros where there is no such file."
         )
     elif off:
         notes.append(f"Classifier-free guidance is distilled into the student or not used: keep {off}.")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from derive import derive, fitted
+from derive import PROBLEMS, derive, fitted
 from dials_table import PICTURE, plot
 from emoji import fit
 from results import RESULTS, write_result
@@ -103,9 +103,9 @@ def train(who: str, args: argparse.Namespace) -> dict[str, Any]:
         plane.parent.mkdir(parents=True, exist_ok=True)
         plane.write_text(yaml.safe_dump(told(yaml.safe_load((ROOT / "configs" / STUDENTS[who]).read_text()))))
         if args.updates:
-            file.write_text(yaml.safe_dump(derive(yaml.safe_load(plane.read_text()), args.updates)))
+            file.write_text(yaml.safe_dump(derive(yaml.safe_load(plane.read_text()), PROBLEMS["digits"], args.updates)))
         else:
-            fitted(plane, args.seconds, args.runs, words)
+            fitted(plane, PROBLEMS["digits"], args.seconds, args.runs, words)
     config = yaml.safe_load(file.read_text())
     wanted = config["trainer"]["max_steps"]
     begun = any(folder.glob("version_*/checkpoints/*.ckpt"))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import dials
 import dials_table
 import make_tables
-from derive import derive
+from derive import PROBLEMS, derive
 from small_problems import mlp, shift
 
 from lightning_distill.configs import config_path
@@ -57,7 +57,7 @@ def test_a_network_is_told_the_scale_whoever_samples_it(sampler):
 def test_configurations_are_told(who):
     plane = yaml.safe_load(config_path(dials.STUDENTS[who]).read_text())
     before = json.dumps(plane)
-    config = derive(dials.told(plane), 50)
+    config = derive(dials.told(plane), PROBLEMS["digits"], 50)
     assert json.dumps(plane) == before
     model = config["model"]["init_args"]
     assert model["guidance"]["init_args"] == {"low": 1.0, "high": 6.0}

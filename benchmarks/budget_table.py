@@ -128,6 +128,8 @@ def plot(result: Mapping[str, Any] | None, problem: str) -> None:
     for axis, (key, title) in zip(axes, figures.items(), strict=True):
         for steps, colour in colours.items():
             chosen = [rows for rows in groups if rows[0]["nfe"] == steps]
+            if not chosen:
+                continue
             x, y = [mean(rows, key) for rows in chosen], [max(0.0, mean(rows, "progress")) for rows in chosen]
             axis.scatter(x, y, s=22, color=colour, label=f"{steps} step{'s' if steps > 1 else ''}")
         axis.set(xlabel=title)

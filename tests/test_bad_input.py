@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from lightning_distill.cli import main
+from lightning_distill.commands.errors import _choices
 from lightning_distill.networks.small import small_unet
 from lightning_distill.zoo import zoo_path
 
@@ -426,3 +427,16 @@ def test_the_program_prints_one_line_and_returns_2(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: model: there is no class 'DMD3'")
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("types", "values"),
+    [
+        ("[typing.Literal[64, 32], typing.Literal['32', 'bf16-mixed'], <class 'NoneType'>]", "64 32 bf16-mixed"),
+        ("[typing.Literal['auto'], <class 'float'>]", ""),
+        ("", ""),
+    ],
+    ids=["literals", "a number will do as well", "no union"],
+)
+def test_choices_are_named_where_nothing_else_will_do(types, values):
+    assert _choices(types) == values.split()

@@ -146,14 +146,22 @@ def _explain(leaf: _Leaf) -> str:
         given = (unknown or wrong)[1]  # type: ignore[index]
         problem = f"there is no class {given!r} here" if unknown else f"{given} is no {wrong[2]}"  # type: ignore[index]
         return f"{prefix}{problem}{_meant(given.rsplit('.', 1)[-1], _subclasses(allowed), show_all=True)}"
-    choices = [c.strip() for part in re.findall(r"Literal\[([^]]*)\]", allowed) for c in part.split(",")]
-    if choices and leaf.message.startswith("Expected a"):
-        return f"{prefix}choose one of {', '.join(dict.fromkeys(c.strip(chr(39)) for c in choices))}."
+    if choices := _choices(allowed):
+        return f"{prefix}choose one of {', '.join(choices)}."
     message = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", leaf.message)
     message = re.sub(r"Expected an? ([^.]+)\. Got value: (.*)", r"expected \1, got \2", message)
     # sentences of our own say where they belong; the parser's need the key
     own = message.endswith(".") and " " in message and not message.startswith("expected")
     return message if own else prefix + message
+
+
+def _choices(types: str) -> list[str]:
+    """Values of a union of literals, such as ``[typing.Literal[16, 32], <class 'NoneType'>]``; none of other types."""
+    literal = r"typing\.Literal\[([^]]*)\]"
+    if re.sub(rf"{literal}|<class 'NoneType'>|[\[\], ]", "", types):
+        return []
+    values = [value.strip(" '") for part in re.findall(literal, types) for value in part.split(",")]
+    return list(dict.fromkeys(values))
 
 
 def _meant(given: str, known: Iterable[str], show_all: bool = False) -> str:

@@ -114,7 +114,6 @@ def main(words: Sequence[str]) -> None:
         conditions(module.student, 1)  # raises where the data do not give them
     models |= conditions.facts(module.student, args.measures, args.n, models.get("prompts", ()))
     evaluator = Evaluator(extractors, references, args.measures, args.half, **models)
-    evaluator.probe(module.sample_shape)
     runner = EvaluationRunner(evaluator, args.n, args.seed, bf16=args.bf16, conditions=conditions)
     wanted = [*steps, args.teacher_steps] if args.teacher_steps else []
     updates = _updates(run, args.checkpoint)
@@ -204,14 +203,18 @@ def _models(args: Namespace, module: DistillationModule, images: bool) -> dict[s
     """What ``clip_score`` and ``lpips_diversity`` look with, checked; arguments of ``Evaluator``."""
     models: dict[str, Any] = {}
     classes = module.student.num_classes
-    prompts = {} if classes is None else {"prompts": "FILE (a line for each class)"}  # else the data's own
     needed = {
-        "clip_score": ({"clip": "FOLDER (a CLIP model)"} | prompts, CLIP_VARIABLE),
+        "clip_score": (
+            {"clip": "FOLDER (a CLIP model)", "prompts": "FILE (a line for each class)"},
+            CLIP_VARIABLE,
+        ),
         "lpips_diversity": ({"perceptual": "FILE (torchvision's weights of its trunk)"}, TRUNK_VARIABLE),
     }
     for measure, (options, variable) in needed.items():
-        given = [f"--{o}" for o in (*options, *(["prompts"] if "clip" in options else [])) if getattr(args, o)]
+        given = [f"--{option}" for option in options if getattr(args, option)]
         missing = [f"--{o} {what}" for o, what in options.items() if not getattr(args, o)]
+        if classes is None:  # the data may have the prompts of their rows
+            missing = [text for text in missing if not text.startswith("--prompts")]
         if variable in os.environ:
             missing = [text for text in missing if text.startswith("--prompts")]
         if measure not in args.measures and given:

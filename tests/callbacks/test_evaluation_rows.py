@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_keeps_what_was_measured_meanwhile(tmp_path):
     def fit(steps, path=None):
         callback = evaluation(every_n_steps=2)
         run = trainer(tmp_path, steps, callbacks=[callback, Meanwhile()], logger=TensorBoardLogger(tmp_path, "", "run"))
-        run.fit(student(), prior(), ckpt_path=path, weights_only=None if path is None else False)
+        run.fit(student(), prior(), ckpt_path=path)
         run.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return callback.history.rows
 

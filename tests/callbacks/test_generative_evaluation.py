@@ -299,7 +299,7 @@ def test_rows_survive_a_resume(tmp_path):
     run.fit(student(), prior())
     run.save_checkpoint(tmp_path / "two.ckpt")
     again = trainer(tmp_path, 4, **settings())
-    again.fit(student(), prior(), ckpt_path=str(tmp_path / "two.ckpt"), weights_only=False)
+    again.fit(student(), prior(), ckpt_path=str(tmp_path / "two.ckpt"))
     rows = again.callbacks[0].history.rows
     assert [r.step for r in rows] == [2, 4]
 
@@ -309,7 +309,7 @@ def test_a_run_of_epochs_that_is_resumed_at_its_end_has_no_row_twice(tmp_path):
         saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         callbacks = [evaluation(every_n_steps=2), saving]
         run = trainer(tmp_path, -1, callbacks=callbacks, enable_checkpointing=True, max_epochs=1, limit_train_batches=4)
-        run.fit(student(), prior(), ckpt_path=path, weights_only=False)
+        run.fit(student(), prior(), ckpt_path=path)
         assert run.global_step == 4
         return [row.step for row in callbacks[0].history.rows]
 

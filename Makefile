@@ -66,6 +66,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/tangents.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/reduce_bytes.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/support.py
 	$(BIN)/python benchmarks/make_tables.py

@@ -117,6 +117,7 @@ def variants(result: Mapping[str, Any] | None) -> str:
 def plot(result: Mapping[str, Any] | None, problem: str) -> None:
     """Scatter of progress against recall and against updates, one colour per number of steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     groups = [rows for found in grouped(result["rows"] if result else ()).values() for rows in found]
     if not groups:
@@ -134,9 +135,17 @@ def plot(result: Mapping[str, Any] | None, problem: str) -> None:
             axis.scatter(x, y, s=22, color=colour, label=f"{steps} step{'s' if steps > 1 else ''}")
         axis.set(xlabel=title)
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="progress (fd_cnn; negative ones at 0)")
+    worst = min(mean(rows, "progress") for rows in groups)
+    axes[0].set(ylabel=f"progress (fd_cnn{'; negative ones at 0' if worst < 0.0 else ''})")
     axes[0].axvline(_figures(problem)["50"]["recall_cnn"], color="gray", linestyle=":", label="teacher, 50 steps")
-    axes[1].set_xscale("log")
+    updates = [mean(rows, "student_updates") for rows in groups]
+    if max(updates) > 3.0 * min(updates):
+        axes[1].set_xscale("log")
+        ticks = [digit * 10**power for power in range(6) for digit in (1, 3)]
+        between = [tick for tick in ticks if 0.7 * min(updates) <= tick <= 1.4 * max(updates)]
+        axes[1].xaxis.set_major_locator(FixedLocator(between))
+        axes[1].xaxis.set_minor_formatter(NullFormatter())
+    axes[1].xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.0f}"))
     axes[0].legend(fontsize=8)
     figure.savefig(ROOT / "docs" / "images" / f"{problem}.png", dpi=110)
 

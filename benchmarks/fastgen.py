@@ -9,8 +9,8 @@ The network is FastGen's EDM SongUNet (3.5 M parameters, 32x32, ten classes), ta
 FastGen runs its own model class, optimizers, schedules, clipping and averaging callbacks in the order of its trainer;
 this library runs in Lightning's Trainer. A cycle is one student and four critic updates; blocks of cycles of the two
 sides alternate, and CPU seconds of one thread are compared. Rows of implementation ``lightning_distill`` have FastGen's
-mathematics, which ``check`` proves on identical draws; ``lightning_distill defaults`` are cheaper settings with the
-same fixed point. Nothing of FastGen is shipped here: its code is read from the folder given.
+mathematics, which ``check`` proves on identical draws; ``lightning_distill, cheaper settings`` have
+the same fixed point. Nothing of FastGen is shipped here: its code is read from the folder given.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from lightning_distill.times import TimeDistribution
 
 #: adversarial term, guidance scale
 VARIANTS: dict[str, tuple[bool, float]] = {"plain": (False, 1.0), "gan": (True, 1.0), "gan, guidance 2": (True, 2.0)}
-DEFAULTS = "lightning_distill defaults"
+CHEAPER = "lightning_distill, cheaper settings"
 
 
 class Levels(TimeDistribution):
@@ -192,7 +192,7 @@ def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.
     trainer.fit(module, DataLoader(Repeated(batch), batch_size=None))
     sides = {
         "peer": (PEER, peer.model, peer.optimizers),
-        "ours": (OURS if equal else DEFAULTS, module, trainer.optimizers),
+        "ours": (OURS if equal else CHEAPER, module, trainer.optimizers),
     }
     rows = []
     for side, (name, model, optimizers) in sides.items():

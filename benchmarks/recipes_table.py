@@ -20,6 +20,12 @@ def _cell(device: dict[str, Any]) -> str:
     return f"{change}: {needs[change]:.1f}"
 
 
+def _seconds(value: float) -> str:
+    """Two significant digits."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10.0 else f"{rounded:.2g}"
+
+
 def table(result: dict[str, Any]) -> str:
     """Rows of all recipes, and how to read them.
 
@@ -40,7 +46,7 @@ def table(result: dict[str, Any]) -> str:
             f"{row['samples_per_update']} ({row['micro_batch']})",
             *(_cell(row["devices"][device]) for device in devices),
             f"{row['gflop_per_update']:,}",
-            f"{row['estimated_seconds_per_update']:,.0f}",
+            _seconds(row["gflop_per_update"] * 1e9 / (result["share"] * result["peak_flops"])),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     shipped = sorted(path.stem for path in (config_path("quickstart.yaml").parent / "recipe").glob("*.yaml"))

@@ -17,7 +17,7 @@ def summary(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "(run `python benchmarks/support.py` to fill this table)"
     rows = result["rows"]
-    lines = ["| family | full | LoRA | stock pipelines | LoRA files |", "|---|---|---|---|---|"]
+    lines = ["| family | methods | full | LoRA | stock pipelines | LoRA files |", "|---|---|---|---|---|---|"]
     for family in result["families"]:
         own = [row for row in rows if row["family"] == family]
         if not own:
@@ -27,13 +27,14 @@ def summary(result: Mapping[str, Any] | None) -> str:
             len({r["method"] for r in own if any(_equal(r, export, result["tolerance"]) for export in exports)})
             for exports in (("pipeline",), ("lora_diffusers", "lora_kohya"))
         ]
-        cells = [family, *(str(len(found)) for found in trained), *map(str, same)]
+        ran = len({row["method"] for row in own})
+        cells = [family, str(ran), *(str(len(found)) for found in trained), *map(str, same)]
         lines.append(f"| {' | '.join(cells)} |")
-    methods = len({row["method"] for row in rows})
     lines += [
         "",
-        f"Of {methods} methods: how many trained a tiny random pipeline of the family in full weights and as LoRA, of "
-        "how many the student left as a stock pipeline, and as a LoRA file, that makes the same samples.",
+        "Methods that were run with the family; how many of them trained a tiny random pipeline of it in full weights "
+        "and as LoRA, and of how many the student left as a stock pipeline, and as a LoRA file, that makes the same "
+        "samples.",
     ]
     return "\n".join(lines)
 
@@ -56,8 +57,9 @@ def page(result: Mapping[str, Any] | None) -> str:
         "# Support matrix",
         "",
         "Which method trains which family, and which exports of the student make the same samples in stock diffusers.",
-        "Written by `python benchmarks/make_tables.py` from `benchmarks/support.py`, which runs every cell with a tiny",
+        "Written by `python benchmarks/make_tables.py` from `benchmarks/support.py`, which runs a cell with a tiny",
         "random pipeline of the family: one update, export, load with stock diffusers, latents against `sample()`.",
+        "A cell that was not run is empty.",
     ]
     if result is None:
         return "\n".join([*lines, "", "(run `python benchmarks/support.py` to fill this table)", ""])
@@ -108,7 +110,8 @@ def page(result: Mapping[str, Any] | None) -> str:
 
     cells = {(row["method"], row["family"], row["roles"]): row for row in rows}
     for method in methods:
-        line = [" / ".join(mark(cells.get((method, f, roles))) for roles in ("full", "lora")) for f in families]
+        pairs = [[mark(cells.get((method, f, roles))) for roles in ("full", "lora")] for f in families]
+        line = [" / ".join(pair) if any(pair) else "" for pair in pairs]
         lines.append(f"| {method} | {' | '.join(line)} |")
     lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
     lines += [

@@ -6,7 +6,7 @@
 
 One copy of the frozen weights in bfloat16 serves three networks: the teacher is the backbone with its adapters off, the
 student and the fake score are adapters. Prompts are encoded beforehand: no text encoder, no autoencoder in memory.
-The same as a configuration: configs/recipe/sdxl_dmd2_4step_lora.yaml.
+A like run as a configuration, with DMD2's batch, length and warm-up: configs/recipe/sdxl_dmd2_4step_lora.yaml.
 """
 
 import argparse

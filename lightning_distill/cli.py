@@ -38,13 +38,14 @@ _USAGE = """usage: lightning-distill COMMAND ...
 
   fit | validate | test | predict   train or evaluate from a YAML file (lightning-distill fit --help)
   quickstart                        distil the shipped Fashion-MNIST teacher and show the result
-  sample RUN_DIR                    pictures from a run
+  sample RUN_DIR | FOLDER           pictures from a run, or from an exported folder
   evaluate RUN_DIR                  measure a run's student against its teacher and the data
   report RUN_DIR [RUN_DIR ...]      one page with curves, pictures and figures of one or several runs
   export RUN_DIR OUT_DIR            write a folder that stock diffusers loads
   convert CKPT OUT                  a sharded checkpoint to a single file, or the other way round
-  cache --pipeline P --prompts FILE --out DIR  text embeddings (and latents, --images) computed once into a store
-  trajectories                      store what a teacher's solver makes of noise, to learn from it
+  cache --pipeline P --prompts FILE --out DIR  text embeddings (and latents, --images) computed once into a store;
+                                    --text-encoder in place of --pipeline for a plain text model
+  trajectories --teacher T --num N --out DIR  store what a teacher's solver makes of noise, to learn from it
   methods                           what can be trained
   plan -c CONFIG.yaml               memory of a run, before anything is allocated
 

@@ -154,6 +154,10 @@ class RunStopped(SystemExit):
         super().__init__(128 + number)
 
 
+#: above the numbers of all signals
+_FIRST = 1000
+
+
 class StopWithoutSaving(Callback):
     """SIGTERM, SIGUSR1 and the first Ctrl-C end a run between two updates; for runs that save nothing.
 
@@ -163,6 +167,7 @@ class StopWithoutSaving(Callback):
 
     def __init__(self) -> None:
         self._asked = 0
+        self._requeued_by: set[int] = set()
         self._process = 0
         self._previous: dict[int, Any] = {}
 
@@ -172,6 +177,7 @@ class StopWithoutSaving(Callback):
         self._process = os.getpid()
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may
+        self._requeued_by = {number for number in _stop_signals(trainer) if is_requeued_by(trainer, number)}
         for number in _stop_signals(trainer):
             self._previous[number] = signal.signal(number, self._remember)
 
@@ -181,7 +187,9 @@ class StopWithoutSaving(Callback):
         """Save and leave, if any process was asked to."""
         asked = self._asked
         if trainer.world_size > 1:
-            asked = int(max_over_processes(torch.tensor(float(asked), device=trainer.strategy.root_device)))
+            # where processes were asked differently, to be put back into the queue is not to be forgotten
+            rank = asked + _FIRST * is_requeued_by(trainer, asked)
+            asked = int(max_over_processes(torch.tensor(float(rank), device=trainer.strategy.root_device))) % _FIRST
         if not asked or 0 < trainer.max_steps <= trainer.global_step:
             return
         path = _save(trainer)
@@ -211,7 +219,8 @@ class StopWithoutSaving(Callback):
             if self._asked == number and callable(previous):
                 previous(number, frame)
             os.write(2, b"\nCtrl-C: this update is finished, then the run stops; once more interrupts it at once\n")
-        self._asked = number
+        if self._asked not in self._requeued_by:
+            self._asked = number
 
     def _give_back(self) -> None:
         for number, handler in self._previous.items():

@@ -130,6 +130,9 @@ def test_methods_lists_all_and_their_configurations(capsys):
     assert rows["DMD2"].roles.startswith("student, fake_score")
     assert "DistillationModule" not in rows
     assert "FakeScoreMethod" not in rows
+    # the one that bears its name, on the simplest problem; not another method's, nor what needs a run before it
+    own = {"DMD2": "dmd2_ring4", "SwiftBrush": "swiftbrush_digits", "SiD": "sid_ring4", "InstaFlow": "insta_flow_ring"}
+    assert {name: Path(rows[name].config).stem for name in own} == own
     for row in rows.values():
         if row.config:
             assert (Path(__file__).parents[1] / row.config).is_file()

@@ -16,12 +16,15 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_distill.commands.export import export_module
 from lightning_distill.export import export_denoiser, export_pipeline, export_weights, verify_export
 from lightning_distill.export import pipeline as export
 from lightning_distill.export.stock import stock_parts
 from lightning_distill.generation import draw_noise, generate
+from lightning_distill.methods import PiFlow
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter
+from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.small import small_dit, small_unet
 from lightning_distill.processes import EDM, FlowMatching, NoiseProcess, TrigFlow, VariancePreserving
 from lightning_distill.times import few_step_times
@@ -336,6 +339,18 @@ def test_what_no_stock_pipeline_does_is_refused(tmp_path, network, process, kind
     with pytest.raises(ValueError, match=message):
         export_pipeline(network, process, kind, times, sampler, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("role", [None, Lora(rank=2)], ids=["full", "lora"])
+def test_students_with_a_policy_are_refused_as_such(tmp_path, role):
+    """For any sampler, and not for the sampler: another one would not help."""
+    teacher = Denoiser(unet(), FlowMatching(), "flow_prediction")
+    module = PiFlow(teacher, student=role, shape=[1, 16, 16], num_steps=2, policy="grid", components=3)
+    module.configure_model()
+    assert module.sampler == "flow_map"
+    for style in (None,) if role is None else (None, "diffusers"):
+        with pytest.raises(ValueError, match=r"puts out a policy for each of its steps.*no stock pipeline"):
+            export_module(module, tmp_path / "out", lora=style, fresh=False)
 
 
 def test_refusals_of_latent_transformers_and_shapes():

@@ -173,7 +173,7 @@ def test_everything_is_measured_and_written(library, tmp_path, monkeypatch, caps
     assert plain["calls"] == {"student": 4, "teacher": 1, "fake_score": 5}
     assert plain["passes"] == 20
     assert gan["calls"] == {"student": 4, "teacher": 1 + 8, "fake_score": 5}
-    cheap = rows[("gan", benchmark.DEFAULTS, None)]
+    cheap = rows[("gan", benchmark.CHEAPER, None)]
     assert cheap["calls"] == {"student": 2, "teacher": 1, "fake_score": 5 + 1}  # one game, whose real side is a call
     assert rows[("plain", benchmark.PEER, benchmark.OURS)]["passes"] == 21
     guided = rows[("gan, guidance 2", benchmark.OURS, None)]

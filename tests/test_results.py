@@ -75,3 +75,16 @@ def test_command_line(results, tmp_path, capsys):
     with pytest.raises(SystemExit):
         results.main(["faults", str(source), "--results", str(out)])
     assert "must be a JSON object" in capsys.readouterr().err
+
+
+def test_the_table_of_samplers_has_what_each_class_takes(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
+    from methods_table import capabilities
+
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capabilities().splitlines()[2:]]
+    samplers = {name: row[2] for row in rows for name in row[1].split(", ")}
+    assert len(samplers) == sum(row[1].count(",") + 1 for row in rows), "a method is in one row"
+    assert samplers["TiUE"] == "`renoise`, `ode`"
+    assert samplers["BOOT"] == samplers["PiFlow"] == "`flow_map`"
+    assert samplers["CTM"] == "`flow_map`, `gamma`, `renoise`, `ode`"
+    assert samplers["SCM"] == "`renoise`"  # takes `ode` as well, for one step only

@@ -371,7 +371,7 @@ def test_a_slurm_job_is_requeued_and_starts_from_its_own_state(runs, whole, tmp_
         f"os.environ['PATH'] = {str(tmp_path)!r} + ':' + os.environ['PATH']",
     ]
     (tmp_path / "hpc_ckpt_1.ckpt").write_bytes((runs.checkpoints("whole") / "last.ckpt").read_bytes())
-    assert runs.asked("job", [*started, signals_in(4, signal.SIGUSR1)]) == 128 + signal.SIGUSR1
+    assert runs.asked("job", [*started, signals_in(4, signal.SIGUSR1, signal.SIGTERM)]) == 128 + signal.SIGUSR1
     assert (tmp_path / "called").read_text() == "requeue 77\n"
     assert "scontrol requeue 77: done" in runs.log("job")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["called", "hpc_ckpt_1.ckpt", "scontrol"]

@@ -52,8 +52,8 @@ def restore(trainer: Trainer, module: DistillationModule, path: Path, lr_factor:
     """
     optimizers = trainer.strategy.optimizers
     rates = [[_rates(group) for group in optimizer.param_groups] for optimizer in optimizers]
-    checkpoint = trainer.strategy.load_checkpoint(path)
-    with isolate_rng():  # the module's hook restores generators, for resuming
+    with isolate_rng():  # generators are restored for resuming, by the module's hook or the strategy
+        checkpoint = trainer.strategy.load_checkpoint(path)
         module.on_load_checkpoint(checkpoint)
     trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     trainer.strategy.load_optimizer_state_dict(checkpoint)

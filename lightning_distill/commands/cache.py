@@ -84,15 +84,27 @@ def _parser() -> CommandParser:
     parser.add_argument("--vae", help="folder of the autoencoder (default: the pipeline's)")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels; with --buckets, of the square")
     parser.add_argument("--buckets", action="store_true", help="keep aspect ratios: one store per size")
-    parser.add_argument("--bucket-step", type=int, default=64, help="sides of buckets are multiples of it")
-    parser.add_argument("--max-ratio", type=float, default=2.0, help="largest aspect ratio of a bucket")
-    parser.add_argument("--frames", type=int, default=1, help="frames of each animated picture, for video models")
+    parser.add_argument(
+        "--bucket-step", type=int, default=64, help="sides of buckets are multiples of it (default: 64)"
+    )
+    parser.add_argument("--max-ratio", type=float, default=2.0, help="largest aspect ratio of a bucket (default: 2)")
+    parser.add_argument(
+        "--frames", type=int, default=1, help="frames of each animated picture, for video models (default: 1)"
+    )
     parser.add_argument("--max-length", type=int, help="tokens per prompt (default: the pipeline's own)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the encoders and the embeddings")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--shard-size", type=int, default=1024, help="records per file")
-    parser.add_argument("--workers", type=int, default=1, help="processes; on GPUs, one or more each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="bfloat16", help="of the encoders and the embeddings (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="records per pass (default: %(default)s)")
+    parser.add_argument("--shard-size", type=int, default=1024, help="records per file (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes; on GPUs, one or more each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one, or cpu",
+    )
     parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
     return parser
 

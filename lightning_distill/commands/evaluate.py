@@ -40,17 +40,29 @@ def main(words: Sequence[str]) -> None:
         prog="lightning-distill evaluate", description="Measure the student of a run against its teacher and the data."
     )
     parser.add_argument("run_dir", help="run folder, for example runs/quickstart")
-    parser.add_argument("--n", type=int, default=5000, help="number of samples")
+    parser.add_argument("--n", type=int, default=5000, help="number of samples (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", help="numbers of student steps (default: its own)")
     parser.add_argument(
         "--weights",
         nargs="+",
         help="ema, student, or names of averages (default: ema, of runs without one the student)",
     )
-    parser.add_argument("--seed", type=int, default=20_000, help="seed of the samples' noise")
-    parser.add_argument("--half", choices=["held_out", "selection"], default="held_out", help="half of the reference")
-    parser.add_argument("--teacher-steps", type=int, default=50, help="steps of the many-step teacher")
-    parser.add_argument("--measures", nargs="+", default=list(DEFAULT_MEASURES))
+    parser.add_argument("--seed", type=int, default=20_000, help="seed of the samples' noise (default: %(default)s)")
+    parser.add_argument(
+        "--half",
+        choices=["held_out", "selection"],
+        default="held_out",
+        help="half of the reference (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--teacher-steps", type=int, default=50, help="steps of the many-step teacher (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        default=list(DEFAULT_MEASURES),
+        help=f"what is measured (default: {' '.join(DEFAULT_MEASURES)})",
+    )
     parser.add_argument(
         "--extractors",
         help="YAML list of class_path/init_args, or its file (default: those of the shipped teacher)",
@@ -67,7 +79,9 @@ def main(words: Sequence[str]) -> None:
         "--prompts", help="text file for clip_score, a prompt a line: of each class, or row of the data"
     )
     parser.add_argument("--perceptual", help="torchvision weights of the LPIPS trunk, for the measure lpips_diversity")
-    parser.add_argument("--perceptual-net", choices=["alex", "vgg", "squeeze"], default="alex", help="that trunk")
+    parser.add_argument(
+        "--perceptual-net", choices=["alex", "vgg", "squeeze"], default="alex", help="that trunk (default: alex)"
+    )
     parser.add_argument("--cache", help="folder for teacher rows and references")
     parser.add_argument("--checkpoint", help="checkpoint file (default: the run's last)")
     parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")

@@ -12,6 +12,9 @@ from lightning_distill.methods.base import DistillationModule
 
 __all__ = ["MethodRow", "main", "method_classes", "method_rows"]
 
+#: problems of the shipped configurations, the shortest runs first
+PROBLEMS = ("ring4", "ring", "digits", "fashion")
+
 
 @dataclass(frozen=True)
 class MethodRow:
@@ -40,17 +43,24 @@ def method_rows() -> list[MethodRow]:
     from lightning_distill.cli import import_everything
 
     import_everything()
-    # one that runs as it is stands for the method, before those that need a run of the user's
     contents = {path: path.read_text() for path in (Path(__file__).parents[1] / "configs").glob("*/*.yaml")}
-    configs = sorted(contents, key=lambda path: ("RunDenoiser" in contents[path], path))
     rows = []
     for cls in method_classes():
         roles = ", ".join(dict.fromkeys(role for roles in cls.phases.values() for role in roles))
         line = f"class_path: {cls.__name__}\n"
-        used = next((f"configs/{p.parent.name}/{p.name}" for p in configs if line in contents[p]), "")
+        using = [path for path, text in contents.items() if line in text]
+        best = min(using, key=lambda path: _preference(cls.__name__, path, contents[path]), default=None)
+        used = f"configs/{best.parent.name}/{best.name}" if best else ""
         summary = (inspect.getdoc(cls) or "").split("\n")[0]
         rows.append(MethodRow(cls.__name__, cls.paper, roles, cls.learns_from, used, summary))
     return sorted(rows, key=lambda row: row.name)
+
+
+def _preference(name: str, path: Path, text: str) -> tuple[bool, int, Path]:
+    """Which configuration stands for a method: least first, one that bears its name and runs as it is."""
+    own, _, problem = path.stem.rpartition("_")
+    named = own.replace("_", "") == name.lower() and problem in PROBLEMS
+    return "RunDenoiser" in text, PROBLEMS.index(problem) if named else len(PROBLEMS), path
 
 
 def main(words: Sequence[str]) -> None:

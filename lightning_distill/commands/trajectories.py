@@ -74,14 +74,25 @@ def main(words: Sequence[str]) -> None:
         "--records",
         choices=RECORDS,
         default="pairs",
-        help="pairs: (noise, x0); points: and K states between; guided: and the predictions there, guided and not",
+        help="pairs: (noise, x0), the default; points: and K states between; guided: and the predictions there, guided "
+        "and not",
     )
     parser.add_argument("--num", type=int, required=True, help="number of records")
-    parser.add_argument("--solver", choices=sorted(SOLVERS), default="dpmpp_2m")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the solver")
+    parser.add_argument(
+        "--solver",
+        choices=sorted(SOLVERS),
+        default="dpmpp_2m",
+        help="of the teacher (default: %(default)s); ddim and ode are other names of euler, dpmpp2m of dpmpp_2m",
+    )
+    parser.add_argument("--steps", type=int, default=50, help="steps of the solver (default: %(default)s)")
     parser.add_argument("--shift", type=float, help="shift of its grid (default: that of the teacher's process)")
     parser.add_argument(
-        "--guidance", type=float, nargs="+", default=[1.0], metavar="W", help="scale, or smallest and largest of it"
+        "--guidance",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="W",
+        help="scale, or smallest and largest of it (default: 1, none)",
     )
     parser.add_argument(
         "--guidance-interval",
@@ -94,7 +105,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument(
         "--cond",
         default="classes",
-        help="classes (in turn; nothing for unconditional teachers), or a store of conditions",
+        help="classes (default: in turn; nothing for unconditional teachers), or a store of conditions",
     )
     parser.add_argument(
         "--cond-keys", nargs="+", metavar="KEY", help="conditions of that store (default: all that the teacher knows)"
@@ -102,14 +113,24 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not compare that store with its checksums")
     parser.add_argument("--shape", type=int, nargs="+", help="of one sample (default: the network's own)")
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of what is kept"
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="of what is kept (default: %(default)s)",
     )
     parser.add_argument("--bf16", action="store_true", help="run the network under bfloat16 autocast")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64, help="records per pass of the solver")
-    parser.add_argument("--shard-size", type=int, default=1024, help="records per file")
-    parser.add_argument("--workers", type=int, default=1, help="processes; on several GPUs each has its own in turn")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and guidance scales (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="records per pass of the solver (default: %(default)s)"
+    )
+    parser.add_argument("--shard-size", type=int, default=1024, help="records per file (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes; on several GPUs each has its own in turn (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     args = parser.parse_args(list(words))
     for name in ("num", "steps", "batch_size", "shard_size", "workers"):
         if getattr(args, name) < 1:

@@ -107,7 +107,8 @@ def check_sampler(sampler: str, network: nn.Module) -> None:
                 "or keep the run and sample it with 'lightning-distill sample RUN_DIR'."
             )
         raise ValueError(
-            f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise' and 'ode'.{remedy}"
+            f"sampler={sampler!r} cannot be exported; stock schedulers exist for 'renoise', 'ode', and "
+            f"'flow_map' of networks that are told where a step ends (TwoTime).{remedy}"
         )
 
 

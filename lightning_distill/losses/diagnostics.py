@@ -173,13 +173,17 @@ def weight_distance(average: Sequence[Tensor], current: Sequence[Tensor]) -> Ten
     """|average - current| / |current| over all parameters.
 
     Args:
-        average: parameters of an average.
-        current: the student's, in the same order.
+        average: parameters of an average; sharded ones on every process at once.
+        current: the student's, in the same order, on any device.
     """
-    new = [c.detach().to(a.dtype) for a, c in zip(average, current, strict=True)]
-    difference = torch._foreach_norm(list(torch._foreach_sub(list(average), new)))
-    scale = torch._foreach_norm(new)
-    return torch.stack(list(difference)).norm() / torch.stack(list(scale)).norm().clamp_min(_TINY)
+    new = [c.detach().to(a.device, a.dtype) for a, c in zip(average, current, strict=True)]
+    return _norm(torch._foreach_sub(list(average), new)) / _norm(new).clamp_min(_TINY)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all numbers together, over all shards where the tensors are sharded."""
+    norm = torch.nn.utils.get_total_norm(tensors, foreach=True)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 # ------------------------------------------------------------------------------------------------ samples

@@ -23,6 +23,7 @@ class ArcFlow(PiFlow):
         num_steps: number of segments.
         components: K, modes; the first neither grows nor decays.
         dropout: share of the modes that are left out of a rollout.
+        policy: ``momentum``, the only one of this student.
         **kwargs: see ``PiFlow``; the paper trains adapters, ``student=Lora(...)``, beside the new outputs.
 
     Notes:

@@ -46,7 +46,8 @@ class DistillationModule(StudentSampling, Probing):
         student: how the student is realised: ``Copy()`` of the teacher, ``Lora(...)`` on its backbone, or another role.
         num_steps: number of student steps (NFE); the time list is then the trailing grid of the process.
         student_times: explicit descending time list in the process' native time, instead of ``num_steps``.
-        sampler: how student steps are chained: ``renoise`` or ``ode``.
+        sampler: how student steps are chained: one of the class's ``samplers``, ``renoise`` or ``ode`` unless a method
+            says otherwise.
         shape: shape of one sample without the batch dimension; None to ask the network.
         loss_weights: factors by ``"phase/term"``, for example ``{"student/gan": 0.003}``; unlisted terms have the
             method's default weight, or 1.
@@ -266,7 +267,12 @@ class DistillationModule(StudentSampling, Probing):
         self.configure_model()
         if strict:
             checkpoints.strict_load(self, state_dict)
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        self.after_weights_loaded()
+        return result
+
+    def after_weights_loaded(self) -> None:
+        """Called when a checkpoint's tensors are in place, whatever strategy put them there."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the identity of the teacher and the state of the global generators."""

@@ -29,6 +29,7 @@ class BOOT(TwoTimeMethod):
     Args:
         teacher: the pretrained model, pure noise at t_max.
         time_step: h, in flow-matching time.
+        sampler: ``flow_map``, the only one of this student.
         **kwargs: see ``TwoTimeMethod``; ``training_times`` are multiplied by 1 - h. The student makes one step from
             t_max; the weight of ``student/boundary`` is 1.
 

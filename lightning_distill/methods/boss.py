@@ -1,7 +1,6 @@
 """BOSS: step sizes by dynamic programming, and trajectories straightened between them (arXiv:2312.16414)."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +30,7 @@ class Straightening(TeacherPaths):
         metric: distance of velocities, see ``losses.consistency.distance``.
         huber: constant of pseudo-Huber, None for the default.
         solver: of the teacher's trajectories.
+        sampler: ``ode``, the only one of this student.
         **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``. ``student_times`` are the knots.
     """
 
@@ -150,9 +150,8 @@ class BOSS(Straightening):
         self.knots.copy_(torch.tensor(found, dtype=torch.float64))
         self._given_times = found
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As usual; the knots come back as the student's times."""
-        result = super().load_state_dict(state_dict, strict, assign)
+    def after_weights_loaded(self) -> None:
+        """The knots come back as the student's times."""
+        super().after_weights_loaded()
         if self._searched and bool(self.knots.isfinite().all()):
             self._given_times = self.knots.tolist()
-        return result

@@ -45,6 +45,7 @@ class CTM(EndGame, ConsistencyDistillation, TwoTimeMethod):
         gan: the game on clean samples; None for none.
         gan_real: what is real, the ``data`` or the ``target``.
         gan_from: student update from which the student plays.
+        sampler: how steps are chained; ``flow_map``, ``gamma`` (fresh noise after each jump), ``renoise`` or ``ode``.
         noise_share: gamma of ``sampler="gamma"``, in [0, 1]: the share of noise that is fresh after each jump.
         adaptive: lambda_d and lambda_g are such that each term has the gradient of L_CTM (times ``loss_weights``).
         **kwargs: see ``ConsistencyDistillation``, ``TwoTimeMethod`` (``training_times`` are those of the denoising

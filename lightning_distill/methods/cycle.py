@@ -21,6 +21,7 @@ from lightning_distill.methods.guards import (
     LossWeightWatch,
     check_batch,
     check_examples,
+    check_same_update,
     check_scheduler,
     check_trainer,
     stop_when_stuck,
@@ -128,6 +129,12 @@ class Cycle(LightningModule):
     def on_fit_start(self) -> None:
         """Warn about averages that will mostly hold the teacher's weights."""
         check_horizon(self.ema_profiles, self.trainer.max_steps)
+
+    def on_train_start(self) -> None:
+        """Refuse processes that begin at different updates, and let each draw masks of dropout of its own."""
+        check_same_update(self.trainer)
+        if self.trainer.global_rank > 0 and self.trainer.global_step == 0:  # later, checkpoints have the states
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One cycle."""

@@ -31,6 +31,7 @@ class FreeFlow(TwoTimeMethod):
 
     Args:
         teacher: the pretrained model.
+        sampler: ``flow_map``, the only one of this student.
         **kwargs: see ``TwoTimeMethod``; ``training_times`` is that of 1 - d. The student makes one step from t_max.
 
     Notes:

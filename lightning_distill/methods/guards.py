@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_distill.collectives import max_over_processes
 from lightning_distill.networks.second_time import second_time_of
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ __all__ = [
     "check_examples",
     "check_null_class",
     "check_precision",
+    "check_same_update",
     "check_schedule",
     "check_scheduler",
     "check_step_settings",
@@ -88,6 +91,22 @@ def check_trainer(trainer: Trainer) -> None:
                 f"{type(callback).__name__} averages every network of the run, teacher and critics too, and keeps its "
                 "weights where sampling and export do not look; use model.init_args.ema, which averages the student."
             )
+
+
+def check_same_update(trainer: Trainer) -> None:
+    """Refuse processes that do not begin at the same update, as where one of them did not find the checkpoint.
+
+    Raises:
+        RuntimeError: on every process, before the first update.
+    """
+    here = trainer.global_step
+    bounds = torch.tensor([float(here), -float(here)], device=trainer.strategy.root_device)
+    last, first = max_over_processes(bounds).tolist()
+    if last != -first:
+        raise RuntimeError(
+            f"the processes would begin at updates {-first:.0f} to {last:.0f} (process {trainer.global_rank} at "
+            f"{here}), since not all of them found the checkpoint; put the run's folder where every node can read it."
+        )
 
 
 def check_batch(method: str, samples: int, slices: int, micro_batches: int) -> None:

@@ -26,6 +26,9 @@ class LCM(ConsistencyDistillation):
         guidance: distribution of w in the convention uncond + w (cond - uncond); None is ``RandomGuidance(6, 16)``.
         intervals: DDIM steps of the teacher's grid.
         target_ema: profile of f'; ``none`` is the student itself, as adapters use it.
+        solver: of a step of the teacher, one of ``euler`` (DDIM's) or ``heun``.
+        boundary: ``lcm``, c_skip and c_out of the paper, or ``plain``.
+        metric: distance d; elementwise pseudo-Huber, as in the released code.
         **kwargs: see ``ConsistencyDistillation``.
 
     Notes:

@@ -39,6 +39,7 @@ class OFTSR(TwoTimeMethod):
         time_step: h.
         ratio: of the teacher's second-order step; 1/2 is the mid-point rule.
         margin: r is drawn between this and 1 minus it.
+        sampler: ``flow_map``, the only one of this student.
         **kwargs: see ``TwoTimeMethod``. Default weights: ``student/boundary`` .1, ``student/alignment`` .01.
 
     Notes:

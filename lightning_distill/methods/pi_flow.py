@@ -47,6 +47,8 @@ class PiFlow(TwoTimeMethod):
         data_free: start segments from the student's own rollouts instead of noised data.
         training_times: distribution of the flow-matching times whose segment is taken, None for a uniform one; not with
             ``data_free``.
+        sampler: ``flow_map``, the only one of this student.
+        shape: shape of one sample without the batch dimension; None to ask the network.
         **kwargs: see ``TwoTimeMethod``.
 
     Notes:

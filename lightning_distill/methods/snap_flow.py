@@ -29,6 +29,7 @@ class SnapFlow(TwoTimeMethod):
         from_data: the velocity at r = t is eps - x0 of the pair; else the (guided) teacher's.
         euler_steps: N, steps of the target; 2 in the paper, and the student is no better than these steps.
         shortcut_share: share of samples with r = 0.
+        sampler: ``renoise``, the only one of this student.
         **kwargs: see ``TwoTimeMethod``. Students of several steps add fresh noise between them.
 
     Notes:

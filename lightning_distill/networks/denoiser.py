@@ -371,14 +371,15 @@ class Denoiser(NullConditions, nn.Module):
         return {key: value for key, value in cond.items() if not keys or key in keys}
 
     def block_names(self) -> list[str]:
-        """Names of the network's blocks in execution order (see ``Family.blocks``)."""
+        """Names of the network's blocks in execution order (see ``Family.blocks``); of experts, one after another."""
         names = []
-        for path in self.family.blocks:
-            block = getattr(self.network, path, None)
-            if isinstance(block, nn.ModuleList):
-                names += [f"{path}.{i}" for i in range(len(block))]
-            elif block is not None:
-                names.append(path)
+        for prefix, network in getattr(self.network, "singles", {"": self.network}).items():
+            for path in self.family.blocks:
+                block = getattr(network, path, None)
+                if isinstance(block, nn.ModuleList):
+                    names += [f"{prefix}{path}.{i}" for i in range(len(block))]
+                elif block is not None:
+                    names.append(f"{prefix}{path}")
         return names
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
+from lightning_distill.collectives import max_over_processes
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import family_of
 from lightning_distill.networks.lora import AdapterDenoiser
@@ -37,6 +38,8 @@ class ExpertNetwork(nn.Module):
 
     #: while an expert runs on some of a call's samples: which (n,), and how many the call has; None if it has all
     part: tuple[Tensor, int] | None = None
+    #: whether the processes hold the weights together, and so have to gather and reduce those of the same experts
+    sharded: bool = False
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -57,6 +60,11 @@ class ExpertNetwork(nn.Module):
         """The network that says which arguments a call takes."""
         return self.experts[0]
 
+    @property
+    def singles(self) -> dict[str, nn.Module]:
+        """The experts by the prefix of their parts' names."""
+        return {f"experts.{k}.": expert for k, expert in enumerate(self.experts)}
+
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Number of the expert of each sample, (B,).
 
@@ -71,6 +79,9 @@ class ExpertNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, **kwargs: Any) -> Any:
         """Run every expert on its own samples, and only those experts that have some.
 
+        Where the network is sharded, those run that have samples in any process. One without samples here runs on a
+        row of another's, and adds 0 to the result, with gradients of 0.
+
         Args:
             x: packed samples, (B, ...), or a list of B.
             time: the networks' second argument, see ``route``.
@@ -79,22 +90,34 @@ class ExpertNetwork(nn.Module):
         """
         index = self.route(x, time, kwargs)
         numbers = torch.arange(len(self.experts), device=index.device)
-        counts = (index[:, None] == numbers).sum(0).tolist()  # waits for the device once
-        present = [k for k, count in enumerate(counts) if count]
-        if len(present) == 1:
-            return self.experts[present[0]](x, time, **kwargs)
+        counts, running = self._counted((index[:, None] == numbers).sum(0))
+        if len(running) == 1:
+            return self.experts[running[0]](x, time, **kwargs)
         chosen = index.argsort(stable=True)
         shares, order = chosen.split(counts), chosen.argsort()
-        parts = []
-        for k in present:
-            rows = shares[k]
+        parts: list[Any] = []
+        unused: list[Any] = []
+        for k in running:
+            rows = shares[k] if counts[k] else index.new_zeros(1)
             own = self._rows(kwargs, rows, len(x))
             with self._at_work_on(rows, len(x)):
                 part = self.experts[k](_taken(x, rows), time[rows], **own)
-            parts.append(part[0] if isinstance(part, tuple) else getattr(part, "sample", part))
+            part = part[0] if isinstance(part, tuple) else getattr(part, "sample", part)
+            (parts if counts[k] else unused).append(part)
+        nothing = _zero(unused)
         if isinstance(parts[0], list):
-            return _taken([sample for part in parts for sample in part], order)
-        return torch.cat(parts)[order]
+            samples = _taken([sample for part in parts for sample in part], order)
+            return [sample + nothing for sample in samples] if unused else samples
+        result = torch.cat(parts)[order]
+        return result + nothing if unused else result
+
+    def _counted(self, counts: Tensor) -> tuple[list[int], list[int]]:
+        """Samples of each expert, and the numbers of the experts that run; waits for the device once."""
+        if not self.sharded:
+            own: list[int] = counts.tolist()
+            return own, [k for k, count in enumerate(own) if count]
+        own, largest = torch.stack([counts, max_over_processes(counts.clone())]).tolist()
+        return own, [k for k, count in enumerate(largest) if count]
 
     def _rows(self, kwargs: dict[str, Any], rows: Tensor, total: int) -> dict[str, Any]:
         """Conditions of some of the samples; nested ones too."""
@@ -119,6 +142,13 @@ class ExpertNetwork(nn.Module):
 def _taken(samples: Any, rows: Tensor) -> Any:
     """Some of the samples, which are a tensor or a list."""
     return [samples[row] for row in rows.tolist()] if isinstance(samples, list) else samples[rows]
+
+
+def _zero(results: list[Any]) -> Tensor | float:
+    """0 with the graph of results; unlike 0 times a result, also where one is infinite."""
+    samples = [sample for part in results for sample in (part if isinstance(part, list) else [part])]
+    zeros = [torch.where(torch.zeros_like(sample, dtype=torch.bool), sample, 0.0).sum() for sample in samples]
+    return torch.stack(zeros).sum() if zeros else 0.0
 
 
 class TimeExperts(ExpertNetwork):
@@ -234,6 +264,8 @@ class Experts(Role):
 
     Notes:
         A call whose samples belong to several experts, or whose times are on the device, waits for the device once.
+        Sharded over several processes (``role_fsdp2``), an expert with samples in one of them runs in all, which each
+        call asks the others about: a maximum of a few numbers, and one further row.
         Blocks are tapped, and adapters attached, in single networks only.
         The null class belongs to the first expert and a null prompt to the nearest, which then is the unconditional
         branch of all.

@@ -320,13 +320,13 @@ def enable_activation_checkpointing(denoiser: Denoiser) -> None:
     Raises:
         ValueError: the model class has no activation checkpointing.
     """
-    network = denoiser.network
-    if not getattr(network, "_supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"{type(network).__name__} has no activation checkpointing; switch it off, or call "
-            "AdapterCheckpoint around its blocks."
-        )
-    checkpoint_with(network, adapter_bank(network))
+    for network in getattr(denoiser.network, "singles", {"": denoiser.network}).values():  # of experts, each
+        if not getattr(network, "_supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"{type(network).__name__} has no activation checkpointing; switch it off, or call "
+                "AdapterCheckpoint around its blocks."
+            )
+        checkpoint_with(network, adapter_bank(network))
 
 
 def checkpoint_with(network: nn.Module, bank: AdapterBank | None) -> None:

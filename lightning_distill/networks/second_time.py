@@ -5,7 +5,7 @@ A branch is installed on a finished network by hooks on its time embedding E; th
     kind               the embedding becomes                      equal to the original
     zero_init          E(t) + B(r)  or  E(t) + B(t - r)           at initialisation, for every r   (last layer zero)
     scaled_difference  E(t) + (t - r) B(r)                        at r = t, always                 (TwinFlow)
-    gated_copy         E(t) + g (E'(r) - E(t)), E' a copy of E    at r = t and initialisation      (AnyFlow)
+    gated_copy         E(t) + g (E'(r) - E(t)), E' a copy of E    at r = t, until E' is trained    (AnyFlow)
     guidance           E(t) + B(w)                                at initialisation, for every w   (last layer zero)
 
 "Equal" means bit for bit. B is a two-layer network of sinusoids; its times are sigma / (alpha + sigma) in [0, 1], so

@@ -111,11 +111,16 @@ class GradientReducer:
     def finish(self) -> None:
         """Wait until every gradient is the average over the processes.
 
-        Queued on the device, as with any collective: the host does not wait for an accelerator.
+        Queued on the device, as with any collective: the host waits for an accelerator only as long as some parameter
+        has never had a gradient, which the processes then ask each other about.
         """
         self._active = False
-        self._agree()
+        known = len(self._buckets)
+        # those that another process has sent within its backward pass go before the question
         for bucket in self._buckets[self._next :]:
+            self._launch(bucket)
+        self._agree()
+        for bucket in self._buckets[known:]:
             self._launch(bucket)
         for bucket in self._buckets:
             assert bucket.work is not None

@@ -325,6 +325,7 @@ class RoleFSDP2(ModelParallelStrategy):
         reshard(module)
         for name, own in module.state_dict().items():
             own.copy_(_placed(checkpoint["state_dict"][name], own))
+        module.after_weights_loaded()
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
             parameters = _parameters(optimizer)
             for number, values in state["state"].items():

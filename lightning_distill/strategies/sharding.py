@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import ExpertNetwork
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.tapping import TAPPED, AllTapsSeen
 
@@ -63,8 +65,9 @@ def networks_of(part: nn.Module) -> Iterator[nn.Module]:
 def block_names(denoiser: Denoiser) -> list[str]:
     """Blocks of a denoiser's network that can be groups of their own."""
     outside: set[str] = set()
-    for cls in type(denoiser.network).__mro__:
-        outside |= set(_READ_FROM_OUTSIDE.get(cls.__name__, ()))
+    for prefix, network in getattr(denoiser.network, "singles", {"": denoiser.network}).items():
+        for cls in type(network).__mro__:
+            outside |= {f"{prefix}{name}" for name in _READ_FROM_OUTSIDE.get(cls.__name__, ())}
     return [name for name in denoiser.block_names() if name not in outside]
 
 
@@ -76,9 +79,15 @@ def shard_network(network: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, *
         blocks: names of its submodules that are gathered and freed one at a time.
         mesh: one dimension to shard over, or (replicas, shards).
         **options: of ``fully_shard``.
+
+    Raises:
+        ValueError: experts with batch normalisation.
     """
     if isinstance(network, FSDPModule):
         return
+    for part in network.modules():
+        if isinstance(part, ExpertNetwork):
+            _run_together(part)
     for name in blocks:
         block = network.get_submodule(name)
         # a network that uses another one's blocks leaves them to their owner
@@ -90,6 +99,17 @@ def shard_network(network: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, *
     _show_taps(network, network, "")
     fully_shard(network, mesh=mesh, reshard_after_forward=True, **options)
     network.register_forward_hook(_hide_taps)
+
+
+def _run_together(experts: ExpertNetwork) -> None:
+    """All processes gather what one of them needs."""
+    if any(isinstance(layer, _BatchNorm) for layer in experts.modules()):
+        raise ValueError(
+            f"role_fsdp2 runs an expert in every process that shares its weights, also on a sample that is another "
+            f"one's, which the statistics of batch normalisation in {type(experts.called).__name__} would count; use "
+            "strategy=role_ddp, or networks with group or layer normalisation."
+        )
+    experts.sharded = True
 
 
 _WITH_TAPS = object()

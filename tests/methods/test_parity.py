@@ -442,7 +442,7 @@ def test_every_fixture_is_replayed():
 
 def test_the_table_of_methods_says_what_was_compared(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from make_tables import evidence
+    from methods_table import evidence
 
     assert evidence("DMD2", "").startswith("[parity](https://github.com/tianweiy/DMD2/tree/8d8fa55633")
     assert evidence("GNDM", "Notes: Reconstructed from") == "reconstructed"

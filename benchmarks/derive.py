@@ -113,6 +113,8 @@ def derive(config: dict[str, Any], problem: Problem, updates: int, start: str | 
     for key, value in model.items():
         if key.endswith("_updates") or key in _MOMENTS:
             model[key] = [max(1, round(share * n)) for n in value] if isinstance(value, list) else round(share * value)
+            if key == "degradation_updates":  # of DisBack, in which its snapshots have to fit
+                model[key] = max(model[key], model["waypoints"] + 1)
         elif key.endswith("_scheduler"):
             _scaled(value["init_args"], share, updates)
     if problem.tail is not None:

@@ -74,6 +74,13 @@ def test_moments_follow_the_number_of_updates():
     assert plane["trainer"]["max_steps"] == length  # the argument stays as it was
 
 
+def test_snapshots_fit_into_the_shortest_run():
+    problem = PROBLEMS["fashion"]
+    model = derive(load("method/disback_ring4.yaml"), problem, problem.probe)["model"]["init_args"]
+    assert model["degradation_updates"] > model["waypoints"] == 3
+    assert model["backtracking_updates"] > 0
+
+
 def test_words_and_patterns(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert compare.matching("method/kd.yaml:num_steps=2") == ["method/kd.yaml:num_steps=2"]

@@ -106,7 +106,12 @@ class EmptyTensors(FakeTensorMode):
 
 
 class EmptyStreams(RandomStreams):
-    """Noise without memory. Rollouts stop at the first step: the last step needs most, whichever it is."""
+    """Noise without memory. Rollouts stop at the first step: the last step needs most, whichever it is.
+
+    Args:
+        streams: whose place these take.
+        fakes: mode of the tensors.
+    """
 
     def __init__(self, streams: RandomStreams, fakes: EmptyTensors) -> None:
         super().__init__(streams.seed)

@@ -148,7 +148,11 @@ class MonitorWatch(Callback):
 
 
 class RunStopped(SystemExit):
-    """The end of a run that was asked to stop; the exit status is 128 + the signal's number."""
+    """The end of a run that was asked to stop; the exit status is 128 + the signal's number.
+
+    Args:
+        number: of the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)

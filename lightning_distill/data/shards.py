@@ -140,7 +140,13 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 class Layout:
-    """What writers and readers share: which records a shard has, and whether its files are whole."""
+    """What writers and readers share: which records a shard has, and whether its files are whole.
+
+    Args:
+        folder: of the store.
+        num_records: of the complete store.
+        shard_size: records of every shard but the last, which may have fewer.
+    """
 
     def __init__(self, folder: Path, num_records: int, shard_size: int) -> None:
         self.folder = folder

@@ -49,7 +49,14 @@ class _SharedControlledUNet(_OnShared, ControlledUNet):
 
 
 class WithAdapter(_OnShared):
-    """Output of a network + g times that of an adapter; g = 0 at initialisation."""
+    """Output of a network + g times that of an adapter; g = 0 at initialisation.
+
+    Args:
+        network: stays where it is, and is not a part of this module.
+        adapter: of (x, t) and the condition, trained with g.
+        condition: argument that goes to the adapter alone.
+        output: the tensor of what either of them returns.
+    """
 
     def __init__(self, network: nn.Module, adapter: nn.Module, condition: str, output: Callable[[Any], Any]) -> None:
         super().__init__()

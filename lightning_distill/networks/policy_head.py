@@ -31,12 +31,15 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class PolicyHead(nn.Module):
     """The widened last layer of one network; made by ``add_policy_head``.
 
-    Attributes:
+    Args:
         kind: policy that the outputs describe.
         components: K of it.
+        layer: what makes the extra outputs of the last layer's input.
+        last: name of the network's last layer.
+
+    Attributes:
         substeps: Euler steps of a whole segment when sampling.
         temperature: of a mixture's posterior in all sampling steps but the last, see ``Policy.sharpened``.
-        last: name of the network's last layer.
     """
 
     def __init__(self, kind: PolicyKind, components: int, layer: nn.Module, last: str) -> None:

@@ -73,6 +73,10 @@ class _Call(NamedTuple):
 class SecondTime(nn.Module):
     """The branches of one network and the hooks that connect them; made by ``add_second_time`` and ``add_guidance``.
 
+    Args:
+        embedding: the network's own embedding of its time.
+        width: features of that embedding.
+
     Attributes:
         kind: how the target time enters, None where it does not.
         settings: arguments of ``add_second_time`` and ``add_guidance`` that make the same branches again, by function.

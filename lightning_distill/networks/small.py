@@ -33,7 +33,11 @@ class _TimeFeatures(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """h + outer(silu(inner(h + embedding))); no normalisation, which loses the position of a 2-D point."""
+    """h + outer(silu(inner(h + embedding))); no normalisation, which loses the position of a 2-D point.
+
+    Args:
+        width: features of h and of the embedding.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

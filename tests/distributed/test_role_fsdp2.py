@@ -404,6 +404,12 @@ def test_refused_before_training(mesh, tmp_path):
         train(case, tmp_path, DDPStrategy())
 
 
+@pytest.mark.parametrize("name", ["times_alone", "times_and_coefficients"])
+def test_single_numbers_are_not_sharded(mesh, name, tmp_path):
+    with pytest.raises(ValueError, match=r"one number per step.*strategy=role_ddp"):
+        run(name, tmp_path)
+
+
 def test_other_modules_are_refused(mesh):
     from lightning.pytorch.demos.boring_classes import BoringModel
 

@@ -2,13 +2,15 @@
 
     python benchmarks/toy.py                                  # every two-dimensional configuration, three seeds
     python benchmarks/toy.py ring4 --configs tdm cdm --seeds 0
+    python benchmarks/toy.py ring4 --configs dmd2 uni_instruct --critic oracle --seeds 0 1 2 3 4
     python benchmarks/toy.py checkerboard --picture checkerboard.png
 
 Configurations are found by the end of their names (``tdm_ring4.yaml``); rows of those that are not run are kept. The
 checkerboard has two teachers, the same network of configs/teacher/checkerboard.yaml: ``short`` is the documented
 problem (six CPU seconds of training), ``long`` is the configuration as it is shipped. The teacher of ring4 is exact.
-CPU seconds are those of one thread, from the command line to the last update. Distances are between 5,000 samples and
-5,000 fresh points, averaged over four draws of both (one draw moves them by a tenth); ``sw2_floor`` is the distance
+``--critic oracle`` exchanges the fake score for the posterior mean over the student's last samples, which does not lag.
+CPU seconds are those of one thread, from the command line to the last update. Distances are between 5,000 samples
+(20,000 of ring4) and as many fresh points, averaged over four draws of both (one draw of 5,000 moves them by a tenth); ``sw2_floor`` is the distance
 between two sets of fresh points, and ``ratio`` is the student's distance over that of the teacher with 100 Euler steps
 from the same noise. ``chi2`` compares histograms of 16 x 16 cells on [-2.5, 2.5]^2 (0 equal, 1 disjoint) and sees the
 folds of a student that ``sw2`` hardly sees. On the ring ``rmse`` is the root mean squared distance to the exact ends of
@@ -42,7 +44,8 @@ from lightning_distill.plots import save_comparison
 from lightning_distill.times import few_step_times
 
 SAMPLES, DRAWS, REFERENCE_SEED, NOISE_SEED, CELLS, SIDE = 5000, 4, 11, 12, 16, 2.5
-PROBLEMS = ("checkerboard", "ring4", "ring")
+#: problems, and the samples of a draw
+PROBLEMS = {"checkerboard": SAMPLES, "ring4": 20_000, "ring": SAMPLES}
 SCHEDULE = "--model.init_args.student_scheduler.init_args"
 #: settings that turn the shipped teacher into the one of the documented problem
 TEACHERS = {
@@ -54,6 +57,8 @@ TEACHERS = {
     ],
     "long": [],
 }
+#: settings that exchange the fake score
+CRITICS = {"learned": [], "oracle": ["--model.init_args.fake_score=OracleScore"]}
 
 
 def train(config: str, folder: str, seed: int, *words: str) -> tuple[Any, float]:
@@ -85,9 +90,10 @@ def chi2(x: Tensor, problem: str) -> float:
 
 
 def draws(problem: str) -> list[tuple[Tensor, Tensor]]:
-    """Starting noise and data of every draw, each (SAMPLES, 2)."""
-    noises = [index_noise(SAMPLES, (2,), NOISE_SEED + i) for i in range(DRAWS)]
-    return [(noise, points(problem, REFERENCE_SEED + 20 + i)) for i, noise in enumerate(noises)]
+    """Starting noise and data of every draw, each (N, 2)."""
+    n = PROBLEMS[problem]
+    noises = [index_noise(n, (2,), NOISE_SEED + i) for i in range(DRAWS)]
+    return [(noise, points(problem, REFERENCE_SEED + 20 + i, n)) for i, noise in enumerate(noises)]
 
 
 def mean_distance(make: Callable[[Tensor], Tensor], problem: str) -> tuple[float, Tensor]:
@@ -127,10 +133,12 @@ def distances_to_ends(module: Any) -> dict[str, float]:
 def student_row(module: Any, problem: str, teacher: dict[str, float]) -> tuple[dict[str, Any], Tensor]:
     """Figures of a student."""
     sw2, x = mean_distance(lambda noise: module.sample(len(noise), noise=noise), problem)
-    data = points(problem, REFERENCE_SEED)
-    floors = [sliced_wasserstein(points(problem, 100 + 2 * i), points(problem, 101 + 2 * i)) for i in range(DRAWS)]
-    manifold = precision_recall(x, data)
+    data, n = points(problem, REFERENCE_SEED), PROBLEMS[problem]
+    pairs = [(points(problem, 100 + 2 * i, n), points(problem, 101 + 2 * i, n)) for i in range(DRAWS)]
+    floors = [sliced_wasserstein(*pair) for pair in pairs]
+    manifold = precision_recall(x[:SAMPLES], data)
     row = {
+        "samples": n,
         "sw2": sw2,
         "sw2_floor": sum(floors) / len(floors),
         "ratio": sw2 / teacher["sw2_teacher_100"],
@@ -157,7 +165,7 @@ def configurations(problem: str, names: list[str] | None) -> list[str]:
 
 
 def compare(
-    problem: str, config: str, seeds: list[int], folder: str, panels: dict[str, Tensor]
+    problem: str, config: str, seeds: list[int], folder: str, panels: dict[str, Tensor], critic: str
 ) -> list[dict[str, Any]]:
     """Rows of one configuration."""
     rows = []
@@ -170,7 +178,7 @@ def compare(
             words = [f"--model.init_args.teacher.init_args.path={folder}/{name}/{cli.trainer.logger.name}"]
         known: dict[str, float] = {}
         for seed in seeds:
-            cli, seconds = train(config, folder, seed, "--trainer.enable_checkpointing=false", *words)
+            cli, seconds = train(config, folder, seed, "--trainer.enable_checkpointing=false", *CRITICS[critic], *words)
             module = cli.model.eval()
             if not known:
                 known, drawn = teacher_figures(module.teacher, problem)
@@ -178,6 +186,7 @@ def compare(
             figures, drawn = student_row(module, problem, known)
             panels[f"{Path(config).stem}, {name} teacher, seed {seed}"] = drawn
             row = {"method": type(module).__name__, "config": config, "nfe": len(module.student_times), "seed": seed}
+            row |= {"critic": critic} if critic != "learned" else {}
             row |= {"student_updates": cli.trainer.global_step, "cpu_seconds": seconds, **facts, **figures}
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             rows.append(row)
@@ -190,6 +199,7 @@ def main() -> None:
     parser.add_argument("problems", nargs="*", metavar="problem", help=", ".join(PROBLEMS))
     parser.add_argument("--configs", nargs="+", metavar="NAME", help="beginnings of the configurations' names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--critic", choices=list(CRITICS), default="learned")
     parser.add_argument("--picture", help="PNG of the points")
     args = parser.parse_args()
     problems = args.problems or list(PROBLEMS)
@@ -207,9 +217,10 @@ def main() -> None:
         rows = json.loads(latest.read_text())["rows"] if latest.is_file() else []
         for config in configurations(problem, args.configs):
             with tempfile.TemporaryDirectory() as folder:
-                new = compare(problem, config, args.seeds, folder, panels)
-            rows = sorted([row for row in rows if row["config"] != config] + new, key=lambda row: row["config"])
-            write_result(f"compare_{problem}", {"rows": rows}, seeds=args.seeds, samples=SAMPLES)
+                new = compare(problem, config, args.seeds, folder, panels, args.critic)
+            others = [row for row in rows if (row["config"], row.get("critic", "learned")) != (config, args.critic)]
+            rows = sorted(others + new, key=lambda row: (row["config"], row.get("critic", "learned")))
+            write_result(f"compare_{problem}", {"rows": rows}, seeds=args.seeds, samples=PROBLEMS[problem])
         if picture:
             save_comparison(panels, picture.with_stem(f"{picture.stem}_{problem}") if len(problems) > 1 else picture)
 

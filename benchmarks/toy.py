@@ -10,11 +10,12 @@ checkerboard has two teachers, the same network of configs/teacher/checkerboard.
 problem (six CPU seconds of training), ``long`` is the configuration as it is shipped. The teacher of ring4 is exact.
 ``--critic oracle`` exchanges the fake score for the posterior mean over the student's last samples, which does not lag.
 CPU seconds are those of one thread, from the command line to the last update. Distances are between 5,000 samples
-(20,000 of ring4) and as many fresh points, averaged over four draws of both (one draw of 5,000 moves them by a tenth); ``sw2_floor`` is the distance
-between two sets of fresh points, and ``ratio`` is the student's distance over that of the teacher with 100 Euler steps
-from the same noise. ``chi2`` compares histograms of 16 x 16 cells on [-2.5, 2.5]^2 (0 equal, 1 disjoint) and sees the
-folds of a student that ``sw2`` hardly sees. On the ring ``rmse`` is the root mean squared distance to the exact ends of
-the teacher's trajectories from the same noise, with the student's own steps; flow maps have ``rmse_2`` and ``rmse_4``.
+(20,000 of ring4) and as many fresh points, averaged over four draws of both (one draw of 5,000 moves them by a tenth);
+``sw2_floor`` is the distance between two sets of fresh points, and ``ratio`` is the student's distance over that of the
+teacher with 100 Euler steps from the same noise. ``chi2`` compares histograms of 16 x 16 cells on [-2.5, 2.5]^2 (0
+equal, 1 disjoint) and sees the folds of a student that ``sw2`` hardly sees. On the ring ``rmse`` is the root mean
+squared distance to the exact ends of the teacher's trajectories from the same noise, with the student's own steps; flow
+maps have ``rmse_2`` and ``rmse_4``.
 """
 
 import argparse

@@ -26,6 +26,7 @@ __all__ = [
     "drop_frozen",
     "fingerprint",
     "parameter_names",
+    "reopen_epoch",
     "restore_generators",
     "strict_load",
     "verify_fingerprint",
@@ -169,6 +170,24 @@ def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) ->
             module, entry["settings"], same_version=entry["version"] == __version__
         )
     restore_generators(entry["rng"], module.trainer.global_rank, module.trainer.world_size)
+
+
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a fit that ended within an epoch go on within it.
+
+    When ``max_steps`` ends a fit, Lightning counts the epoch as processed, though batches of it are left, and what is
+    saved after that would go on with the next epoch.
+
+    Args:
+        checkpoint: of Lightning; changed in place.
+    """
+    fit = checkpoint.get("loops", {}).get("fit_loop", {})
+    epoch, batches = fit.get("epoch_progress"), fit.get("epoch_loop.batch_progress")
+    if epoch is None or batches is None or batches["is_last_batch"]:
+        return
+    if epoch["current"]["processed"] > epoch["current"]["completed"]:
+        for count in (epoch["current"], epoch["total"]):
+            count["processed"] -= 1
 
 
 def _generator_states(module: DistillationModule) -> dict[str, Tensor]:

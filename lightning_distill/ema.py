@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill.optim import local_part
 
-__all__ = ["ConstantEMA", "EMAProfile", "HalfLifeEMA", "PowerEMA", "check_horizon", "update_average"]
+__all__ = ["ConstantEMA", "EMAProfile", "HalfLifeEMA", "PowerEMA", "check_horizon", "paired_buffers", "update_average"]
 
 #: bytes of the average that are updated at once
 _PORTION = 128 * 2**20
@@ -137,6 +137,25 @@ def update_average(
         raise ValueError(f"an average of {len(old)} tensors cannot follow a network of {len(new)}.")
     for part in _portions(old):
         _update([old[i] for i in part], [new[i].to(old[i]) for i in part], beta, skipped)
+
+
+def paired_buffers(average: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Buffers that an average takes over from the student as they are, such as the statistics of batch norm.
+
+    Args:
+        average: a copy of the student.
+        student: the trained network.
+
+    Returns:
+        persistent buffers of the average, and the student's of the same names; those that both share are left out.
+    """
+    theirs, kept = dict(student.named_buffers()), average.state_dict().keys()
+    pairs = [
+        (own, theirs[name])
+        for name, own in average.named_buffers()
+        if name in kept and name in theirs and theirs[name] is not own and theirs[name].shape == own.shape
+    ]
+    return [own for own, _ in pairs], [other for _, other in pairs]
 
 
 def _update(old: list[Tensor], new: list[Tensor], beta: float, skipped: Tensor | None) -> None:

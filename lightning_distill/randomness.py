@@ -120,13 +120,34 @@ class Draws:
         self.update, self.first = update, first
         self.phase, self.slice_index = phase, slice_index
         self.device = device
+        self._claimed: set[str] = set()
+
+    def claim(self, name: str) -> None:
+        """Take a name, of which there is one draw in a loss.
+
+        Raises:
+            ValueError: it is taken.
+        """
+        if name in self._claimed:
+            raise ValueError(
+                f"a loss draws {name!r} twice, and would get the same numbers again; give the second draw a name of "
+                "its own (name=...), or use what the first returned."
+            )
+        self._claimed.add(name)
+
+    def named(self, name: str) -> Draws:
+        """Independent draws of the same samples; these themselves for an empty name."""
+        if not name:
+            return self
+        streams = RandomStreams(derive_seed(self.streams.seed, name))
+        return Draws(streams, self.update, self.first, self.phase, self.slice_index, self.device)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Unit Gaussian noise of this phase, (B, ...)."""
+        """Unit Gaussian noise of this phase, (B, ...); the same numbers for the same name."""
         return self.streams.normal(f"{self.phase}/{name}", self.update, self.first, shape, self.device)
 
     def uniform(self, name: str, n: int) -> Tensor:
-        """Uniform float64 numbers in (0, 1) of this phase, (n,)."""
+        """Uniform float64 numbers in (0, 1) of this phase, (n,); the same for the same name."""
         return self.streams.uniform(f"{self.phase}/{name}", self.update, self.first, (n,), self.device)
 
     def of_slice(self) -> Draws:

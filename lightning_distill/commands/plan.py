@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_distill.commands.errors import CommandError, CommandParser
+from lightning_distill.commands.instantiation import maker
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.methods.guards import check_precision
 from lightning_distill.plan_parts import GIB, RESERVE, Plan
@@ -131,17 +132,13 @@ def plan_config(
         checkpointing: activation checkpointing, None for what the configuration says.
         count: as for ``planning.plan``.
     """
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--model", type=DistillationModule)
-
+    make = maker(DistillationModule, "model")
     model = copy.deepcopy(config["model"])
     if (settings := model.get("init_args") or {}).get("regression_steps"):
         settings |= {"regression_steps": 0, "regression_pairs": None}  # its pairs are not there yet
 
     def build() -> DistillationModule:
-        return parser.instantiate_classes(parser.parse_object({"model": copy.deepcopy(model)})).model
+        return make(copy.deepcopy(model))
 
     trainer = config.get("trainer") or {}
     precision = str(trainer.get("precision") or "32-true")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from lightning_distill import checkpoints
 from lightning_distill.checkpoint_files import last_good
+from lightning_distill.commands.instantiation import instantiate
 from lightning_distill.methods.base import DistillationModule
 
 __all__ = ["find_checkpoint", "find_run", "load_run", "read_config", "read_data", "weights_name"]
@@ -75,9 +75,7 @@ def read_data(config: dict[str, Any]) -> LightningDataModule | None:
     """
     if not config.get("data"):
         return None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=LightningDataModule)
-    data: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    data = instantiate(LightningDataModule, "data", config["data"])
     data.prepare_data()
     data.setup("fit")
     return data
@@ -94,8 +92,6 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationMod
         FileNotFoundError: no run folder or no checkpoint.
         ValueError: a file that cannot be read, or that belongs to another configuration.
     """
-    from jsonargparse import ArgumentParser
-
     from lightning_distill.cli import import_everything
 
     run = find_run(path)
@@ -103,9 +99,7 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationMod
     config = read_config(run)
     content = checkpoints.read_checkpoint(file)
     import_everything()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--model", type=DistillationModule)
-    module: DistillationModule = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
+    module = instantiate(DistillationModule, "model", config["model"])
     module.compile_blocks = False  # samples are made sooner than anything is compiled, maybe without a compiler
     module.configure_model()
     checkpoints.check_header(module, content.get("lightning_distill"))

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_distill.bfloat16 import bfloat16_advice
 from lightning_distill.commands.errors import CommandParser, is_user_error, one_line
+from lightning_distill.commands.instantiation import instantiate
 from lightning_distill.commands.run_folder import find_run
 from lightning_distill.data.checksums import damages, verify_stores
 from lightning_distill.data.shards import read_header
@@ -205,16 +206,11 @@ def teacher_spec(text: str) -> DenoiserSpec:
         ValueError: the YAML is no spec.
     """
     if "class_path" in text or text.endswith((".yaml", ".yml", ".json")):
-        from jsonargparse import ArgumentParser
-
         from lightning_distill.cli import import_everything
 
         import_everything()
         content = yaml.safe_load(Path(text).expanduser().read_text() if Path(text).expanduser().is_file() else text)
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--teacher", type=DenoiserSpec)
-        spec: DenoiserSpec = parser.instantiate_classes(parser.parse_object({"teacher": content})).teacher
-        return spec
+        return instantiate(DenoiserSpec, "teacher", content)
     if text in list_zoo():
         return ZooDenoiser(text)
     try:

@@ -75,9 +75,8 @@ class ResumableLoader:
     An epoch has ``max(1, len(source) // global_batch)`` batches. All ranks drop the same tail. A source
     smaller than one global batch is repeated, each time in another order, to fill it.
 
-    With ``slices`` > 1 a batch is made of that many consecutive global batches, of which each rank holds its
-    part: slice s of rank r begins at s * world_size * batch_size + r * batch_size, so that every slice, taken
-        over all ranks,
+    With ``slices`` > 1 a batch is made of that many consecutive global batches, of which each rank holds its part:
+    slice s of rank r begins at s * world_size * batch_size + r * batch_size, so that every slice, taken over all ranks,
     is what one process would have seen.
 
     Args:
@@ -91,6 +90,7 @@ class ResumableLoader:
         pin_memory: put batches into page-locked memory, for faster copies to an accelerator; without one they stay
             where they are.
         shuffle: draw a new order every epoch; otherwise keep the stored one.
+        same_epoch: every epoch is like the first one, as ``overfit_batches`` wants it.
 
     Raises:
         ValueError: the source is empty, or a number is out of range.
@@ -108,6 +108,7 @@ class ResumableLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         shuffle: bool = True,
+        same_epoch: bool = False,
     ) -> None:
         if batch_size < 1 or slices < 1:
             raise ValueError(f"batch_size={batch_size} and slices={slices} must both be 1 or more.")
@@ -124,6 +125,7 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.shuffle = shuffle
+        self.same_epoch = same_epoch
         self.epoch = 0
         self.batch = 0
         self._restored = False
@@ -165,15 +167,16 @@ class ResumableLoader:
 
     def _batches(self) -> Iterator[Batch]:
         # a generator: nothing is read before the first batch is asked for, after which the epoch is settled
-        indices = self.indices(self.epoch)[self.batch :]
-        for batch in self._gather(indices) if isinstance(self.source, Source) else self._collate(indices):
+        epoch = 0 if self.same_epoch else self.epoch
+        indices = self.indices(epoch)[self.batch :]
+        for batch in self._gather(indices, epoch) if isinstance(self.source, Source) else self._collate(indices):
             self.batch += 1
             yield batch
 
-    def _gather(self, indices: Tensor) -> Iterator[Batch]:
+    def _gather(self, indices: Tensor, epoch: int) -> Iterator[Batch]:
         assert isinstance(self.source, Source)
         for rows in indices:
-            batch = self.source.gather(rows, self.epoch)
+            batch = self.source.gather(rows, epoch)
             yield pinned(batch) if self.pin_memory else batch
 
     def _collate(self, indices: Tensor) -> Iterator[Batch]:

@@ -25,6 +25,7 @@ from lightning_distill.methods.guards import (
 from lightning_distill.methods.probing import Probing
 from lightning_distill.methods.rollout import Rollout, backward_simulation
 from lightning_distill.methods.sampling import StudentSampling
+from lightning_distill.methods.subclassing import check_hooks, check_phases, check_trained
 from lightning_distill.methods.terms import Terms
 from lightning_distill.networks.compiling import compile_roles
 from lightning_distill.networks.denoiser import Denoiser
@@ -78,6 +79,10 @@ class DistillationModule(StudentSampling, Probing):
     #: what was given as teacher
     teacher_source: DenoiserSpec | Denoiser | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_hooks(cls)
+
     def __init__(
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
@@ -101,6 +106,7 @@ class DistillationModule(StudentSampling, Probing):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        check_phases(self)
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a student needs at least one step.")
         if student_times is not None and num_steps not in (1, len(student_times), _usual_steps(type(self))):
@@ -145,10 +151,11 @@ class DistillationModule(StudentSampling, Probing):
         self.draws = Draws(self.streams, 0, 0, "outside")
         self.clock = PhaseClock()
         self._built = False
-        self._rollouts: dict[tuple[int, int], Rollout] = {}
+        self._rollouts: dict[tuple[str, int, int], Rollout] = {}
         self.running_phase = None
         self._teacher_fingerprint: str | None = None
         self._trained: dict[str, list[nn.Parameter]] = {}
+        self._followers = None
 
     # ------------------------------------------------------------------------------------------------ networks
     def configure_model(self) -> None:
@@ -176,6 +183,7 @@ class DistillationModule(StudentSampling, Probing):
 
     def check_configuration(self) -> None:
         """Raise for settings that contradict each other; called when the networks exist, before any step."""
+        check_trained(self)
         validate_times(self.student_times, self.process)
         check_target_time(self)
         check_null_class(self.student)
@@ -216,13 +224,28 @@ class DistillationModule(StudentSampling, Probing):
 
     # ------------------------------------------------------------------------------------------------ parts of losses
     def times(self, name: str, distribution: TimeDistribution, n: int) -> Tensor:
-        """Native times of this phase drawn from a distribution, (n,), float64."""
+        """Native times of this phase drawn from a distribution, (n,), float64.
+
+        Args:
+            name: of the draw within the loss; every draw of a loss has its own.
+            distribution: where the times come from.
+            n: how many.
+
+        Raises:
+            ValueError: the loss has drawn times of this name already, and would get the same ones again.
+        """
+        self.draws.claim(name)
         return distribution.quantile(self.draws.uniform(name, n), self.process)
 
     def renoise(
         self, x0: Tensor, distribution: TimeDistribution, name: str = "renoise"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Noise a clean sample to a random time.
+
+        Args:
+            x0: clean samples, (B, ...).
+            distribution: of the times.
+            name: of the draw within the loss; a second one in the same loss needs another, or it would be the same.
 
         Returns:
             x_t (B, ...), t (B,) and eps (B, ...).
@@ -231,7 +254,7 @@ class DistillationModule(StudentSampling, Probing):
         eps = self.draws.normal(f"{name}/noise", x0.shape)
         return self.process.add_noise(x0, eps, t), t, eps
 
-    def rollout(self, batch: Batch, grad: bool = True) -> Rollout:
+    def rollout(self, batch: Batch, grad: bool = True, name: str = "") -> Rollout:
         """Student samples by backward simulation (DMD2, arXiv:2405.14867, Section 4.5).
 
         A random step k of the student's time list is chosen, the same for the batch and on all ranks; the steps before
@@ -241,13 +264,24 @@ class DistillationModule(StudentSampling, Probing):
         Args:
             batch: conditions and size.
             grad: whether the last step keeps its graph.
+            name: of the samples. Those of one name begin at the same noise in all phases, and what ``grad=False``
+                returns is what was made first, whatever the conditions: samples for other conditions, or independent
+                ones in the same loss, need a name of their own.
         """
-        key = (self.draws.slice_index, self.draws.first)
+        key = self.rollout_key(name)
         if not grad and key in self._rollouts:
             return self._rollouts[key]
-        made = self.simulate_student(batch, grad)
+        draws, self.draws = self.draws, self.draws.named(name)
+        try:
+            made = self.simulate_student(batch, grad)
+        finally:
+            self.draws = draws
         self._rollouts[key] = made.detached()
         return made
+
+    def rollout_key(self, name: str = "") -> tuple[str, int, int]:
+        """Under which the samples of a rollout are kept within a cycle."""
+        return name, self.draws.slice_index, self.draws.first
 
     def simulate_student(self, batch: Batch, grad: bool) -> Rollout:
         """A new rollout, see ``rollout``; methods with other rollouts override it."""
@@ -282,6 +316,7 @@ class DistillationModule(StudentSampling, Probing):
         """Refuse a checkpoint of another method or teacher; restore the global generators."""
         self.configure_model()
         checkpoints.check_header(self, checkpoint.get("lightning_distill"))
+        checkpoints.reopen_epoch(checkpoint)
 
 
 def _usual_steps(method: type) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.ema import EMAProfile, check_horizon
+from lightning_distill.ema import EMAProfile
 from lightning_distill.losses.consistency import PairWeight, consistency_loss, pair_weight, solver_step
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.trajectory import TrajectoryMethod
@@ -121,9 +121,10 @@ class PairMethod(TrajectoryMethod):
         if average is not None and average.name not in {profile.name for profile in self.ema_profiles}:
             self.ema_profiles.append(average)
 
-    def on_fit_start(self) -> None:
-        """Averages to sample from should forget the teacher; that of the target may be as slow as it likes."""
-        check_horizon(self._sampled, self.trainer.max_steps)
+    @property
+    def sampled_profiles(self) -> list[EMAProfile]:
+        """Without that of the target, which may be as slow as it likes."""
+        return self._sampled
 
     # ------------------------------------------------------------------------------------------------ parts
     def function(self, network: Denoiser, batch: Batch, scale: Tensor | None) -> ConsistencyFunction:

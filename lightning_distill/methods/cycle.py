@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_distill.batch import Batch, as_batch
 from lightning_distill.collectives import mean_over_processes
 from lightning_distill.data.base import check_scaling
-from lightning_distill.ema import EMAProfile, check_horizon, update_average
+from lightning_distill.ema import EMAProfile, check_horizon, paired_buffers, update_average
 from lightning_distill.methods.clock import PhaseClock
 from lightning_distill.methods.guards import (
     LossWeightWatch,
@@ -27,7 +27,8 @@ from lightning_distill.methods.guards import (
     stop_when_stuck,
 )
 from lightning_distill.methods.rollout import Rollout
-from lightning_distill.methods.terms import Terms, mean_terms
+from lightning_distill.methods.subclassing import check_hyperparameters, parameters_of
+from lightning_distill.methods.terms import Terms, checked, mean_terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.optim import default_optimizer, guard_step
 from lightning_distill.randomness import Draws, RandomStreams
@@ -68,21 +69,23 @@ class Cycle(LightningModule):
     running_phase: str | None
     _given_shape: tuple[int, ...] | None
     _weight_watch: LossWeightWatch
-    _rollouts: dict[tuple[int, int], Rollout]
+    _rollouts: dict[tuple[str, int, int], Rollout]
     _stepping: tuple[int, Tensor]
     _trained: dict[str, list[nn.Parameter]]
+    #: buffers of each average, and the student's that they follow; None before the first update
+    _followers: list[tuple[list[Tensor], list[Tensor]]] | None
 
     # ------------------------------------------------------------------------------------------------ parameters
     def role_parameters(self, name: str) -> list[nn.Parameter]:
         """Trained parameters of a role; empty where the configuration has none."""
         if name not in self._trained:
-            network = getattr(self, name, None)
-            self._trained[name] = [] if network is None else [p for p in network.parameters() if p.requires_grad]
+            self._trained[name] = parameters_of(getattr(self, name, None))
         return self._trained[name]
 
     def forget_parameters(self) -> None:
         """Look parameters up again; called when a strategy has replaced them by shards."""
         self._trained.clear()
+        self._followers = None
 
     def averages(self) -> list[list[nn.Parameter]]:
         """Parameters of each student average, in the order of ``student.parameters()``."""
@@ -122,13 +125,21 @@ class Cycle(LightningModule):
         """Refuse strategies and precisions that cannot train several phases, before anything is built."""
         if stage == "fit":
             check_trainer(self.trainer)
+            check_hyperparameters(self)
+            if (data := getattr(self.trainer, "datamodule", None)) is not None:
+                check_hyperparameters(data)
             from lightning_distill.strategies import check_strategy  # which import this module
 
             check_strategy(self.trainer.strategy, len(self.phases))
 
+    @property
+    def sampled_profiles(self) -> list[EMAProfile]:
+        """Profiles of the averages to sample from, which should forget the teacher."""
+        return self.ema_profiles
+
     def on_fit_start(self) -> None:
         """Warn about averages that will mostly hold the teacher's weights."""
-        check_horizon(self.ema_profiles, self.trainer.max_steps)
+        check_horizon(self.sampled_profiles, self.trainer.max_steps)
 
     def on_train_start(self) -> None:
         """Refuse processes that begin at different updates, and let each draw masks of dropout of its own."""
@@ -142,10 +153,11 @@ class Cycle(LightningModule):
         self._check_data(batch, self.trainer.global_step)
         slices = self._slice(batch)
         update = self.trainer.global_step
-        log = (update + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 50)) == 0
+        plan, every = self.phase_plan(), max(1, getattr(self.trainer, "log_every_n_steps", 50))
+        log = (update + sum(phase == "student" for phase, _ in plan)) // every > update // every
         repeats: dict[str, int] = {}
         self._rollouts.clear()  # an interrupted cycle leaves its own
-        for phase, index in self.phase_plan():
+        for phase, index in plan:
             repeat = repeats[phase] = repeats.get(phase, -1) + 1
             with self.clock.measure(phase, self.device):
                 terms = self._phase(phase, slices[index], update, repeat, index)
@@ -190,7 +202,7 @@ class Cycle(LightningModule):
             for micro in range(parts):
                 first = self.global_rank * batch.size + micro * size
                 self.draws = Draws(self.streams, update, first, f"{phase}{repeat}", slice_index, self.device)
-                terms = loss_function(batch.rows(micro * size, (micro + 1) * size))
+                terms = checked(loss_function(batch.rows(micro * size, (micro + 1) * size)), f"{phase}_loss")
                 loss = self.weighted_sum(phase, terms) / parts
                 with self._reduced(micro == parts - 1):
                     self.manual_backward(loss)
@@ -199,7 +211,7 @@ class Cycle(LightningModule):
             self._stepping = (index, total)
             if phase == "student":
                 optimizer.step()
-                self._average(update + 1, batch.size * self.trainer.world_size)
+                self._average(update + repeat + 1, batch.size * self.trainer.world_size)
             else:
                 inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
                 self.trainer.strategy.optimizer_step(inner, closure=lambda: None, model=self)
@@ -242,6 +254,11 @@ class Cycle(LightningModule):
         current = list(self.student.parameters())
         for profile, average in zip(self.ema_profiles, self.averages()):
             update_average(average, current, profile.beta(update, samples_per_update), self._skipped)
+        if self._followers is None:
+            self._followers = [paired_buffers(average, self.student) for average in self.student_ema.values()]
+        for own, theirs in self._followers:
+            if own:
+                torch._foreach_copy_(own, theirs)
 
     @contextmanager
     def _only(self, phase: str) -> Iterator[None]:

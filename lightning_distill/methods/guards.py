@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_distill.collectives import max_over_processes
 from lightning_distill.networks.second_time import second_time_of
+from lightning_distill.networks.signatures import call_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -189,6 +190,12 @@ def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int] | None
                 f"the batches have the class label {low if low < 0 else high}; {known or 'labels begin at 0'}. Give "
                 "data with these classes, or a network with more."
             )
+    argument = call_parameters(denoiser.network).get("class_labels")
+    if labels is not None and count is None and argument is not None and argument.default is not argument.empty:
+        rank_zero_warn(
+            f"the batches have class_labels, and nothing says how many classes {name} has: it is trained with labels "
+            "and sampled without; give the network an attribute num_classes."
+        )
     found = None if batch.x0 is None else tuple(batch.x0.shape[1:])
     if found is not None and shape is not None and found != tuple(shape):
         rank_zero_warn(

@@ -81,7 +81,7 @@ class StepAware:
         condition = getattr(learned, "step_condition", None)
         if condition is None:
             return nullcontext()
-        rollout = self._other_steps or self._rollouts[(self.draws.slice_index, self.draws.first)]
+        rollout = self._other_steps or self._rollouts[self.rollout_key()]
         t_max = self.process.t_max
         return condition.told(network, rollout.steps, rollout.prediction.t / t_max, rollout.end / t_max, share)
 

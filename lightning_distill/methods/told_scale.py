@@ -32,8 +32,8 @@ class ToldScale(_Base):
 
     guidance: Guidance
     _tells_scale: bool
-    _scales: dict[tuple[int, int], float | Tensor]
-    _scale_draws: dict[tuple[int, int], Tensor]
+    _scales: dict[tuple[str, int, int], float | Tensor]
+    _scale_draws: dict[tuple[str, int, int], Tensor]
 
     def find_told(self) -> None:
         """Find who embeds a scale, once the roles are there; they are sampled with that of ``guidance``."""
@@ -55,11 +55,11 @@ class ToldScale(_Base):
                 "scales; give fake_score=TwoTime(kind=None, guidance=True), too."
             )
 
-    def rollout(self, batch: Batch, grad: bool = True) -> Rollout:
+    def rollout(self, batch: Batch, grad: bool = True, name: str = "") -> Rollout:
         """As usual; a student that embeds a scale is told that of each sample."""
         if not self._tells_scale:
-            return super().rollout(batch, grad)
-        key = (self.draws.slice_index, self.draws.first)
+            return super().rollout(batch, grad, name)
+        key = self.rollout_key(name)
         if not self._rollouts:
             self._scales.clear()  # of an earlier cycle
             self._scale_draws.clear()
@@ -67,8 +67,8 @@ class ToldScale(_Base):
             # the draw with which scores guide the teacher
             self._scale_draws[key] = self.scale_draw(batch.size)
             self._scales[key] = self.guidance.label(self._scale_draws[key])
-        with self.told_student():
-            return super().rollout(batch, grad)
+        with telling(self.student, self._scales[key]):
+            return super().rollout(batch, grad, name)
 
     def scale_draw(self, n: int) -> Tensor:
         """One uniform number per sample, (n,), from which the phase's random scales of the teacher are made."""
@@ -78,7 +78,7 @@ class ToldScale(_Base):
         """Within it the student knows the scales of the current slice, if it is to know: for calls beside a rollout."""
         if not self._tells_scale:
             return nullcontext()
-        return telling(self.student, self._scales[self.draws.slice_index, self.draws.first])
+        return telling(self.student, self._scales[self.rollout_key()])
 
     def guidance_draw(self, n: int) -> Tensor:
         """The draw of the scales that the slice's samples were made with; one of the phase where nobody is told, (n,).
@@ -87,7 +87,7 @@ class ToldScale(_Base):
         """
         if not self._tells_scale:
             return self.scale_draw(n)
-        return self._scale_draws[self.draws.slice_index, self.draws.first]
+        return self._scale_draws[self.rollout_key()]
 
     @contextmanager
     def told_step(self) -> Iterator[None]:
@@ -95,5 +95,5 @@ class ToldScale(_Base):
         with ExitStack() as stack:
             stack.enter_context(super().told_step())
             if self._tells_scale and self.fake_score.embeds_guidance:
-                stack.enter_context(telling(self.fake_score, self._scales[self.draws.slice_index, self.draws.first]))
+                stack.enter_context(telling(self.fake_score, self._scales[self.rollout_key()]))
             yield

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.networks.signatures import called_network
+from lightning_distill.networks.signatures import call_parameters, called_network
 
 __all__ = [
     "ATTENTION",
@@ -139,8 +139,23 @@ class Family:
 
 FAMILIES: dict[str, Family] = {}
 
-#: Any module with ``forward(x, t, **cond) -> tensor``; t is the process' native time.
-PLAIN = Family("Module", time="native", target_time="r", guidance=lambda _network, w: {"guidance": w}, lora_targets=())
+
+def _declared_classes(network: nn.Module) -> int | None:
+    count = getattr(network, "num_classes", None)
+    known = isinstance(count, int) and count > 0 and "class_labels" in call_parameters(network)
+    return count if known else None
+
+
+#: Any module with ``forward(x, t, **cond) -> tensor``; t is the process' native time. Its attribute ``num_classes``
+#: says how many labels there are, if ``forward`` takes ``class_labels``.
+PLAIN = Family(
+    "Module",
+    time="native",
+    target_time="r",
+    guidance=lambda _network, w: {"guidance": w},
+    classes=_declared_classes,
+    lora_targets=(),
+)
 
 
 def register(family: Family) -> Family:

@@ -15,9 +15,25 @@ __all__ = ["Batch", "as_batch", "pack_streams", "slice_cond"]
 _STREAMS = ("x0", "noise")
 
 
-def slice_cond(cond: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Any]:
-    """The given rows of every tensor in a conditioning mapping; indices may repeat some."""
-    return {k: v[rows] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in cond.items()}
+def slice_cond(cond: Mapping[str, Any], rows: slice | Tensor, size: int | None = None) -> dict[str, Any]:
+    """The given rows of every tensor in a conditioning mapping, and of lists with an entry for each sample.
+
+    Args:
+        cond: by name.
+        rows: which samples; indices may repeat some.
+        size: number of samples, None for the length of the first tensor.
+    """
+    if size is None:
+        size = next((len(v) for v in cond.values() if isinstance(v, Tensor) and v.ndim > 0), None)
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows] if value.ndim > 0 else value
+        if isinstance(value, list | tuple) and len(value) == size:
+            return list(value[rows] if isinstance(rows, slice) else (value[i] for i in rows.tolist()))
+        return value
+
+    return {key: pick(value) for key, value in cond.items()}
 
 
 def pack_streams(samples: Mapping[str, Tensor]) -> Tensor:
@@ -43,7 +59,8 @@ class Batch:
     """One batch: conditions, and clean samples where the method uses data.
 
     Attributes:
-        cond: conditioning tensors by the name the network's family declares, each (B, ...); may be empty.
+        cond: conditioning tensors by the name the network's family declares, each (B, ...), or for a network of one's
+            own lists of B entries; may be empty.
         x0: clean samples, (B, ...), or None for data-free training.
         noise: starting noise of a stored trajectory, (B, ...), or None; with it ``x0`` is the teacher's output.
         size: B.
@@ -73,7 +90,7 @@ class Batch:
         """Samples ``start:stop`` of this batch."""
         rows = slice(start, stop)
         return Batch(
-            cond=slice_cond(self.cond, rows),
+            cond=slice_cond(self.cond, rows, self.size),
             x0=None if self.x0 is None else self.x0[rows],
             noise=None if self.noise is None else self.noise[rows],
             states=None if self.states is None else self.states[rows],

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_distill.batch import slice_cond
 from lightning_distill.guidance import Guidance, guided, is_told
 from lightning_distill.losses.oftsr import perturbed_source
 from lightning_distill.networks.denoiser import Denoiser
@@ -258,7 +259,8 @@ def generate(
     chunks = []
     for start in range(0, len(noise), size):
         part = noise[start : start + size].to(device)
-        part_cond = {k: v[start : start + size].to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
+        part_cond = slice_cond(cond, slice(start, start + size), len(noise))
+        part_cond = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in part_cond.items()}
 
         denoise = bound(denoiser, part_cond, sampler, guidance_scale)
 

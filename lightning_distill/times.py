@@ -27,6 +27,7 @@ __all__ = [
     "Uniform",
     "UniformIndex",
     "bounded",
+    "check_times",
     "clamp_times",
     "few_step_times",
     "t_min",
@@ -327,6 +328,25 @@ def few_step_times(process: NoiseProcess, num_steps: int, shift: float | None = 
         times = (process.t_max * fractions).clamp(max=process.t_max).tolist()
     validate_times(times, process)
     return times
+
+
+def check_times(t: Tensor, distribution: TimeDistribution, process: NoiseProcess) -> None:
+    """Check what a distribution of training times has given; waits for the device.
+
+    Args:
+        t: native times, (n,).
+        distribution: where they are from.
+        process: of the network that is trained.
+
+    Raises:
+        ValueError: a time is not in [0, t_max], or is NaN.
+    """
+    low, high = float(t.min()), float(t.max())
+    if not (low >= 0.0 and high <= process.t_max * (1.0 + 1e-6)):
+        raise ValueError(
+            f"{type(distribution).__name__} gives training times from {low:g} to {high:g}, outside of "
+            f"[0, {process.t_max:g}] of {type(process).__name__}; quantile() returns the process' native times."
+        )
 
 
 def validate_times(times: Sequence[float], process: NoiseProcess) -> None:

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -145,6 +146,11 @@ def _explain(leaf: _Leaf) -> str:
     if unknown or wrong:
         given = (unknown or wrong)[1]  # type: ignore[index]
         problem = f"there is no class {given!r} here" if unknown else f"{given} is no {wrong[2]}"  # type: ignore[index]
+        if unknown and (elsewhere := _path_of(given)):
+            return (
+                f"{prefix}{problem}; short names need an argument whose annotation says what belongs there: annotate "
+                f"it, or write {elsewhere}."
+            )
         return f"{prefix}{problem}{_meant(given.rsplit('.', 1)[-1], _subclasses(allowed), show_all=True)}"
     if choices := _choices(allowed):
         return f"{prefix}choose one of {', '.join(choices)}."
@@ -171,6 +177,15 @@ def _meant(given: str, known: Iterable[str], show_all: bool = False) -> str:
     if names and (show_all or len(names) <= 20):
         return f"; choose one of {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
     return "."
+
+
+def _path_of(name: str) -> str | None:
+    """Full path of a class of this package by its short name, None where there is none."""
+    for module in [key for key in sys.modules if key.startswith("lightning_distill.")]:
+        found = getattr(sys.modules[module], name, None)
+        if inspect.isclass(found) and found.__module__.startswith("lightning_distill."):
+            return f"{found.__module__}.{name}"
+    return None
 
 
 def _arguments(class_path: str) -> list[str]:

@@ -210,7 +210,7 @@ def teacher_spec(text: str) -> DenoiserSpec:
 
         import_everything()
         content = yaml.safe_load(Path(text).expanduser().read_text() if Path(text).expanduser().is_file() else text)
-        return instantiate(DenoiserSpec, "teacher", content)
+        return instantiate(DenoiserSpec, "teacher", content)  # type: ignore[type-abstract]
     if text in list_zoo():
         return ZooDenoiser(text)
     try:

@@ -170,7 +170,7 @@ class DistillationDataModule(LightningDataModule):
             world_size=split["num_replicas"] if split else 1,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            same_epoch=self.trainer is not None and self.trainer.overfit_batches > 0,
+            same_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
         )
 
     def val_dataloader(self) -> Any:

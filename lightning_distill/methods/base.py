@@ -33,7 +33,7 @@ from lightning_distill.networks.lora import enable_activation_checkpointing
 from lightning_distill.networks.roles import Copy, Role, averaged_copy
 from lightning_distill.networks.specs import DenoiserSpec, as_denoiser
 from lightning_distill.randomness import Draws, RandomStreams
-from lightning_distill.times import TimeDistribution, validate_times
+from lightning_distill.times import TimeDistribution, check_times, validate_times
 from lightning_distill.trajectories import teacher_fingerprint
 
 __all__ = ["DistillationModule", "Rollout", "Terms"]
@@ -139,6 +139,8 @@ class DistillationModule(StudentSampling, Probing):
         names = [profile.name for profile in self.ema_profiles]
         if len(set(names)) < len(names):
             raise ValueError(f"ema has the same profile twice: {names}; give profiles that differ.")
+        if wrong := [name for name in names if name == "student" or "." in name]:
+            raise ValueError(f"an ema profile is named {wrong[0]!r}; choose one without dots, other than 'student'.")
         self.max_skipped_steps = max_skipped_steps
         self.streams = RandomStreams(seed)
         self.check_data = check_data
@@ -232,10 +234,14 @@ class DistillationModule(StudentSampling, Probing):
             n: how many.
 
         Raises:
-            ValueError: the loss has drawn times of this name already, and would get the same ones again.
+            ValueError: the loss has drawn times of this name already, and would get the same ones again; or the
+                distribution gives times that the process does not have.
         """
         self.draws.claim(name)
-        return distribution.quantile(self.draws.uniform(name, n), self.process)
+        t = distribution.quantile(self.draws.uniform(name, n), self.process)
+        if self.draws.update == 0:
+            check_times(t, distribution, self.process)
+        return t
 
     def renoise(
         self, x0: Tensor, distribution: TimeDistribution, name: str = "renoise"

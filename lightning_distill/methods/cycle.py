@@ -21,6 +21,8 @@ from lightning_distill.methods.guards import (
     LossWeightWatch,
     check_batch,
     check_examples,
+    check_fitted_before,
+    check_last_batch,
     check_same_update,
     check_scheduler,
     check_trainer,
@@ -67,6 +69,8 @@ class Cycle(LightningModule):
     skipped_in_a_row: Tensor
     #: phase whose losses are being computed; strategies read it
     running_phase: str | None
+    #: updates of a fit that has ended
+    updates_before: int = 0
     _given_shape: tuple[int, ...] | None
     _weight_watch: LossWeightWatch
     _rollouts: dict[tuple[str, int, int], Rollout]
@@ -144,6 +148,8 @@ class Cycle(LightningModule):
     def on_train_start(self) -> None:
         """Refuse processes that begin at different updates, and let each draw masks of dropout of its own."""
         check_same_update(self.trainer)
+        check_last_batch(self.trainer.train_dataloader, self.slices_per_cycle * self.accumulate_grad_batches)
+        check_fitted_before(self)
         if self.trainer.global_rank > 0 and self.trainer.global_step == 0:  # later, checkpoints have the states
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
@@ -173,6 +179,7 @@ class Cycle(LightningModule):
     def on_train_end(self) -> None:
         """Tell of loss weights that did nothing."""
         self._weight_watch.tell(at_end=True)
+        self.updates_before = self.trainer.global_step
 
     def _step_schedules(self, ran: Mapping[str, int]) -> None:
         """Learning-rate schedules of the phases that ran go on."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from lightning_distill.collectives import max_over_processes
 from lightning_distill.networks.second_time import second_time_of
@@ -125,8 +126,42 @@ def check_batch(method: str, samples: int, slices: int, micro_batches: int) -> N
     if samples % (slices * micro_batches):
         raise ValueError(
             f"the loader yields {samples} samples, but a cycle of {method} cuts its batch into {slices} slices of "
-            f"{micro_batches} micro-batches; give a multiple of {slices * micro_batches} samples per batch (this "
-            "package's data modules multiply by the slices themselves)."
+            f"{micro_batches} micro-batches; give a multiple of {slices * micro_batches} samples per batch, and "
+            "drop_last=True to a DataLoader of your own (this package's data modules multiply by the slices "
+            "themselves)."
+        )
+
+
+def check_last_batch(loader: object, parts: int) -> None:
+    """Refuse a ``DataLoader`` whose last batch cannot be cut into equal parts, before an epoch has been trained.
+
+    Args:
+        loader: of the fit; others than ``DataLoader`` are not looked at.
+        parts: slices of a cycle times micro-batches of a slice.
+
+    Raises:
+        ValueError: what is left of the data set for the last batch is no multiple of ``parts``.
+    """
+    if not isinstance(loader, DataLoader) or loader.drop_last or loader.batch_size is None:
+        return
+    try:
+        left = len(loader.sampler) % loader.batch_size  # type: ignore[arg-type]
+    except TypeError:  # nobody knows how many samples there are
+        return
+    if left % parts:
+        raise ValueError(
+            f"the last batch of an epoch has {left} samples, and a cycle cuts its batch into {parts} equal parts; give "
+            "the DataLoader drop_last=True."
+        )
+
+
+def check_fitted_before(module: DistillationModule) -> None:
+    """Warn of a second fit of the same module that begins at update 0."""
+    if module.updates_before and module.trainer.global_step == 0:
+        rank_zero_warn(
+            f"this {type(module).__name__} has been trained for {module.updates_before} updates, and this fit begins "
+            "at 0: it draws the same noise again, and its averages begin anew; go on with fit(ckpt_path=...), or "
+            "make a new module."
         )
 
 

@@ -21,9 +21,9 @@ class Probing(Cycle):
     def probing(self, name: str, first: int = 0, update: int | None = None) -> Iterator[None]:
         """Within it rollouts and losses may be evaluated.
 
-        Draws come from streams of their own at the current update; the draws, the samples of the cycle and the buffers
-        of the module itself (not those of its networks) are put back afterwards. Modes and global generators are the
-        caller's, see ``callbacks.isolation.undisturbed``.
+        Draws come from streams of their own at the current update; the draws, the samples of the cycle, the buffers of
+        the module itself and those of its ``targets`` (not those of its roles) are put back afterwards. Modes and
+        global generators are the caller's, see ``callbacks.isolation.undisturbed``.
 
         Args:
             name: of the streams.
@@ -31,7 +31,9 @@ class Probing(Cycle):
             update: student update whose terms and stages are meant, None for the current one.
         """
         draws, rollouts = self.draws, self._rollouts
-        buffers = {key: value.clone() for key, value in self.named_buffers(recurse=False)}
+        changing = [self.named_buffers(recurse=False)]
+        changing += [target.named_buffers() for name in self.targets if (target := getattr(self, name)) is not None]
+        buffers = [(value, value.clone()) for named in changing for _, value in named]
         # slice -1: no cycle has it
         update = self.global_step if update is None else update
         self.draws, self._rollouts = Draws(self.streams, update, first, name, -1, self.device), {}
@@ -40,8 +42,8 @@ class Probing(Cycle):
         finally:
             self.draws, self._rollouts = draws, rollouts
             with torch.no_grad():
-                for key, value in buffers.items():
-                    self.get_buffer(key).copy_(value)
+                for value, before in buffers:
+                    value.copy_(before)
 
     def term_gradients(self, batch: Batch, name: str, first: int = 0) -> dict[str, list[Tensor]]:
         """Gradient of each weighted term of the student's loss; ``.grad`` is not touched.

@@ -98,6 +98,7 @@ class StudentSampling:
 
     def sampling_network(self, weights: str | None = None) -> Denoiser:
         """The network that samples: the first average by default, ``"student"``, or an average by name."""
+        self.configure_model()
         if weights is None:
             weights = next(iter(self.student_ema), "student")
         if weights == "student":

@@ -51,7 +51,7 @@ class StepAware:
     process: NoiseProcess
     rollout_step: str
     draws: Draws
-    _rollouts: dict[tuple[int, int], Rollout]
+    _rollouts: dict[tuple[str, int, int], Rollout]
     #: steps that the fake score is told of, where they are not those of the slice's rollout
     _other_steps: Rollout | None = None
 

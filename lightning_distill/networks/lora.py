@@ -181,7 +181,7 @@ def add_adapter(
     bank = adapter_bank(network) or AdapterBank()
     name = _free_name(bank) if name is None else name.replace(".", "_")
     if name in bank.configs:
-        raise ValueError(f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}.")
+        raise _taken(name, bank)
     paths = _target_paths(network, target_modules or source.family.lora_targets, exact_names)
     if dora and (grouped := [p for p in paths if getattr(_layer(network, p), "groups", 1) > 1]):
         raise ValueError(
@@ -215,7 +215,7 @@ def add_adapter_copy(source: AdapterDenoiser, name: str, *, trainable: bool = Fa
     """
     bank, name = source.bank, name.replace(".", "_")
     if name in bank.configs:
-        raise ValueError(f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}.")
+        raise _taken(name, bank)
     _inject(source.network, bank, name, copy.deepcopy(source.config), trainable, seed=0)
     view = AdapterDenoiser(source, name)
     view.load_state_dict(source.state_dict())
@@ -272,7 +272,24 @@ def _target_paths(network: nn.Module, endings: Sequence[str], exact: bool) -> li
             f"target_modules={list(endings)} match {wrong[0]!r} of {type(network).__name__}, a "
             f"{type(layers[wrong[0]]).__name__}; adapters attach to linear and convolution layers only."
         )
+    if uncalled := [p for p in paths if isinstance(_parent(network, p), nn.MultiheadAttention)]:
+        raise ValueError(
+            f"target_modules={list(endings)} match {uncalled[0]!r} of {type(network).__name__}, whose weight "
+            "torch.nn.MultiheadAttention uses without calling the layer, so that an adapter would have no effect; "
+            "leave it out, or write the attention with linear layers."
+        )
     return paths
+
+
+def _parent(network: nn.Module, path: str) -> nn.Module:
+    return network.get_submodule(path.rpartition(".")[0])
+
+
+def _taken(name: str, bank: AdapterBank) -> ValueError:
+    return ValueError(
+        f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}. Give each method a "
+        "Denoiser of its own, or a spec."
+    )
 
 
 def _inject(network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig, trainable: bool, seed: int) -> None:

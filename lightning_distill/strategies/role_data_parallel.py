@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_distill import checkpoints
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.strategies.reducer import GradientReducer, same_everywhere, share_tensors
 
-__all__ = ["RoleDataParallel", "check_teacher", "distillation_module"]
+__all__ = ["RoleDataParallel", "check_teacher", "distillation_module", "tell_of_statistics"]
 
 
 def distillation_module(module: Any, strategy: str) -> DistillationModule:
@@ -32,6 +34,21 @@ def check_teacher(module: DistillationModule) -> None:
         raise ValueError(
             "the processes have loaded different teachers (their sha256 differ); give every node the same files."
         )
+
+
+def tell_of_statistics(module: DistillationModule) -> None:
+    """Warn of trained networks with batch normalisation, whose statistics would differ between processes."""
+    for role in dict.fromkeys(role for roles in module.phases.values() for role in roles):
+        network = getattr(module, role, None)
+        for layer in network.modules() if isinstance(network, nn.Module) else ():
+            own = isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+            if own and layer.training and layer.track_running_stats:
+                rank_zero_warn(
+                    f"the {role} has batch normalisation: every process keeps the statistics of its own samples, and "
+                    "checkpoints hold those of the first; use group normalisation, or "
+                    "torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) on GPUs."
+                )
+                break
 
 
 class RoleDataParallel(DDPStrategy):
@@ -81,6 +98,7 @@ class RoleDataParallel(DDPStrategy):
             return
         if self.compare_teachers:
             check_teacher(module)
+        tell_of_statistics(module)
         share_tensors(checkpoints.checkpointed_tensors(module))
         for phase, roles in module.phases.items():
             parameters = [p for role in roles for p in module.role_parameters(role)]

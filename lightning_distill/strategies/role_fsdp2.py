@@ -27,7 +27,7 @@ from lightning_distill.optim import AdamW8bit
 from lightning_distill.strategies import sharded_files
 from lightning_distill.strategies.handed_out import give_room, hand_out, structure, take_off
 from lightning_distill.strategies.reducer import same_everywhere
-from lightning_distill.strategies.role_data_parallel import check_teacher, distillation_module
+from lightning_distill.strategies.role_data_parallel import check_teacher, distillation_module, tell_of_statistics
 from lightning_distill.strategies.sharding import (
     block_names,
     distribute_like,
@@ -172,6 +172,7 @@ class RoleFSDP2(ModelParallelStrategy):
             module.teacher_fingerprint()  # while it is whole
 
     def _refuse(self, module: DistillationModule) -> None:
+        tell_of_statistics(module)
         if any(isinstance(part, QuantisedLinear) or "planned_kind" in part.__dict__ for part in module.modules()):
             raise ValueError(
                 "role_fsdp2 cannot shard weights that are stored in few bits (PretrainedDenoiser quantize=...); leave "

@@ -108,6 +108,8 @@ class EmptyTensors(FakeTensorMode):
 class EmptyStreams(RandomStreams):
     """Noise without memory. Rollouts stop at the first step: the last step needs most, whichever it is.
 
+    Of experts that take turns the first has the first update and the last all others.
+
     Args:
         streams: whose place these take.
         fakes: mode of the tensors.
@@ -124,7 +126,7 @@ class EmptyStreams(RandomStreams):
             return torch.empty(tuple(shape), dtype=dtype or torch.float32)
 
     def integer(self, stream: str, update: int, high: int) -> int:  # noqa: D102
-        return 0
+        return high - 1 if update and stream.endswith("/expert") else 0
 
 
 def forget_values(module: nn.Module, fakes: EmptyTensors) -> None:

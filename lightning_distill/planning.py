@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ def plan(
     count: bool = False,
     processes: Processes | None = None,
     updates: int = 1,
+    data: Literal["samples", "noise", "trajectories"] = "samples",
 ) -> Plan:
     """Plan a run of a method.
 
@@ -85,6 +86,8 @@ def plan(
         processes: that train together, None for one.
         updates: student updates of the run. A phase has the larger figures of the first and the last: terms may begin
             late, and warm-ups end.
+        data: what the batches have: clean samples, conditions alone, or the teacher's trajectories at the student's
+            times with what it predicted.
 
     Raises:
         ValueError: unknown precision, prompts of a length that does not fit, or a method that decides something by the
@@ -119,17 +122,23 @@ def plan(
     roles = _roles(module)
     with weightless():
         optimizers = [entry["optimizer"] for entry in module.configure_optimizers()]
-    roles, step = _with_optimizers(module, roles, optimizers, fakes)
+    roles, step = _with_optimizers(module, roles, optimizers, fakes, device)
     gathered = gathered_bytes(module, processes)
-    batch = _batch(module, fakes, batch_size, text_tokens)
+    batch = _batch(module, fakes, batch_size, text_tokens, data)
     if processes.bfloat16 and narrow is None:  # shards are gathered, and multiplied, in bfloat16
-        options = {"text_tokens": text_tokens, "checkpointing": checkpointing, "device": device, "count": count}
+        options = {
+            "text_tokens": text_tokens,
+            "checkpointing": checkpointing,
+            "device": device,
+            "count": count,
+            "data": data,
+        }
         phases = plan(build, batch_size, "bf16-true", updates=updates, **options).phases  # type: ignore[arg-type]
     else:
         module.streams = EmptyStreams(module.streams, fakes)
         module.train()
         looked_at = dict.fromkeys((0, max(0, updates - 1)))
-        of_updates = [_phases(module, batch, autocast, device, count, update) for update in looked_at]
+        of_updates = [list(_phases(module, batch, autocast, device, count, update)) for update in looked_at]
         phases = tuple(larger(same) for same in zip(*of_updates, strict=True))
     names = tuple(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
     on = module.activation_checkpointing
@@ -198,13 +207,17 @@ def _stored(network: nn.Module) -> dict[int, tuple[str, int]]:
 
 
 def _with_optimizers(
-    module: DistillationModule, roles: list[RolePlan], optimizers: Sequence[Optimizer], fakes: EmptyTensors
+    module: DistillationModule,
+    roles: list[RolePlan],
+    optimizers: Sequence[Optimizer],
+    fakes: EmptyTensors,
+    device: str,
 ) -> tuple[list[RolePlan], int]:
     """The roles with their optimizers' states, and the largest temporary memory of a step."""
     largest = 0
     states: dict[str, tuple[int, int]] = {}
     for optimizer, names in zip(optimizers, module.phases.values(), strict=True):
-        size, temporary = _state_bytes(optimizer, fakes)
+        size, temporary = _state_bytes(optimizer, fakes, device)
         largest = max(largest, temporary)
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         states[names[0]] = size, AdamW8bit.state_bytes(parameters)
@@ -212,7 +225,7 @@ def _with_optimizers(
     return [replace(r, optimizer=found[r.name][0], optimizer_8bit=found[r.name][1]) for r in roles], largest
 
 
-def _state_bytes(optimizer: Optimizer, fakes: EmptyTensors) -> tuple[int, int]:
+def _state_bytes(optimizer: Optimizer, fakes: EmptyTensors, device: str) -> tuple[int, int]:
     """Bytes of the state, from one step without memory, and of what that step needs for itself."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, AdamW8bit):
@@ -221,6 +234,9 @@ def _state_bytes(optimizer: Optimizer, fakes: EmptyTensors) -> tuple[int, int]:
     for parameter in parameters:
         with fakes:
             parameter.grad = torch.empty_like(parameter)
+    for group in optimizer.param_groups:
+        if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # torch's choice there
     live = LiveMemory()
     live.ignore(t for p in parameters for t in (p, p.grad) if t is not None)
     with live, fakes:
@@ -241,19 +257,21 @@ def _phases(
         parameters = [p for role in module.phases[phase] for p in module.role_parameters(role)]
         live = LiveMemory()
         live.ignore([*module.parameters(), *module.buffers()])
-        work = Work() if count else None
+        work, kept = Work() if count else None, 0
         try:
-            with (
-                module.probing("plan", update=update),
-                module._only(phase),
-                mixed_precision(autocast, device),
-                live,
-                work or nullcontext(),
-            ):
-                terms = getattr(module, f"{phase}_loss")(batch)
-                loss = module.weighted_sum(phase, terms)
-                kept = live.now
-                loss.backward()
+            # a second micro-batch begins with the gradients of the first
+            for micro in range(2 if module.accumulate_grad_batches > 1 else 1):
+                with (
+                    module.probing("plan", first=micro * batch.size, update=update),
+                    module._only(phase),
+                    mixed_precision(autocast, device),
+                    live,
+                    nullcontext() if micro or work is None else work,
+                ):
+                    loss = module.weighted_sum(phase, getattr(module, f"{phase}_loss")(batch))
+                    kept = kept or live.now
+                    loss.backward()
+                    del loss
         except Exception as error:
             if (tokens := _tokens(batch)) and re.search(rf"\b{tokens}\b", str(error)):
                 raise ValueError(
@@ -275,14 +293,14 @@ def _phases(
 
 
 def _forward_flop(module: DistillationModule, batch: Batch, autocast: torch.dtype | None, device: str) -> int:
-    assert batch.x0 is not None
     t = torch.full((batch.size,), module.process.t_max, dtype=torch.float64)
+    x = module.draws.normal("plan", (batch.size, *module.sample_shape)) if batch.x0 is None else batch.x0
     with torch.no_grad(), mixed_precision(autocast, device), Work() as work:
-        module.student(batch.x0, t, batch.cond)
+        module.student(x, t, batch.cond)
     return work.flop
 
 
-def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_tokens: int | None) -> Batch:
+def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_tokens: int | None, data: str) -> Batch:
     """Conditions, with prompts of the right length, and data of the right shape."""
     network = module.student
     cond = default_cond(network, size)
@@ -295,9 +313,16 @@ def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_toke
         if key in ("encoder_hidden_states", "encoder_attention_mask"):
             shape[1] = tokens
         made[key] = value if shape == list(value.shape) and not _is_fake(value) else value.new_ones(shape)
+    if data == "noise":
+        return Batch(cond=made, size=size)
     with fakes:
         x0 = torch.empty(size, *module.sample_shape)
-    return Batch(cond=made, x0=x0)
+        if data == "samples":
+            return Batch(cond=made, x0=x0)
+        times = torch.tensor([*module.student_times, 0.0], dtype=torch.float64)
+        states = torch.empty(size, len(times), *module.sample_shape)
+        predictions = {"guided": states, "unguided": states.clone(), "scale": torch.empty(size)}
+        return Batch(cond=made, x0=x0, noise=x0.clone(), states=states, times=times, predictions=predictions)
 
 
 def _text_tokens(network: Denoiser, masked: bool) -> int:

@@ -105,6 +105,7 @@ class Draws:
         phase: phase and repetition, for example ``fake_score2``.
         slice_index: slice of the cycle's batch; phases that share a slice share its samples.
         device: where numbers are drawn.
+        once: refuse a second draw of a claimed name.
     """
 
     def __init__(
@@ -115,20 +116,22 @@ class Draws:
         phase: str,
         slice_index: int = 0,
         device: torch.device | str = "cpu",
+        once: bool = False,
     ) -> None:
         self.streams = streams
         self.update, self.first = update, first
         self.phase, self.slice_index = phase, slice_index
         self.device = device
+        self.once = once
         self._claimed: set[str] = set()
 
     def claim(self, name: str) -> None:
-        """Take a name, of which there is one draw in a loss.
+        """Take a name, of which a loss has one draw.
 
         Raises:
-            ValueError: it is taken.
+            ValueError: it is taken, and these draws are made ``once``.
         """
-        if name in self._claimed:
+        if self.once and name in self._claimed:
             raise ValueError(
                 f"a loss draws {name!r} twice, and would get the same numbers again; give the second draw a name of "
                 "its own (name=...), or use what the first returned."
@@ -136,9 +139,7 @@ class Draws:
         self._claimed.add(name)
 
     def named(self, name: str) -> Draws:
-        """Independent draws of the same samples; these themselves for an empty name."""
-        if not name:
-            return self
+        """Independent draws of the same samples."""
         streams = RandomStreams(derive_seed(self.streams.seed, name))
         return Draws(streams, self.update, self.first, self.phase, self.slice_index, self.device)
 

@@ -239,6 +239,10 @@ def test_broken_pictures_stop_it_or_are_left_out(capsys):
     facts = Store("store").facts(range(9))
     assert [f["weight"] for f in facts] == [1.0] * 5 + [0.0] + [1.0] * 3
     assert before.items() <= shards("store").items()
+    told = "1 of the pictures cannot be read and are never drawn (first: images/5.png)\n"
+    assert told in capsys.readouterr().out
+    images("--resolution", 16, "--skip-broken")  # nothing is left to do, but it is still so
+    assert told in capsys.readouterr().out
 
 
 def test_broken_headers_do_not_stop_buckets(capsys):
@@ -259,6 +263,40 @@ def test_stores_of_other_encoders_are_not_put_beside_each_other(capsys):
     assert "24x24 holds a store with negative_prompt=None, not 'blue'; stores in" in capsys.readouterr().err
     assert shards("store") == before
     assert not Path("store/16x16").exists()
+
+
+def test_the_null_is_that_of_the_stores_beside_it(capsys):
+    words = ("--resolution", 24, "--buckets", "--bucket-step", 8)
+    images(*words)
+    file = Path("store/null_cond.safetensors")
+    zeros, written = load_file(file), file.stat().st_mtime_ns
+    images(*words)
+    assert file.stat().st_mtime_ns == written  # kept
+    for folder in ("24x24", "32x16"):
+        shutil.rmtree(f"store/{folder}")
+    images(*words, "--negative-prompt", "blue dog")
+    null, expected = load_file(file), PipelineText("xl").null("blue dog")
+    assert not zeros["text_embeds"].any()
+    assert all(torch.equal(null[key], value) for key, value in expected.items())
+
+
+def test_stores_of_pictures_that_were_read_in_another_way_are_not_continued(monkeypatch, capsys):
+    from lightning_distill.data import encoding
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "READING", 1)
+        images("--resolution", 16)
+    images("--resolution", 16, expect=2)
+    assert f"holds a store with reading=1, not {encoding.READING};" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_of_some_rows_is_told(capsys):
+    Path("n.csv").write_text("prompt,negative_prompt\na cat,blurry\na dog,\na bird,blurry\n")
+    cache("--pipeline", "xl", "--prompts", "n.csv", "--dtype", "float32")
+    assert "1 of 3 rows have no negative_prompt; that of the others, 'blurry', holds for all" in capsys.readouterr().err
+    assert torch.equal(
+        load_file("store/null_cond.safetensors")["text_embeds"], PipelineText("xl").null("blurry")["text_embeds"]
+    )
 
 
 @pytest.mark.parametrize("key", ["encoder_hidden_states", "x0"])

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_distill.batch import Batch
 from lightning_distill.cli import main
-from lightning_distill.commands.plan import plan_config, suggestions
+from lightning_distill.commands.plan import parse_config, plan_config, suggestions
 from lightning_distill.generation import default_cond
 from lightning_distill.guidance import Guidance
 from lightning_distill.live_memory import LiveMemory, mixed_precision
@@ -500,3 +500,82 @@ def test_suggestions_save_memory_one_after_the_other(config):
     assert last.batch_size == 1
     assert last.checkpointing
     assert all(role.shared for role in last.roles if role.name in ("student", "fake_score"))
+
+
+# ------------------------------------------------------------------------------------------------ what a cycle adds
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_earlier_micro_batches_are_alive_in_later_ones(checkpointing):
+    def make(parts):
+        module = DMD2(spec(unet), ema=[], fake_score_steps=1, accumulate_grad_batches=parts)
+        module.activation_checkpointing = checkpointing
+        return module
+
+    once, several = (plan(partial(make, parts), 2, "32-true", device="cpu") for parts in (1, 4))
+    module = make(4)
+    module.configure_model()
+    module.train()
+    batch = Batch(cond=default_cond(module.student, 2), x0=torch.randn(2, *module.sample_shape))
+    for phase, alone, after in zip(module.phases, once.phases, several.phases):
+        live = LiveMemory()
+        live.ignore([*module.parameters(), *module.buffers()])
+        with module._only(phase), live:
+            for micro in range(3):
+                module.draws = Draws(module.streams, 0, 2 * micro, f"{phase}0")
+                module._rollouts.clear()
+                module.weighted_sum(phase, getattr(module, f"{phase}_loss")(batch)).backward()
+        module.zero_grad(set_to_none=True)
+        assert after.peak == pytest.approx(live.peak, rel=0.02)
+        assert after.peak > alone.peak + 0.3 * alone.gradients
+        assert after.kept == alone.kept
+
+
+def test_a_game_that_is_played_now_and_then_is_planned():
+    gan = Adversary(["input"])
+    planned = [
+        plan(lambda n=n: DMD2(spec(mlp), gan=gan, gan_every=n, shape=[2]), 4, "32-true", updates=8) for n in (1, 4)
+    ]
+    assert planned[0].phases == planned[1].phases
+
+
+@pytest.mark.parametrize(
+    ("config", "roles"),
+    [
+        ("accvideo_ring", {"discriminator"}),
+        ("reflow_ring", {"student"}),
+        ("slim_flow_ring", {"student"}),
+        ("video_scene_ring", {"student"}),
+        ("dcm_ring", {"discriminator"}),
+    ],
+)
+def test_configurations_of_stored_trajectories_and_experts_are_planned(config, roles):
+    file = Path(__file__).parents[1] / "configs" / "method" / f"{config}.yaml"
+    planned = plan_config(parse_config(["--config", str(file)]))
+    assert all(phase.peak > phase.gradients for phase in planned.phases if phase.name in roles)
+    assert {phase.name for phase in planned.phases} >= roles
+
+
+def test_settings_that_are_switched_off_stay_off(config):
+    file, content = config
+    content["model"]["init_args"]["gradient_clip_val"] = None
+    file.write_text(yaml.safe_dump(content))
+    read = parse_config(["--config", str(file)])
+    assert read["model"]["init_args"]["gradient_clip_val"] is None
+
+
+def test_a_step_on_cuda_updates_all_tensors_at_once():
+    def make(**settings):
+        return DMD2(spec(unet), ema=[], student_optimizer=partial(torch.optim.AdamW, lr=1e-4, **settings))
+
+    given = {"plain": {}, "loop": {"foreach": False}, "fused": {"fused": True}}
+    steps = {key: plan(partial(make, **value), 1, "32-true", device="cuda").step for key, value in given.items()}
+    weights = plan(make, 1, "32-true").roles[1].gradients
+    assert steps["plain"] >= weights > steps["loop"] > steps["fused"]
+
+
+def test_copies_of_a_quantised_teacher_are_planned_in_full(pipeline):
+    def role(name, **settings):
+        made = plan(lambda: DMD2(PretrainedDenoiser(pipeline[0], **settings)), 1, "32-true")
+        return next(role for role in made.roles if role.name == name)
+
+    assert "int8" in role("teacher", quantize="int8").weights
+    assert role("fake_score", quantize="int8").weights == role("fake_score").weights

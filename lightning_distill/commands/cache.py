@@ -22,7 +22,7 @@ from lightning_distill.commands.errors import CommandParser
 from lightning_distill.data.buckets import Bucket, make_buckets
 from lightning_distill.data.cached import check_alike
 from lightning_distill.data.checksums import damages
-from lightning_distill.data.encoding import Encoders, Plan, Record, fill, make_parts, write_null
+from lightning_distill.data.encoding import Encoders, Part, Plan, Record, fill, make_parts, write_null
 from lightning_distill.data.image_text import ImageText, find_image_text, from_prompts
 from lightning_distill.data.prompts import read_prompts
 from lightning_distill.data.store import Store, is_store
@@ -62,10 +62,10 @@ def main(words: Sequence[str]) -> None:
         for line in damages(writer, shards):
             print(line, file=sys.stderr)
     done = [len(p.records) - sum(len(w.rows(s)) for s in shards) for p, w, shards in zip(parts, writers, missing)]
-    null = write_null(out, encoder, negative)
+    null = write_null(out, encoder, parts[0].key)
     if sum(done) < len(records):
         _run(plan, args, done, encoder if args.workers == 1 else None)
-    _summary([Store(part.folder) for part in parts], null)
+    _summary(parts, null, args.skip_broken)
 
 
 def _parser() -> CommandParser:
@@ -105,7 +105,7 @@ def _parser() -> CommandParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where there is one, or cpu",
     )
-    parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out what has no picture that can be read")
     return parser
 
 
@@ -127,7 +127,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _records(args: argparse.Namespace) -> Sequence[Record]:
     if args.images is not None:
-        return find_image_text(args.images, args.column)
+        return find_image_text(args.images, args.column, args.skip_broken)
     prompts = read_prompts(args.prompts, args.column)
     return from_prompts(prompts) if any(p.image is not None for p in prompts) else prompts
 
@@ -143,7 +143,13 @@ def _negative(given: str | None, records: Sequence[Record]) -> str | None:
             f"the column negative_prompt holds {len(found)} different texts ({first[:40]!r}, {second[:40]!r}, ...), "
             "but guidance has one unconditional embedding; say which one with --negative-prompt."
         )
-    return found.pop()
+    text = str(found.pop())
+    if count := sum(record.negative is None for record in records):
+        print(
+            f"{count} of {len(records)} rows have no negative_prompt; that of the others, {text[:60]!r}, holds for all",
+            file=sys.stderr,
+        )
+    return text
 
 
 def _buckets(args: argparse.Namespace, pictures: bool) -> list[Bucket]:
@@ -225,8 +231,15 @@ def _device(device: str, index: int) -> str:
     return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device
 
 
-def _summary(stores: Sequence[Store], null: Path) -> None:
-    for store in stores:
+def _summary(parts: Sequence[Part], null: Path, skip_broken: bool) -> None:
+    broken = []
+    for part in parts:
+        store = Store(part.folder)
         shapes = ", ".join(f"{n} {'x'.join(map(str, store.shapes[n])) or 'scalar'}" for n in store.names)
         print(f"{store.folder}: {len(store)} records ({shapes})")
+        if skip_broken:
+            facts = store.facts(range(len(store)))
+            broken += [r.name for r, fact in zip(part.records, facts) if isinstance(r, ImageText) and "broken" in fact]
+    if broken:
+        print(f"{len(broken)} of the pictures cannot be read and are never drawn (first: {broken[0]})")
     print(f"{null}: the unconditional embedding, null_cond=... of the teacher")

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -26,6 +26,8 @@ from lightning_distill.planning import plan
 __all__ = ["main", "plan_config", "suggestions"]
 
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+#: what the batches of data modules have, where it is not samples
+_DATA: dict[str, Literal["samples", "noise", "trajectories"]] = {"Prior": "noise", "Trajectories": "trajectories"}
 _LORA = {"class_path": "lightning_distill.networks.roles.Lora", "init_args": {"rank": 64}}
 
 
@@ -112,7 +114,7 @@ def parse_config(words: Sequence[str]) -> dict[str, Any]:
         parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, "prog": "lightning-distill plan"},
         args=list(words),
     )
-    return yaml.safe_load(reader.parser.dump(reader.config, skip_validation=True))
+    return yaml.safe_load(reader.parser.dump(reader.config, skip_none=False, skip_validation=True))
 
 
 def plan_config(
@@ -153,6 +155,7 @@ def plan_config(
         count=count,
         processes=processes_of(trainer),
         updates=max(1, trainer.get("max_steps") or 1),
+        data=_DATA.get(str((config.get("data") or {}).get("class_path")).rpartition(".")[2], "samples"),
     )
 
 
@@ -203,6 +206,8 @@ def suggestions(
             yield "activation_checkpointing: true", planned
     if options["batch_size"] > 1:
         options["batch_size"] = 1
+        config = copy.deepcopy(config)  # whose gradients stay for the next sample
+        config["model"].setdefault("init_args", {})["accumulate_grad_batches"] = samples
         yield "batch of one sample, accumulate_grad_batches for the rest", (planned := again())
     if planned.optimizers != ("AdamW8bit",) and not sharded:
         eight = True

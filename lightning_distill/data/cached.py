@@ -241,10 +241,16 @@ class CachedConditions(DistillationDataModule):
         if text and (found := text_digest(folder)) != key["text_encoder"]:
             raise ValueError(_other("text encoder", self.path, folder, found, key["text_encoder"]))
         if self.latents and (folder / "vae").is_dir() and "autoencoder_sha256" in key:
-            weights = autoencoder_identity(folder)["autoencoder_sha256"]
+            identity = autoencoder_identity(folder)
+            weights, scale = identity["autoencoder_sha256"], identity["autoencoder_scale"]
             if weights != key["autoencoder_sha256"]:
                 ours, theirs = next(iter(weights.values()), "none"), next(iter(key["autoencoder_sha256"].values()), "")
                 raise ValueError(_other("autoencoder", self.path, folder, ours, theirs))
+            if (recorded := key.get("autoencoder_scale", scale)) != scale:
+                raise ValueError(
+                    f"the latents of {self.path} were scaled by {recorded}, and {folder} says {scale}; "
+                    f"write them again with lightning-distill cache --pipeline {folder}."
+                )
 
     # ------------------------------------------------------------------------------------------------ several sizes
     def check(self, count: int = 512) -> Scaling | None:
@@ -277,6 +283,7 @@ class CachedConditions(DistillationDataModule):
             world_size=loader.world_size,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
+            same_epoch=loader.same_epoch,
         )
 
     def val_dataloader(self) -> Any:

@@ -148,7 +148,7 @@ def caption_store(
     (part,) = make_parts(cache_folder(cache) / name, encoders, part.records)
     fill(Plan(encoders, [part], shard_size=512, batch_size=batch_size))
     # networks refuse what they do not take, and none that is conditioned on tokens takes their mean
-    write_null(part.folder, replace(encoders, keys=(TOKENS, MASK)).text(), None)
+    write_null(part.folder, replace(encoders, keys=(TOKENS, MASK)).text(), part.key)
     return Store(part.folder)
 
 

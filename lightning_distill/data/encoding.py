@@ -7,23 +7,25 @@ the autoencoder's posterior is a function of the record's number, and batches be
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from lightning_distill.data.base import bytes_to_unit
 from lightning_distill.data.buckets import Bucket, assign, fit_to_bucket, time_ids
 from lightning_distill.data.image_text import ImageText, records_digest
+from lightning_distill.data.pictures import READING
 from lightning_distill.data.prompts import Prompt
 from lightning_distill.data.shards import write_file
 from lightning_distill.data.store import StoreWriter
 from lightning_distill.networks.autoencoders import LatentCodec, autoencoder_identity
-from lightning_distill.networks.folders import check_safetensors
 from lightning_distill.networks.plain_text import TransformersText
 from lightning_distill.networks.sources import NULL_FILE
 from lightning_distill.networks.text import PipelineText, TextEncoder
@@ -33,6 +35,8 @@ from lightning_distill.randomness import RandomStreams
 __all__ = ["Encoders", "Part", "Plan", "fill", "make_parts", "write_null"]
 
 Record = Prompt | ImageText
+#: where the file of the unconditional embedding says what it was made of
+_NULL_DIGEST = "made_of"
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def make_parts(
     if not pictures:
         return [Part(out, {**key, "records": _prompts_digest(records)}, records)]
     assert encoders.autoencoder is not None
-    key |= {**autoencoder_identity(encoders.autoencoder), "frames": frames}
+    key |= {**autoencoder_identity(encoders.autoencoder), "frames": frames, "reading": READING}
     members: dict[Bucket, list[ImageText]] = {}
     for record in pictures:
         bucket = buckets[0] if len(buckets) == 1 else buckets[assign(*_size(record, skip_broken), buckets)]
@@ -177,27 +181,37 @@ def _prompts_digest(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
-def write_null(out: Path, encoder: TextEncoder, negative: str | None) -> Path:
+def write_null(out: Path, encoder: TextEncoder, key: Mapping[str, Any]) -> Path:
     """Write the unconditional embedding beside a store, in the form that ``PretrainedDenoiser(null_cond=...)`` reads.
 
-    One that is there already is kept: what it depends on is part of the store's key.
+    One that is there already is kept if it was made for the same key, and written anew if not.
 
     Args:
         out: folder of the store, or of its buckets.
         encoder: text encoder of the store.
-        negative: negative prompt, None for what the pipeline takes where none is given.
+        key: of the store, or of the first of its buckets, with the negative prompt; None there stands for what the
+            pipeline takes where none is given.
 
     Raises:
         ValueError: the embedding has NaN or inf.
     """
     file = out / NULL_FILE
-    try:
-        check_safetensors(file)
-    except (FileNotFoundError, ValueError):
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    if _null_digest(file) != digest:
+        negative: str | None = key["negative_prompt"]
         made = encoder.null(negative)
         _check_finite(made, [f"the negative prompt {(negative or '')[:60]!r}"])
-        write_file(file, save({k: v.contiguous() for k, v in made.items()}))
+        write_file(file, save({k: v.contiguous() for k, v in made.items()}, {_NULL_DIGEST: digest}))
     return file
+
+
+def _null_digest(file: Path) -> str | None:
+    """What is written down about the origin of an unconditional embedding; None if there is no whole one."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get(_NULL_DIGEST)
+    except (OSError, SafetensorError):
+        return None
 
 
 def fill(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_distill.data.base import DistillationDataModule, bytes_to_unit
+from lightning_distill.data.pictures import as_shown, open_picture
 
 __all__ = ["ImageFolder", "find_images"]
 
@@ -56,21 +57,19 @@ class _Pictures(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | tuple[Tensor, int]:
-        from PIL import Image, UnidentifiedImageError
         from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
         path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"the picture {path} cannot be read ({error}); repair or remove it.") from None
+        with open_picture(path, str(path)) as file:
+            picture = as_shown(file).convert("L" if self.channels == 1 else "RGB")
         x0 = bytes_to_unit(pil_to_tensor(center_crop(resize(picture, self.size), [self.size, self.size])))
         return x0 if self.labels is None else (x0, self.labels[index])
 
 
 class ImageFolder(DistillationDataModule):
     """Pictures from files, (channels, size, size) in [-1, 1], labelled by class folders.
+
+    They are read as a viewer shows them: upright by their EXIF orientation, what is transparent over white.
 
     Args:
         root: folder of pictures, or of class folders.

@@ -4,6 +4,8 @@
     folder           pictures and a ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and the caption
     .tar files       webdataset: members that share a name up to the first dot of the base name are one sample
 
+Where a picture has both a .txt and a .json, the .txt is its caption; a column that is asked for is read from the .json.
+
 A tar's headers are scanned once, without reading its content, and samples are then read in any order. So a set of
 shards is as resumable, and as evenly split over ranks, as a folder. Plain tars need nothing but the standard library.
 """
@@ -11,23 +13,24 @@ shards is as resumable, and as evenly split over ranks, as a folder. Plain tars 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_distill.data.pictures import read_frames, read_picture
-from lightning_distill.data.prompts import TEXT_COLUMNS, Prompt, read_prompts
+from lightning_distill.data.pictures import open_picture, read_frames, read_picture, shown_size
+from lightning_distill.data.prompts import TEXT_COLUMNS, Prompt, check_characters, read_prompts
 
 __all__ = ["ImageText", "find_image_text", "from_prompts", "records_digest"]
 
 _PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 _METADATA = ("metadata.jsonl", "metadata.csv")
+_CAPTIONS = ("txt", "caption", "json")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ImageText:
             raise ValueError(f"the picture {self.name} cannot be read ({error}); restore or remove it.") from None
 
     def image(self) -> Tensor:
-        """The picture, (3, H, W), uint8, transparency over white."""
+        """The picture, (3, H, W), uint8, upright by its EXIF orientation, transparency over white."""
         return read_picture(self.content(), self.name)
 
     def frames(self, count: int) -> Tensor:
@@ -70,36 +73,39 @@ class ImageText:
         return read_frames(self.content(), self.name, count)
 
     def image_size(self) -> tuple[int, int]:
-        """Height and width, from the header alone where the format allows."""
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(io.BytesIO(self.content()) if self.size is not None else self.file) as picture:
-                return picture.height, picture.width
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the picture {self.name} cannot be read ({error}); repair or remove it.") from None
+        """Height and width as it is shown, from the header alone where the format allows."""
+        with open_picture(self.file if self.size is None else self.content(), self.name) as picture:
+            return shown_size(picture)
 
 
-def find_image_text(root: str | Path, column: str | None = None) -> list[ImageText]:
+def find_image_text(root: str | Path, column: str | None = None, skip_broken: bool = False) -> list[ImageText]:
     """All records of a folder or of webdataset shards in a fixed order; no picture is decoded.
 
     Args:
         root: folder of pictures with captions, folder of .tar shards, or one shard.
         column: key of the caption in .json and metadata files; None takes the first of ``prompt``, ``caption``,
             ``text``.
+        skip_broken: leave out samples of shards that have no picture of a known type, with a warning.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
-        ValueError: a picture without a caption, a truncated or compressed shard, or a bad metadata row.
+        ValueError: a picture without a caption, or without one in the column asked for; a sample of a shard without a
+            picture; a truncated or compressed shard, or a bad metadata row.
     """
     root = Path(root).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"the image-text set {root} does not exist; give a folder or a .tar file.")
     shards = [root] if root.is_file() else sorted(root.glob("*.tar"))
     if shards:
-        records = [record for shard in shards for record in _tar_records(shard, column)]
+        left_out: list[str] = []
+        records = [record for shard in shards for record in _tar_records(shard, column, left_out)]
         if not records:
-            raise FileNotFoundError(f"{root} holds no picture ({', '.join(_PICTURES)}) in its shards.")
+            more = f"; {_told(left_out)}" if left_out else ""
+            raise FileNotFoundError(f"{root} holds no picture ({', '.join(_PICTURES)}) in its shards{more}.")
+        if left_out and not skip_broken:
+            raise ValueError(f"{_told(left_out)}; rename or convert them, or leave them out with --skip-broken.")
+        if left_out:
+            warnings.warn(f"{_told(left_out)}; they are left out.", stacklevel=2)
         return records
     if compressed := sorted([*root.glob("*.tar.gz"), *root.glob("*.tgz")]):
         raise ValueError(f"{compressed[0]} is compressed and cannot be read in any order; unpack it to a plain .tar.")
@@ -138,14 +144,14 @@ def records_digest(records: Sequence[ImageText]) -> str:
 
 # ------------------------------------------------------------------------------------------------ folders
 def _caption_beside(picture: Path, column: str | None) -> str:
-    text, described = picture.with_suffix(".txt"), picture.with_suffix(".json")
-    if text.is_file():
-        return _text_caption(text.read_bytes(), str(text))
-    if described.is_file():
-        return _json_caption(described.read_bytes(), str(described), column)
+    files = {kind: picture.with_suffix(f".{kind}") for kind in ("txt", "json")}
+    kind = _caption_kind([kind for kind, file in files.items() if file.is_file()], column)
+    if kind is not None:
+        return _caption(kind, files[kind].read_bytes(), str(files[kind]), column)
+    wanted = files["json"].name if column else f"{files['txt'].name} or {files['json'].name}"
     raise ValueError(
-        f"the picture {picture} has no caption: write {text.name} or {described.name} beside it, or a metadata.jsonl "
-        "with file_name and prompt for the whole folder."
+        f"the picture {picture} has no caption{_under(column)}: write {wanted} beside it, or a metadata.jsonl with "
+        f"file_name and {column or 'prompt'} for the whole folder."
     )
 
 
@@ -164,6 +170,19 @@ def _file_names(file: Path) -> Iterator[str]:
     prompts = read_prompts(file, "file_name")
     for prompt in prompts:
         yield prompt.text
+
+
+def _caption_kind(there: Collection[str], column: str | None) -> str | None:
+    """Which of the files beside a picture holds its caption: a column can only be in a .json."""
+    return next((kind for kind in (("json",) if column else _CAPTIONS) if kind in there), None)
+
+
+def _caption(kind: str, content: bytes, name: str, column: str | None) -> str:
+    return _json_caption(content, name, column) if kind == "json" else _text_caption(content, name)
+
+
+def _under(column: str | None) -> str:
+    return f" under {column!r}" if column else ""
 
 
 def _text_caption(content: bytes, name: str) -> str:
@@ -186,11 +205,12 @@ def _json_caption(content: bytes, name: str, column: str | None) -> str:
     if found is None or not isinstance(entry[found], str) or not entry[found].strip():
         raise ValueError(f"{name} has no text under {' or '.join(keys)}; write the caption there.")
     text: str = entry[found]
+    check_characters(text, name)
     return text.strip()
 
 
 # ------------------------------------------------------------------------------------------------ shards
-def _tar_records(shard: Path, column: str | None) -> list[ImageText]:
+def _tar_records(shard: Path, column: str | None, left_out: list[str]) -> list[ImageText]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     length = shard.stat().st_size
     try:
@@ -207,27 +227,36 @@ def _tar_records(shard: Path, column: str | None) -> list[ImageText]:
         raise ValueError(
             f"the shard {shard} is truncated, damaged or compressed ({error}); write it again as a plain .tar."
         ) from None
-    return list(_samples(shard, samples, column))
+    return list(_samples(shard, samples, column, left_out))
 
 
 def _samples(
-    shard: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]], column: str | None
+    shard: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]], column: str | None, left_out: list[str]
 ) -> Iterator[ImageText]:
     with shard.open("rb") as file:
         for key, parts in samples.items():
+            name = f"{shard}:{key.lstrip('/')}"
             picture = next((kind for kind in _PICTURES if kind in parts), None)
             if picture is None:
+                # names with dots of their own are several samples to whoever wrote them
+                found = [kind for kind in parts if kind.rpartition(".")[2] in (*_PICTURES, *_CAPTIONS)]
+                left_out += [f"{name}.{own}".rstrip(".") for own in sorted({k.rpartition(".")[0] for k in found})]
                 continue
-            name = f"{shard}:{key.lstrip('/')}"
-            for kind in ("txt", "caption", "json"):
-                if kind in parts:
-                    offset, size = parts[kind]
-                    file.seek(offset)
-                    content = file.read(size)
-                    where = f"{name}.{kind}"
-                    text = _json_caption(content, where, column) if kind == "json" else _text_caption(content, where)
-                    break
-            else:
-                raise ValueError(f"the sample {name} has a .{picture} but no .txt or .json; add its caption.")
+            kind = _caption_kind(parts, column)
+            if kind is None:
+                wanted = ".json" if column else ".txt or .json"
+                raise ValueError(
+                    f"the sample {name} has a .{picture} but no {wanted}; add its caption{_under(column)}."
+                )
+            offset, size = parts[kind]
+            file.seek(offset)
+            text = _caption(kind, file.read(size), f"{name}.{kind}", column)
             offset, size = parts[picture]
             yield ImageText(f"{name}.{picture}", text, shard, offset, size)
+
+
+def _told(left_out: Sequence[str]) -> str:
+    return (
+        f"{len(left_out)} of the samples in the shards (first: {left_out[0]}) have no picture of a known type, which "
+        "is what follows the first dot of a name"
+    )

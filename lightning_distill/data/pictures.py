@@ -3,19 +3,94 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["over_white", "read_frames", "read_picture"]
+__all__ = ["READING", "as_shown", "open_picture", "over_white", "read_frames", "read_picture", "shown_size"]
+
+#: part of the keys of stores: another number wherever the same file gives other pixels than before
+READING = 2
+
+_ORIENTATION = 0x0112
+#: what brings the pixels of each orientation upright; those from 5 on lie on their side
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+@contextmanager
+def open_picture(content: bytes | Path, name: str) -> Iterator[Any]:
+    """A picture opened by PIL; whatever goes wrong while it is read names it.
+
+    Args:
+        content: encoded picture, or its file.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+            yield file
+    except Exception as error:  # decoders raise nearly everything where a file is damaged
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the picture {name} cannot be read ({reason}); repair or remove it.") from None
+
+
+def as_shown(file: Any) -> Any:
+    """An opened picture as a viewer shows it: upright by its EXIF orientation, RGB of 8 bits, transparency over white.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    from PIL import Image
+
+    picture = over_white(file)
+    turn = _UPRIGHT.get(_orientation(file.getexif))
+    return picture if turn is None else picture.transpose(Image.Transpose[turn])
+
+
+def shown_size(file: Any) -> tuple[int, int]:
+    """Height and width of an opened picture as a viewer shows it, from its header alone where the format allows."""
+    from PIL import Image
+
+    # PIL gives TIFF its upright size already, and would decode a PNG to look for EXIF behind the pixels
+    turned = file.format != "TIFF" and _orientation(lambda: Image.Image.getexif(file)) >= 5
+    return (file.width, file.height) if turned else (file.height, file.width)
+
+
+def _orientation(read_exif: Any) -> int:
+    try:
+        found = read_exif().get(_ORIENTATION, 1)
+    except Exception:  # many a whole picture has damaged EXIF
+        return 1
+    return found if found in _UPRIGHT else 1
 
 
 def over_white(picture: Any) -> Any:
-    """A PIL picture in RGB; what is transparent becomes white, with half-transparent pixels mixed."""
+    """A PIL picture in RGB of 8 bits; what is transparent becomes white, with half-transparent pixels mixed.
+
+    Raises:
+        ValueError: floating-point pixels, or integers of more than 16 bits.
+    """
     from PIL import Image
 
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _from_wide(picture)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -23,8 +98,21 @@ def over_white(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
+def _from_wide(picture: Any) -> Any:
+    """A grey picture of 16-bit integers in RGB of 8 bits, which PIL itself would clip instead of scale."""
+    from PIL import Image
+
+    values = np.array(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        kind = "floating-point numbers" if picture.mode == "F" else "integers of more than 16 bits"
+        raise ValueError(f"its pixels are {kind}, of which no range is known, instead of 8 or 16 bits")
+    if isinstance(clear := picture.info.get("transparency"), int):
+        values[values == clear] = 65535
+    return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
 def read_picture(content: bytes | Path, name: str) -> Tensor:
-    """One picture over white.
+    """One picture as a viewer shows it: upright, over white.
 
     Args:
         content: encoded picture, or its file.
@@ -40,7 +128,7 @@ def read_picture(content: bytes | Path, name: str) -> Tensor:
 
 
 def read_frames(content: bytes | Path, name: str, count: int) -> Tensor:
-    """The first frames of a picture (of an animated GIF, WebP or PNG for more than one).
+    """The first frames of a picture (of an animated GIF, WebP or PNG for more than one), upright and over white.
 
     Args:
         content: encoded picture, or its file.
@@ -53,19 +141,15 @@ def read_frames(content: bytes | Path, name: str, count: int) -> Tensor:
     Raises:
         ValueError: it cannot be decoded, or has fewer frames.
     """
-    from PIL import Image, UnidentifiedImageError
     from torchvision.transforms.functional import pil_to_tensor
 
     frames = []
-    try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
-            available = getattr(file, "n_frames", 1)
-            if available < count:
-                raise ValueError(f"{name} has {available} frames, but {count} are asked for; leave it out.")
-            for index in range(count):
-                if count > 1:
-                    file.seek(index)
-                frames.append(pil_to_tensor(over_white(file)))
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture {name} cannot be read ({error}); repair or remove it.") from None
+    with open_picture(content, name) as file:
+        available = getattr(file, "n_frames", 1)
+        for index in range(count if count <= available else 0):
+            if count > 1:
+                file.seek(index)
+            frames.append(pil_to_tensor(as_shown(file)))
+    if not frames:
+        raise ValueError(f"{name} has {available} frames, but {count} are asked for; leave it out.")
     return torch.stack(frames, dim=1)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TEXT_COLUMNS", "Prompt", "read_prompts"]
+__all__ = ["TEXT_COLUMNS", "Prompt", "check_characters", "read_prompts"]
 
 #: names of the column with the prompt, in the order in which they are looked for
 TEXT_COLUMNS = ("prompt", "caption", "text")
@@ -56,7 +56,8 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
     Raises:
         FileNotFoundError: there is no such file, or a picture that a row names is missing.
         RuntimeError: a parquet file, and neither pyarrow nor pandas is installed.
-        ValueError: unknown format, no such column, a row without a prompt, a bad weight, or no prompt at all.
+        ValueError: unknown format, no such column, a row without a prompt, half a character, a bad weight, or no
+            prompt at all.
     """
     path = Path(path).expanduser()
     suffix = path.suffix.lower()
@@ -149,11 +150,31 @@ def _prompt(path: Path, where: str, row: Row | str, column: str | None) -> Promp
     text = row[name]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{path}, {where}: the prompt in column {name!r} is {text!r}; write a text or remove the row.")
+    negative = _optional(row.get("negative_prompt"))
+    for given in (text, negative or ""):
+        check_characters(given, f"{path}, {where}")
     image = _optional(row.get("image"))
     file = None if image is None else (path.parent / image).expanduser()
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"{path}, {where}: the picture {file} does not exist; correct the column 'image'.")
-    return Prompt(text.strip(), _optional(row.get("negative_prompt")), file, _weight(path, where, row.get("weight")))
+    return Prompt(text.strip(), negative, file, _weight(path, where, row.get("weight")))
+
+
+def check_characters(text: str, where: str) -> None:
+    """Refuse half characters (lone surrogates, as JSON holds them where an emoji was cut), which no tokenizer takes.
+
+    Args:
+        text: prompt or caption.
+        where: file and line, for the message.
+
+    Raises:
+        ValueError: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 40) : error.end]
+        raise ValueError(f"{where}: half of a character ends {near!r}; write all of it, or remove it.") from None
 
 
 def _optional(value: Any) -> str | None:

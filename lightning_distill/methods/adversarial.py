@@ -1,5 +1,6 @@
 """Methods with a fake score and, if asked for, an adversarial term on features of the fake score or of the teacher."""
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -112,7 +113,8 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
         """Whether the critic update that runs is one of those with a game."""
         if self.gan_every == 1:
             return True
-        update = self.draws.update * self.fake_score_steps + int(self.draws.phase.removeprefix("fake_score"))
+        repeat = re.fullmatch(r"fake_score(\d+)", self.draws.phase)  # losses outside of an update have other draws
+        update = self.draws.update * self.fake_score_steps + (int(repeat[1]) if repeat else 0)
         return update % self.gan_every == 0
 
     def fake_score_loss(self, batch: Batch) -> Terms:

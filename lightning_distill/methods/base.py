@@ -23,7 +23,7 @@ from lightning_distill.methods.guards import (
     check_target_time,
 )
 from lightning_distill.methods.probing import Probing
-from lightning_distill.methods.rollout import Rollout, backward_simulation
+from lightning_distill.methods.rollout import Rollout, backward_simulation, rollout_key
 from lightning_distill.methods.sampling import StudentSampling
 from lightning_distill.methods.subclassing import check_hooks, check_phases, check_trained
 from lightning_distill.methods.terms import Terms
@@ -66,8 +66,6 @@ class DistillationModule(StudentSampling, Probing):
         check_data: compare the first batches with the declared data scale, the classes and the shape of the student.
     """
 
-    #: further networks that change during training (moving targets) and belong into checkpoints.
-    targets: ClassVar[tuple[str, ...]] = ()
     #: arXiv number, shown by ``lightning-distill methods``.
     paper: ClassVar[str] = ""
     #: what the method learns from, shown beside it.
@@ -274,20 +272,16 @@ class DistillationModule(StudentSampling, Probing):
                 returns is what was made first, whatever the conditions: samples for other conditions, or independent
                 ones in the same loss, need a name of their own.
         """
-        key = self.rollout_key(name)
+        key = rollout_key(self.draws, name)
         if not grad and key in self._rollouts:
             return self._rollouts[key]
-        draws, self.draws = self.draws, self.draws.named(name)
+        draws, self.draws = self.draws, self.draws.named(name) if name else self.draws
         try:
             made = self.simulate_student(batch, grad)
         finally:
             self.draws = draws
         self._rollouts[key] = made.detached()
         return made
-
-    def rollout_key(self, name: str = "") -> tuple[str, int, int]:
-        """Under which the samples of a rollout are kept within a cycle."""
-        return name, self.draws.slice_index, self.draws.first
 
     def simulate_student(self, batch: Batch, grad: bool) -> Rollout:
         """A new rollout, see ``rollout``; methods with other rollouts override it."""

@@ -47,6 +47,8 @@ class Cycle(LightningModule):
 
     #: trained roles by phase, in the order of a cycle; the student comes first.
     phases: ClassVar[dict[str, tuple[str, ...]]] = {"student": ("student",)}
+    #: further networks that change during training (moving targets) and belong into checkpoints.
+    targets: ClassVar[tuple[str, ...]] = ()
     #: default factors of loss terms, by "phase/term".
     default_loss_weights: ClassVar[Mapping[str, float]] = {}
     default_lr: ClassVar[float] = 1e-4
@@ -208,7 +210,7 @@ class Cycle(LightningModule):
         with self._only(phase):
             for micro in range(parts):
                 first = self.global_rank * batch.size + micro * size
-                self.draws = Draws(self.streams, update, first, f"{phase}{repeat}", slice_index, self.device)
+                self.draws = Draws(self.streams, update, first, f"{phase}{repeat}", slice_index, self.device, True)
                 terms = checked(loss_function(batch.rows(micro * size, (micro + 1) * size)), f"{phase}_loss")
                 loss = self.weighted_sum(phase, terms) / parts
                 with self._reduced(micro == parts - 1):

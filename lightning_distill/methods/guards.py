@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lightning_distill.batch import Batch
     from lightning_distill.methods.base import DistillationModule
+    from lightning_distill.methods.cycle import Cycle
     from lightning_distill.networks.denoiser import Denoiser
 
 __all__ = [
@@ -155,7 +156,7 @@ def check_last_batch(loader: object, parts: int) -> None:
         )
 
 
-def check_fitted_before(module: DistillationModule) -> None:
+def check_fitted_before(module: Cycle) -> None:
     """Warn of a second fit of the same module that begins at update 0."""
     if module.updates_before and module.trainer.global_step == 0:
         rank_zero_warn(

@@ -31,9 +31,9 @@ class Probing(Cycle):
             update: student update whose terms and stages are meant, None for the current one.
         """
         draws, rollouts = self.draws, self._rollouts
-        changing = [self.named_buffers(recurse=False)]
-        changing += [target.named_buffers() for name in self.targets if (target := getattr(self, name)) is not None]
-        buffers = [(value, value.clone()) for named in changing for _, value in named]
+        targets = [getattr(self, name) for name in self.targets]
+        own = [*self.buffers(recurse=False), *(b for target in targets if target is not None for b in target.buffers())]
+        buffers = [(value, value.clone()) for value in own]
         # slice -1: no cycle has it
         update = self.global_step if update is None else update
         self.draws, self._rollouts = Draws(self.streams, update, first, name, -1, self.device), {}

@@ -1,6 +1,7 @@
 """Student samples for training: backward simulation of the student's own steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.modes import evaluation_mode
 from lightning_distill.prediction import Prediction
 from lightning_distill.randomness import Draws
 from lightning_distill.samplers import simulate
 
-__all__ = ["Rollout", "backward_simulation"]
+__all__ = ["Rollout", "as_in_sampling", "backward_simulation", "rollout_key"]
 
 
 @dataclass
@@ -42,6 +44,23 @@ class Rollout:
         """The same without graph."""
         prediction = replace(self.prediction, raw=self.prediction.raw.detach(), x_t=self.prediction.x_t.detach())
         return Rollout(self.x0.detach(), self.step, prediction, self.end)
+
+
+@contextmanager
+def as_in_sampling(student: Denoiser) -> Iterator[None]:
+    """Without graph and without dropout."""
+    with torch.no_grad(), evaluation_mode(student) if student.training else nullcontext():
+        yield
+
+
+def rollout_key(draws: Draws, name: str = "") -> tuple[str, int, int]:
+    """Under which a module keeps the samples of a rollout within a cycle.
+
+    Args:
+        draws: of the phase that asks.
+        name: of the samples, see ``DistillationModule.rollout``.
+    """
+    return name, draws.slice_index, draws.first
 
 
 def backward_simulation(
@@ -86,7 +105,7 @@ def backward_simulation(
     step: int | Tensor
     if not per_sample:
         step = choices[draws.integer("stop", len(choices))]
-        with torch.no_grad():
+        with as_in_sampling(student):
             x = simulate(denoise, start, times, process, step, sampler, noise=fresh)
         t = torch.full((shape[0],), times[step], dtype=torch.float64, device=x.device)
         end = torch.full_like(t, ends[step])
@@ -96,7 +115,7 @@ def backward_simulation(
         picked = (u * len(choices)).long().clamp_max(len(choices) - 1)
         step = torch.tensor(choices, device=device)[picked]
         x = now = start
-        with torch.no_grad():
+        with as_in_sampling(student):
             for i in range(choices[-1]):
                 later = lambda _, like, i=i: fresh(i + 1, like)  # noqa: E731
                 now = simulate(denoise, now, times[i : i + 2], process, 1, sampler, noise=later)

@@ -42,6 +42,10 @@ class StudentSampling:
     _given_shape: tuple[int, ...] | None
     _num_steps: int
 
+    def configure_model(self) -> None:
+        """Build the networks, once."""
+        raise NotImplementedError
+
     @property
     def process(self) -> NoiseProcess:
         """Noise process of the student."""
@@ -141,7 +145,8 @@ class StudentSampling:
                 module's own.
             guidance_scale: w that a student with an embedded scale is told; others are run twice, with and without
                 their condition. None is the student's own.
-            negative: conditions of negative prompts, see ``networks.negative_prompts``; None for none.
+            negative: conditions of negative prompts, see ``networks.negative_prompts``; None for none. Not together
+                with a ``guidance_scale`` for which the student is run twice.
             negative_scale: how strongly to steer away from them.
 
         Returns:
@@ -165,6 +170,12 @@ class StudentSampling:
                 told = telling(network, float(guidance_scale))
             else:
                 options["guidance_scale"] = float(guidance_scale)
+        twice = options.get("guidance_scale", 1.0) != 1.0 or network.sampling_guidance is not None
+        if negative is not None and twice:
+            raise ValueError(
+                "negative=... steers the branch without a condition too, so it does not go with guidance that runs "
+                "the student twice; leave out guidance_scale, or give the negative prompt as null_cond of the teacher."
+            )
         with evaluation_mode(network), told:
             if negative is None:
                 return generate(network, start, conditions, times, self.sampler, **options)

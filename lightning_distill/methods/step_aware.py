@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_distill.batch import Batch
-from lightning_distill.methods.rollout import Rollout, backward_simulation
+from lightning_distill.methods.rollout import Rollout, backward_simulation, rollout_key
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.processes import NoiseProcess
 from lightning_distill.randomness import Draws
@@ -81,7 +81,7 @@ class StepAware:
         condition = getattr(learned, "step_condition", None)
         if condition is None:
             return nullcontext()
-        rollout = self._other_steps or self._rollouts[self.rollout_key()]
+        rollout = self._other_steps or self._rollouts[rollout_key(self.draws)]
         t_max = self.process.t_max
         return condition.told(network, rollout.steps, rollout.prediction.t / t_max, rollout.end / t_max, share)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance, RandomGuidance, is_told, telling
-from lightning_distill.methods.rollout import Rollout
+from lightning_distill.methods.rollout import Rollout, rollout_key
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import DistillationModule
@@ -59,7 +59,7 @@ class ToldScale(_Base):
         """As usual; a student that embeds a scale is told that of each sample."""
         if not self._tells_scale:
             return super().rollout(batch, grad, name)
-        key = self.rollout_key(name)
+        key = rollout_key(self.draws, name)
         if not self._rollouts:
             self._scales.clear()  # of an earlier cycle
             self._scale_draws.clear()
@@ -78,7 +78,7 @@ class ToldScale(_Base):
         """Within it the student knows the scales of the current slice, if it is to know: for calls beside a rollout."""
         if not self._tells_scale:
             return nullcontext()
-        return telling(self.student, self._scales[self.rollout_key()])
+        return telling(self.student, self._scales[rollout_key(self.draws)])
 
     def guidance_draw(self, n: int) -> Tensor:
         """The draw of the scales that the slice's samples were made with; one of the phase where nobody is told, (n,).
@@ -87,7 +87,7 @@ class ToldScale(_Base):
         """
         if not self._tells_scale:
             return self.scale_draw(n)
-        return self._scale_draws[self.rollout_key()]
+        return self._scale_draws[rollout_key(self.draws)]
 
     @contextmanager
     def told_step(self) -> Iterator[None]:
@@ -95,5 +95,5 @@ class ToldScale(_Base):
         with ExitStack() as stack:
             stack.enter_context(super().told_step())
             if self._tells_scale and self.fake_score.embeds_guidance:
-                stack.enter_context(telling(self.fake_score, self._scales[self.rollout_key()]))
+                stack.enter_context(telling(self.fake_score, self._scales[rollout_key(self.draws)]))
             yield

@@ -2,6 +2,8 @@
 
 Whole networks take minutes to compile and are compiled again for every phase of a method, adapter and mode. Blocks of
 one class share their code, so each class is compiled once per variant; hooks on blocks, sharding and taps stay outside.
+Blocks with hooks on modules inside of them run as they were written while they have them: torch does not look at such
+hooks when it decides whether compiled code still fits.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from lightning_distill.networks.denoiser import Denoiser
@@ -21,6 +24,7 @@ __all__ = ["CompiledForward", "compile_blocks", "compile_roles", "eager_blocks",
 #: variants of one block class (roles, adapters, with and without graph) that are kept before torch gives up on it
 _VARIANTS = 64
 _BACKEND = "inductor"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 _eager = 0
 
@@ -48,11 +52,12 @@ class CompiledForward:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.paused = 0
+        self._unhooked = -1  # handles that existed when the block was last seen without hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's forward."""
         plain = type(self.block).forward
-        if _eager or self.paused:
+        if _eager or self.paused or self._hooked():
             return plain(self.block, *args, **kwargs)
         from torch._dynamo.exc import BackendCompilerFailed  # a second of imports
 
@@ -66,6 +71,17 @@ class CompiledForward:
                 f"compile_blocks: torch cannot compile {type(self.block).__name__}; it needs a C++ compiler on "
                 f"CPU and Triton on a GPU: install it, or set compile_blocks: false (the compiler says: {reason})."
             ) from error
+
+    def _hooked(self) -> bool:
+        """Whether a module inside of the block has hooks; they are looked for when new ones exist anywhere."""
+        handles = RemovableHandle.next_id
+        if self._unhooked == handles:
+            return False
+        inside = (part for part in self.block.modules() if part is not self.block)
+        if any(part.__dict__[kind] for part in inside for kind in _HOOKS):
+            return True
+        self._unhooked = handles
+        return False
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ __all__ = [
     "read_json",
     "read_scheduler",
     "resolve",
+    "variant_of",
 ]
 
 #: environment variable with the folder in which model names are looked up
@@ -166,7 +167,7 @@ def check_diffusers_weights(folder: Path, wanted: str | None = None) -> str | No
             f"{folder / (stem + '.safetensors')} does not exist; complete the download, or give another "
             f"folder as path or through {WEIGHTS_VARIABLE}."
         )
-    variants = {_variant(f.name.removeprefix(stem)) for f in files}
+    variants = {variant_of(f.name.removeprefix(stem)) for f in files}
     if wanted is not None and wanted not in variants:
         have = sorted(v or "(plain)" for v in variants)
         raise FileNotFoundError(f"{folder} has no weights of variant {wanted!r}; set variant to one of {have}.")
@@ -176,13 +177,13 @@ def check_diffusers_weights(folder: Path, wanted: str | None = None) -> str | No
     if index.is_file():
         files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     else:
-        files = [f for f in files if _variant(f.name.removeprefix(stem)) == variant]
+        files = [f for f in files if variant_of(f.name.removeprefix(stem)) == variant]
     for file in files:
         check_safetensors(file)
     return variant
 
 
-def _variant(rest: str) -> str | None:
+def variant_of(rest: str) -> str | None:
     """``fp16`` of ``.fp16.safetensors`` and ``.fp16-00001-of-00002.safetensors``; None for plain names."""
     name = rest.removesuffix(".safetensors").split("-")[0].lstrip(".")
     return name or None

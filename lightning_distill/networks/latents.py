@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LatentScale", "latent_scale"]
+__all__ = ["NORMALISATION", "LatentScale", "latent_scale"]
+
+#: settings of an autoencoder's configuration on which the map depends
+NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "batch_norm_eps")
 
 _STATISTICS_IN_WEIGHTS = ("AutoencoderKLFlux2", "AutoencoderKLLTXVideo")
 

@@ -10,6 +10,7 @@ before its output projection. The rest of the network runs once; nothing is trai
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,17 +32,19 @@ def negative_prompts(
     """Within the context, the network steers away from the negative prompts when called with the yielded conditions.
 
     Args:
-        denoiser: student whose network attends to text by cross-attention (UNet2DConditionModel, PixArt, DiT-like).
+        denoiser: student whose network attends to text by cross-attention (UNet2DConditionModel, PixArt, SANA,
+            Wan).
         cond: conditions, tensors of N rows, with ``encoder_hidden_states`` (N, L, D).
         negative: the same keys for the negative prompts, (N, L', D) or (1, L', D); other keys are ignored.
         scale: alpha >= 0; 0 changes nothing, the paper uses about .1 to 1.
 
     Yields:
-        conditions with both prompts, for any number of calls.
+        conditions with both prompts, for any number of calls. Calls with other conditions are no use here: every
+        sequence is divided where that of ``cond`` ends.
 
     Raises:
-        ValueError: the network has no cross-attention to text tokens, a prompt lacks its tokens, or ``scale`` is
-            negative.
+        ValueError: the network has no cross-attention to text tokens alone, a prompt lacks its tokens, ``scale`` is
+            negative; or, when the network is called, no layer is shown its tokens, or a layer those of one prompt.
 
     Notes:
         Both prompts travel as one sequence, so that whatever the network does to its tokens before attention happens to
@@ -56,15 +59,29 @@ def negative_prompts(
             f"{type(denoiser.network).__name__} has no cross-attention layers, by which negative prompts enter; use a "
             "model with cross-attention (UNet2DConditionModel, PixArtTransformer2DModel), or train with guidance."
         )
+    if any(getattr(layer, "add_k_proj", None) is not None for layer in layers):
+        raise ValueError(
+            f"{type(denoiser.network).__name__} attends to text and to a picture in the same layers, so negative "
+            "prompts cannot be separated from the picture; use a model that is conditioned on text alone."
+        )
     for name, given in (("cond", cond), ("negative", negative)):
         if not isinstance(given.get(_TOKENS), Tensor):
             raise ValueError(f"{name} has no {_TOKENS}, the tokens of its prompts; encode the prompts first.")
     joined, length = _joined(cond, negative)
+    steers = [_Steer(layer, length, joined[_TOKENS].shape[1], scale) for layer in layers]
+
+    def check(network: nn.Module, _args: Any, _out: Any) -> None:
+        if not any(steer.acted for steer in steers):
+            raise ValueError(
+                f"no cross-attention layer of {type(network).__name__} was shown the tokens of the prompts, so the "
+                "negative ones would have been attended to as the others; leave negative=... out."
+            )
+
     with ExitStack() as stack:
-        for layer in layers:
-            steer = _Steer(layer, length, scale)
+        for layer, steer in zip(layers, steers):
             stack.callback(layer.register_forward_pre_hook(steer.before, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(steer.after, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(steer.after).remove)
+        stack.callback(denoiser.network.register_forward_hook(check).remove)
         yield joined
 
 
@@ -89,34 +106,53 @@ def _joined(cond: Mapping[str, Any], negative: Mapping[str, Any]) -> tuple[dict[
 
 
 class _Steer:
-    """Hooks of one attention layer."""
+    """Hooks of one attention layer.
 
-    def __init__(self, layer: nn.Module, length: int, scale: float) -> None:
-        self.layer = layer
-        self.length = length
+    Args:
+        layer: called with the tokens and their mask by name or by place.
+        length: tokens of the positive prompt.
+        total: tokens of both.
+        scale: alpha.
+
+    Attributes:
+        acted: whether the layer has been shown tokens.
+    """
+
+    def __init__(self, layer: nn.Module, length: int, total: int, scale: float) -> None:
+        self.signature = inspect.signature(layer.forward)
+        self.length, self.total = length, total
         self.scale = scale
-        self.negative: dict[str, Any] | None = None
+        self.negative: inspect.BoundArguments | None = None
         self.inside = False
+        self.acted = False
 
-    def before(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Show the positive prompt to the layer and keep the negative one for afterwards."""
-        tokens = kwargs.get(_TOKENS)
+        given = self.signature.bind(*args, **kwargs)
+        tokens = given.arguments.get(_TOKENS)
         if self.inside or tokens is None:
             return None
-        self.negative = {**kwargs, _TOKENS: tokens[:, self.length :]}
-        positive = {**kwargs, _TOKENS: tokens[:, : self.length]}
-        if (mask := kwargs.get("attention_mask")) is not None:
-            positive["attention_mask"] = mask[..., : self.length]
-            self.negative["attention_mask"] = mask[..., self.length :]
-        return args, positive
+        if tokens.shape[1] != self.total:
+            raise ValueError(
+                f"{type(layer).__name__} is shown {tokens.shape[1]} tokens, but the positive and the negative prompt "
+                f"have {self.total} together; call the network with the conditions that negative_prompts yields."
+            )
+        self.acted = True
+        self.negative = self.signature.bind(*args, **kwargs)
+        mask = given.arguments.get("attention_mask")
+        for half, part in ((given, slice(0, self.length)), (self.negative, slice(self.length, None))):
+            half.arguments[_TOKENS] = tokens[:, part]
+            if mask is not None:
+                half.arguments["attention_mask"] = mask[..., part]
+        return given.args, given.kwargs
 
-    def after(self, layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], out: Tensor) -> Any:
+    def after(self, layer: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Any:
         """Subtract what the negative prompt brings."""
         if self.inside or self.negative is None:
             return None
         self.inside, negative = True, self.negative
         try:
-            away = layer(*args, **negative)
+            away = layer(*negative.args, **negative.kwargs)
         finally:
             self.inside, self.negative = False, None
         if getattr(layer, "residual_connection", False):

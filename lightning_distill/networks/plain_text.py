@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_distill.networks.json_files import read_json
 from lightning_distill.networks.text import LENGTH, quiet, text_digest
 from lightning_distill.networks.text_entries import MASK, POOLED, TOKENS
 
@@ -26,12 +28,13 @@ class TransformersText:
         folder: of a model with its tokenizer, weights as safetensors.
         dtype: of the model and of the embeddings.
         device: where it runs.
-        max_length: tokens per prompt, all prompts are padded to it and longer ones cut; None for 32.
+        max_length: tokens per prompt, all prompts are padded to it and longer ones cut; None for 32, or for as many as
+            the model takes.
         keys: which of the three are wanted.
 
     Raises:
         FileNotFoundError: the folder is incomplete.
-        ValueError: an unknown key.
+        ValueError: an unknown key, a model that encodes no text, or more tokens than it has positions.
     """
 
     def __init__(
@@ -47,13 +50,16 @@ class TransformersText:
         self.keys = tuple(keys)
         if unknown := [key for key in self.keys if key not in (TOKENS, MASK, POOLED)]:
             raise ValueError(f"keys={unknown}: a plain text model gives {TOKENS}, {MASK} and {POOLED}.")
-        self.max_length = 32 if max_length is None else max_length
         for pattern in ("config.json", "*.safetensors", "tokenizer*.json"):
             if not any(self.folder.glob(pattern)):
                 raise FileNotFoundError(
                     f"{self.folder} has no {pattern}; give the folder of a text model of transformers with its "
                     "tokenizer and safetensors weights."
                 )
+        limit = self._limit()
+        self.max_length = min(32, limit) if max_length is None else max_length
+        if self.max_length > limit:
+            raise ValueError(f"max_length={max_length}: the text model {self.folder} takes {limit} tokens at most.")
         self._parts: tuple[Any, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -86,12 +92,37 @@ class TransformersText:
         """Embedding of the negative prompt, or of the empty one."""
         return self.encode([negative_prompt or ""])
 
+    def _limit(self) -> int:
+        """Tokens that the model has positions for."""
+        positions = getattr(self._config(), "max_position_embeddings", None)
+        if positions is None:  # relative ones, as in T5, have no end
+            return sys.maxsize
+        file = self.folder / "tokenizer_config.json"
+        # some models keep a few positions for themselves, which their tokenizer leaves out
+        own = read_json(file).get("model_max_length") if file.is_file() else None
+        return int(positions if own is None else min(positions, own))
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+
     def _build(self) -> tuple[Any, Any]:
         if self._parts is None:
-            from transformers import AutoModel, AutoTokenizer
+            from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
+            config = self._config()
+            # AutoModel would add a decoder to T5's encoder
+            encodes = type(config) in AutoModelForTextEncoding._model_mapping
+            if config.is_encoder_decoder and not encodes:
+                raise ValueError(
+                    f"{self.folder} is a {config.model_type} model, whose output is its decoder's; give a text encoder."
+                )
+            maker: Any = AutoModelForTextEncoding if encodes else AutoModel
             with quiet():
-                model = AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+                model = maker.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # which one, the mask makes no matter
             self._parts = tokenizer, model.eval().requires_grad_(False).to(self.device, self.dtype)
         return self._parts

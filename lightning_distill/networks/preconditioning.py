@@ -21,7 +21,7 @@ from lightning_distill.processes import EDM
 __all__ = ["PreconditionedEDM", "Preconditioning", "read_preconditioning"]
 
 #: factors on ln sigma: OpenAI's consistency models and their EDM teachers (1000 / 4), and EDM itself (1 / 4)
-_TIMES = {"CMStochasticIterativeScheduler": 250.0, "EDM": 0.25}
+_TIMES = {"CMStochasticIterativeScheduler": 250.0, "EDM": 0.25, "EulerDiscreteScheduler": 0.25}
 
 
 class PreconditionedEDM(EDM):
@@ -106,17 +106,26 @@ def read_preconditioning(scheduler: Any) -> Preconditioning | None:
     """The preconditioning that a scheduler of diffusers applies; None for schedulers of other networks.
 
     Args:
-        scheduler: ``CMStochasticIterativeScheduler``, ``EDMEulerScheduler``, ``EDMDPMSolverMultistepScheduler``, ...
+        scheduler: ``CMStochasticIterativeScheduler``, ``EDMEulerScheduler``, ``EDMDPMSolverMultistepScheduler``, or
+            ``EulerDiscreteScheduler`` with the timestep type ``continuous`` and v-prediction (CosXL), which is EDM's
+            preconditioning for data of unit variance; with any other prediction it counts its steps all the same.
 
     Returns:
         time is 250 ln sigma for the first, as in OpenAI's consistency models and the EDM networks published with them,
-        and ln(sigma) / 4 for EDM's own.
+        and ln(sigma) / 4 for the others.
     """
     name = type(scheduler).__name__
     factor = next((factor for start, factor in _TIMES.items() if name.startswith(start)), None)
     if factor is None:
         return None
     config = scheduler.config
+    if name.startswith("Euler"):
+        if (config.timestep_type, config.prediction_type) != ("continuous", "v_prediction"):
+            return None
+        *_, least, _ = scheduler.sigmas.tolist()  # those of its betas, and 0
+        highest = scheduler.sigmas.max().item() if config.sigma_max is None else config.sigma_max
+        own = PreconditionedEDM(1.0, least if config.sigma_min is None else config.sigma_min, highest, factor)
+        return Preconditioning(own, own.sigma_data, 1.0)
     lowest = config.sigma_min or EDM().sigma_min  # exported students have 0 there, for coefficients without a boundary
     process = PreconditionedEDM(config.sigma_data, lowest, config.sigma_max, factor)
     return Preconditioning(

@@ -190,6 +190,7 @@ def dequantise(network: nn.Module, dtype: torch.dtype | None = None) -> None:
         dtype: of these weights, None for that of the layers they were made from.
     """
     for module in list(network.modules()):
+        module.__dict__.pop("planned_kind", None)
         for name, child in module.named_children():
             if isinstance(child, QuantisedLinear):
                 plain = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")

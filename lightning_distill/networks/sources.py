@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_distill.networks.families import FAMILIES, Family
+from lightning_distill.networks.families.base import SAME
 from lightning_distill.networks.folders import (
     beside,
     check_diffusers_weights,
@@ -243,12 +244,21 @@ class FolderSource:
             return self.process
         return read_scheduler(self.scheduler_file, self.family, shape)[0] or self.process
 
-    def null_cond(self) -> dict[str, Tensor]:
-        """The unconditional embeddings by condition, each (1, ...); empty where there is no file."""
+    def null_cond(self) -> dict[str, Any]:
+        """The unconditional embeddings by condition, each (1, ...); empty where there is no file.
+
+        None stands for the zeros of the family where the pipeline takes the embedding of the empty prompt instead
+        (``force_zeros_for_empty_prompt`` of Stable Diffusion XL).
+        """
         from safetensors.torch import load_file
 
+        null: dict[str, Any] = {}
+        index = beside(self.root, self.folder, "model_index.json")
+        settings = {} if index is None else read_json(index)
+        if self.family is not None and settings.get("force_zeros_for_empty_prompt") is False:
+            null = {key: None for key, value in self.family.null.items() if value is not SAME}
         file = self._null_file()
-        return {} if file is None else load_file(file)
+        return null if file is None else null | load_file(file)
 
     def _null_file(self) -> Path | None:
         if self.given.null_cond is not None:

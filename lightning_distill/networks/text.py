@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_distill.metrics.extractors import file_sha256
+from lightning_distill.networks.folders import variant_of
 from lightning_distill.networks.json_files import read_json
 from lightning_distill.networks.text_entries import MASK, TEXT_ENTRIES, TOKENS, TextEntry
 
@@ -61,7 +62,7 @@ class PipelineText:
 
     Raises:
         FileNotFoundError: no pipeline, or a component without files.
-        ValueError: an unknown pipeline class, or a ``max_length`` for a pipeline whose length is fixed.
+        ValueError: an unknown pipeline class, or a ``max_length`` that the pipeline does not take.
     """
 
     def __init__(
@@ -88,6 +89,11 @@ class PipelineText:
                     f"max_length={max_length}: {self.pipeline_class.__name__} has a fixed number of tokens; leave "
                     "max_length out."
                 )
+            if self.entry.longest is not None and max_length > self.entry.longest:
+                raise ValueError(
+                    f"max_length={max_length}: {self.pipeline_class.__name__} samples with {self.entry.longest} tokens "
+                    "at most."
+                )
             self.settings[LENGTH] = max_length
         self._pipe: Any = None
 
@@ -102,6 +108,8 @@ class PipelineText:
     def identity(self) -> dict[str, Any]:
         """Digest of the text encoders, class of the pipeline and settings of its call, as plain values."""
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(self.settings.items())}
+        if self.index.get("force_zeros_for_empty_prompt") is False:  # the null depends on it; True is the default
+            settings["force_zeros_for_empty_prompt"] = False
         return {
             "text_encoder": text_digest(self.folder),
             "pipeline": self.pipeline_class.__name__,
@@ -192,7 +200,7 @@ class PipelineText:
             given["do_classifier_free_guidance"] = guided
         if guided:
             # None stands for "not given" and is not the same as "" everywhere
-            given["negative_prompt"] = self._default_negative() if negative is None else negative
+            given["negative_prompt"] = self._default_negative() if negative is None else [negative] * len(prompts)
         out = self.pipe.encode_prompt(prompt=prompts, device=self.device, **given)
         named = zip(self.entry.outputs, out if isinstance(out, tuple) else (out,))
         return {name: value for name, value in named if name and (guided or not name.startswith("null "))}
@@ -341,9 +349,9 @@ def _call_settings(cls: Any) -> dict[str, Any]:
 def _variant(folders: Sequence[Path]) -> str | None:
     """``fp16`` where the text encoders have no other weights."""
     for folder in folders:
-        names = [file.name for file in folder.glob("*.safetensors")]
-        if names and all(name.split("-")[0].count(".") > 1 for name in names):
-            return names[0].split("-")[0].split(".")[1]
+        variants = {variant_of(file.name.removeprefix("model")) for file in folder.glob("model*.safetensors")}
+        if variants and None not in variants:
+            return min(str(variant) for variant in variants)
     return None
 
 

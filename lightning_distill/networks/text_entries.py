@@ -27,12 +27,14 @@ class TextEntry:
             hides, to the pipeline's maximal length.
         sizes: conditions that follow from the size of the picture: ``time_ids`` (SDXL), or ``resolution`` and
             ``aspect_ratio`` (PixArt-alpha at 1024 pixels).
+        longest: tokens per prompt above which the pipeline refuses to sample; None where it does not look.
     """
 
     pipeline: str
     outputs: tuple[str, ...]
     ragged: bool = False
     sizes: tuple[str, ...] = ()
+    longest: int | None = None
 
 
 TEXT_ENTRIES: dict[str, TextEntry] = {}
@@ -57,14 +59,14 @@ for _entry in (
     ),
     TextEntry("PixArtAlphaPipeline", _MASKED_WITH_NULL, sizes=("resolution", "aspect_ratio")),
     TextEntry("PixArtSigmaPipeline", _MASKED_WITH_NULL),
-    TextEntry("StableDiffusion3Pipeline", _POOLED_WITH_NULL),
-    TextEntry("FluxPipeline", (TOKENS, POOLED, "")),
+    TextEntry("StableDiffusion3Pipeline", _POOLED_WITH_NULL, longest=512),
+    TextEntry("FluxPipeline", (TOKENS, POOLED, ""), longest=512),
     TextEntry("Flux2Pipeline", (TOKENS, "")),
     TextEntry("Flux2KleinPipeline", (TOKENS, "")),
     TextEntry("SanaPipeline", _MASKED_WITH_NULL),
     TextEntry("SanaSprintPipeline", (TOKENS, MASK)),
-    TextEntry("QwenImagePipeline", (TOKENS, MASK), ragged=True),
-    TextEntry("Lumina2Pipeline", _MASKED_WITH_NULL),
+    TextEntry("QwenImagePipeline", (TOKENS, MASK), ragged=True, longest=1024),
+    TextEntry("Lumina2Pipeline", _MASKED_WITH_NULL, longest=512),
     TextEntry("ZImagePipeline", _WITH_NULL, ragged=True),
     TextEntry("WanPipeline", _WITH_NULL),
     TextEntry("AnyFlowPipeline", _WITH_NULL),

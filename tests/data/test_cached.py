@@ -1,5 +1,6 @@
 """Training from stores: what batches hold, how weights draw, one size per batch, and whose encoder it was."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -222,5 +223,13 @@ def test_another_text_encoder_or_autoencoder_is_refused(tmp_path):
     weights.write_bytes(bytes(content))
     CachedConditions(path, pipeline=str(mine)).setup("fit")
     with pytest.raises(ValueError, match="was made with another autoencoder"):
+        CachedLatents(path, pipeline=str(mine)).setup("fit")
+    content[-1] ^= 1  # the same weights, another normalisation
+    weights.write_bytes(bytes(content))
+    CachedLatents(path, pipeline=str(mine)).setup("fit")
+    settings = json.loads((mine / "vae" / "config.json").read_text())
+    (mine / "vae" / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.25}))
+    CachedConditions(path, pipeline=str(mine)).setup("fit")
+    with pytest.raises(ValueError, match=r"were scaled by .* says \{'scaling_factor.: 0.25"):
         CachedLatents(path, pipeline=str(mine)).setup("fit")
     of_teacher(tmp_path / "nowhere").setup("fit")  # not known: nothing to compare

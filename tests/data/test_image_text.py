@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_distill.data.image_folder import _Pictures
 from lightning_distill.data.image_text import find_image_text, from_prompts, records_digest
 from lightning_distill.data.prompts import Prompt
 
@@ -156,3 +157,162 @@ def test_the_digest_follows_what_matters(tmp_path):
     (tmp_path / "a.txt").write_text("a cat")
     (tmp_path / "a.png").write_bytes(png(0, 5, 6)[0])
     assert records_digest(find_image_text(tmp_path)) != digest
+
+
+def oriented(orientation, path, kind, **settings):
+    """What a viewer shows (three colours in a row, each a square), saved in the pixels of another orientation."""
+    shown = np.zeros((8, 24, 3), np.uint8)
+    shown[:, :8, 0] = shown[:, 8:16, 1] = shown[:, 16:, 2] = 255
+    shown[:4] //= 2
+    back = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+            7: "TRANSVERSE", 8: "ROTATE_270"}[orientation]  # fmt: skip
+    pixels = Image.fromarray(shown)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = pixels if back is None else pixels.transpose(Image.Transpose[back])
+    stored.save(path, kind, exif=exif, **settings)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("png", {}), ("jpeg", {"quality": 100, "subsampling": 0}), ("webp", {"lossless": True}),
+                           ("tiff", {})],
+)  # fmt: skip
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_read_upright(tmp_path, kind, settings, orientation):
+    shown = oriented(orientation, tmp_path / f"a.{kind}", kind, **settings)
+    (tmp_path / "a.txt").write_text("three colours")
+    (record,) = find_image_text(tmp_path)
+    read = record.image().permute(1, 2, 0).numpy().astype(int)
+    assert record.image_size() == (8, 24) == read.shape[:2]
+    assert abs(read - shown).max() <= (60 if kind == "jpeg" else 0)
+    found = _Pictures([tmp_path / f"a.{kind}"], None, 3, 8)[0]  # of the middle, the green square
+    assert found.mean(dim=(1, 2)).argmax() == 1
+    assert found[1, 0].mean() < found[1, -1].mean()
+
+
+def test_damaged_exif_and_frames(tmp_path):
+    oriented(1, tmp_path / "a.jpg", "jpeg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(
+        content.replace(b"Exif\0\0MM", b"Exif\0\0??").replace(b"Exif\0\0II", b"Exif\0\0??")
+    )
+    (tmp_path / "a.txt").write_text("three colours")
+    (record,) = find_image_text(tmp_path)
+    assert record.image().shape == (3, *record.image_size()) == (3, 8, 24)  # as stored, rather than not at all
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [Image.new("RGB", (4, 6), (60 * i, 0, 0)) for i in range(2)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True, exif=exif)
+    (tmp_path / "a.jpg").unlink()
+    (record,) = find_image_text(tmp_path)
+    assert record.frames(2).shape == (3, 2, *record.image_size()) == (3, 2, 4, 6)
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    values = np.array([[0, 128, 129, 257, 32896, 65406, 65535]], np.uint16)
+    expected = [0, 0, 1, 1, 128, 254, 255]
+    (tmp_path / "a.txt").write_text("a ramp")
+    for name, saved in (("a.png", values), ("a.tif", values.astype(np.int32))):
+        Image.fromarray(saved).save(tmp_path / name)
+        (record,) = find_image_text(tmp_path)
+        assert record.image().tolist() == [[expected]] * 3
+        grey = _Pictures([tmp_path / name], None, 1, 1)[0]
+        assert grey.item() == pytest.approx(expected[3] / 127.5 - 1)  # of the middle
+        (tmp_path / name).unlink()
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=257)
+    (record,) = find_image_text(tmp_path)
+    assert record.image()[0].tolist() == [[*expected[:3], 255, *expected[4:]]]
+    (tmp_path / "a.png").unlink()
+    for saved, kind in (
+        (np.float32([[0.5]]), "floating-point numbers"),
+        (np.int32([[70000]]), "integers of more than"),
+    ):
+        Image.fromarray(saved).save(tmp_path / "a.tif")
+        (record,) = find_image_text(tmp_path)
+        sentence = rf"the picture .*a.tif cannot be read \(its pixels are {kind}.* of which no range is known"
+        with pytest.raises(ValueError, match=sentence):
+            record.image()
+        with pytest.raises(ValueError, match=sentence):
+            _Pictures([record.file], None, 3, 1)[0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_both_readers_lay_transparency_over_white(tmp_path, channels):
+    Image.fromarray(np.full((2, 2, 4), (0, 0, 0, 51), np.uint8), "RGBA").save(tmp_path / "a.png")
+    found = _Pictures([tmp_path / "a.png"], None, channels, 2)[0]
+    torch.testing.assert_close(found, torch.full((channels, 2, 2), 204 / 127.5 - 1))
+
+
+def test_whatever_the_decoder_raises_names_the_picture(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(0)[0])
+    (tmp_path / "a.txt").write_text("a cat")
+    (record,) = find_image_text(tmp_path)
+    # as for damaged GIF, TIFF and PPM files
+    for error in (
+        IndexError("index out of range"),
+        TypeError("Missing dimensions"),
+        ValueError("no number"),
+        KeyError(),
+    ):
+
+        def broken(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(Image, "open", broken)
+        reads = (
+            record.image,
+            record.image_size,
+            lambda: record.frames(2),
+            lambda: _Pictures([record.file], None, 3, 2)[0],
+        )
+        for read in reads:
+            with pytest.raises(ValueError, match=rf"the picture .*a.png cannot be read \({error or 'KeyError'}"):
+                read()
+
+
+def test_a_column_is_read_from_the_json(tmp_path):
+    folder, tar = tmp_path / "folder", tmp_path / "a.tar"
+    folder.mkdir()
+    files = {"0.png": png(0)[0], "0.txt": b"short", "0.json": b'{"caption": "short", "long": "a long caption"}'}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    shard(tar, list(files.items()))
+    for root in (folder, tar):
+        assert [r.text for r in find_image_text(root)] == ["short"]
+        assert [r.text for r in find_image_text(root, "long")] == ["a long caption"]
+        with pytest.raises(ValueError, match=r"0.json has no text under longer"):
+            find_image_text(root, "longer")
+    (folder / "0.json").unlink()
+    with pytest.raises(ValueError, match=r"0.png has no caption under 'long': write 0.json beside it"):
+        find_image_text(folder, "long")
+    shard(tar, [("0.png", png(0)[0]), ("0.txt", b"short")])
+    with pytest.raises(ValueError, match=r"a.tar:0 has a .png but no .json; add its caption under 'long'"):
+        find_image_text(tar, "long")
+
+
+def test_samples_of_shards_that_would_be_left_out_are_told(tmp_path):
+    whole = [("b.png", png(0)[0]), ("b.txt", b"two"), ("b.mask.png", png(1)[0]), ("c.cls", b"5")]
+    dotted = [(f"a.{i}.{kind}", content) for i in (1, 2) for kind, content in (("png", png(0)[0]), ("txt", b"one"))]
+    unknown = [("d.xyz", b"?"), ("d.txt", b"three")]
+    assert len(find_image_text(shard(tmp_path / "a.tar", whole))) == 1
+    for others, count, first in (
+        (dotted, 2, "a.1"),
+        (unknown, 1, "d"),
+        (unknown + dotted, 3, "d"),
+        (dotted[1:], 2, "a.1"),
+    ):
+        root = shard(tmp_path / "a.tar", others[:1] + whole + others[1:])
+        sentence = rf"{count} of the samples in the shards \(first: .*a.tar:{first}\) have no picture of a known type"
+        with pytest.raises(ValueError, match=rf"{sentence}.*; rename or convert them, or .*--skip-broken"):
+            find_image_text(root)
+        with pytest.warns(UserWarning, match=rf"{sentence}.*they are left out"):
+            assert [r.text for r in find_image_text(root, skip_broken=True)] == ["two"]
+    with pytest.raises(FileNotFoundError, match=r"holds no picture .* in its shards; 2 of the samples .*a.tar:a.1"):
+        find_image_text(shard(tmp_path / "a.tar", dotted), skip_broken=True)
+
+
+def test_half_characters_in_captions(tmp_path):
+    root = shard(tmp_path / "a.tar", [("0.png", png(0)[0]), ("0.json", b'{"prompt": "a cat \\ud83d"}')])
+    with pytest.raises(ValueError, match=r"a.tar:0.json: half of a character ends 'a cat .ud83d'"):
+        find_image_text(root)

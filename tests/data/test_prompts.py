@@ -107,3 +107,13 @@ def test_missing_files(tmp_path):
         read_prompts(write(tmp_path / "p.csv", "prompt,image\na cat,none.png\n"))
     with pytest.raises(ValueError, match=r"is not UTF-8 text \(byte 2\)"):
         read_prompts(write(tmp_path / "q.txt", "ab\xe9", "latin-1"))
+
+
+def test_half_characters_are_refused_with_their_line(tmp_path):
+    for rows, what in (('"a cat"\n{"prompt": "a \\ud83d dog"}', "a "), ('{"prompt": "a"}\n"b \\ude00"', "b ")):
+        with pytest.raises(ValueError, match=rf"p.jsonl, line 2: half of a character ends '{what}.ud"):
+            read_prompts(write(tmp_path / "p.jsonl", rows))
+    with pytest.raises(ValueError, match=r"line 1: half of a character"):
+        read_prompts(write(tmp_path / "p.jsonl", '{"prompt": "a", "negative_prompt": "\\ud83d"}'))
+    whole = write(tmp_path / "p.jsonl", '"a \\ud83d\\ude00"')
+    assert read_prompts(whole) == [Prompt("a 😀")]

@@ -83,6 +83,30 @@ def test_taps_at_and_inside_blocks(pair, inputs, taps):
     assert not any(block.forward.paused for block in compiled.network.blocks)
 
 
+def test_hooks_inside_of_blocks_act_from_the_call_after_they_are_put_there(pair, inputs):
+    """As second times and told scales have them where a block embeds the time itself."""
+    plain, compiled = pair
+    first = compiled(*inputs).x0
+    name = next(n for n, m in plain.network.blocks[1].named_modules() if isinstance(m, torch.nn.Linear))
+
+    def hooked(factor):
+        return [
+            network.network.blocks[1].get_submodule(name).register_forward_hook(lambda *a: a[2] * factor)
+            for network in pair
+        ]
+
+    for factor in (2.0, 3.0):
+        handles = hooked(factor)
+        want, got = (network(*inputs).x0 for network in pair)
+        torch.testing.assert_close(got, want)
+        assert not torch.allclose(got, first)
+        for handle in handles:
+            handle.remove()
+    compiled_before = graphs()
+    torch.testing.assert_close(compiled(*inputs).x0, first)
+    assert graphs() == compiled_before
+
+
 def test_tangents_run_the_blocks_as_they_are_written(pair, inputs):
     x, t, cond = inputs
     before = graphs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import shutil
@@ -102,6 +103,25 @@ def test_the_stock_pipeline_makes_the_same_prediction(tiny, tmp_path):
             got, expected = denoiser(x, t, cond).x0, x0_by_hand(tiny, output, x, timestep)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-4)
     assert steps[0][0].std() > 0.1
+
+
+@torch.no_grad()
+def test_eulers_continuous_times_are_read_as_the_stock_pipeline_tells_them(tmp_path):
+    """Stable Diffusion XL of EDM's noise levels, as CosXL."""
+    tiny = MAKERS["sdxl"]()
+    tiny.scheduler = diffusers.EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction", sigma_min=0.002, sigma_max=120.0,
+        use_karras_sigmas=True,
+    )  # fmt: skip
+    cond = tiny.cond(2)
+    denoiser = as_denoiser(PretrainedDenoiser(str(tiny.save(tmp_path))))
+    for output, x, timestep in watched(tiny, cond):
+        sigma = torch.tensor(math.exp(4.0 * timestep), dtype=torch.float64)
+        length = (sigma**2 + 1.0).sqrt()
+        torch.testing.assert_close(float(denoiser._time(sigma)), timestep)
+        expected = (x - sigma * output) / length
+        torch.testing.assert_close(denoiser(x * length, sigma, cond).x0, expected.float(), rtol=1e-4, atol=1e-4)
+    assert float(denoiser.process.sigma_max) == 120.0
 
 
 @torch.no_grad()
@@ -365,6 +385,25 @@ def test_sdxl_drops_to_zeros_and_keeps_its_sizes():
     mine = tiny.denoiser(null_cond=given).null_cond(cond)
     assert mine["encoder_hidden_states"].min() == 1.0
     assert mine["text_embeds"].abs().sum() == 0
+
+
+def test_zeros_are_no_null_where_the_pipeline_does_not_take_them(tmp_path):
+    tiny = MAKERS["sdxl"]()
+    cond, file = tiny.cond(2), tiny.save(tmp_path) / "model_index.json"
+    index = json.loads(file.read_text())
+    for forced in (True, False):
+        file.write_text(json.dumps(index | {"force_zeros_for_empty_prompt": forced}))
+        for path in (tmp_path, tmp_path / "unet"):
+            teacher = PretrainedDenoiser(str(path)).build()
+            assert teacher.missing_null() == ([] if forced else ["encoder_hidden_states"])
+    with pytest.raises(ValueError, match="UNet2DConditionModel has none; give null_cond="):
+        teacher.null_cond(cond)
+    rows = {k: v for k, v in tiny.null().items() if k in ("encoder_hidden_states", "text_embeds")}
+    save_file(rows, tmp_path / "null_cond.safetensors")
+    null = PretrainedDenoiser(str(tmp_path)).build().null_cond(cond)
+    for key, value in rows.items():
+        assert torch.equal(null[key], value.expand_as(cond[key]))
+    assert torch.equal(null["time_ids"], cond["time_ids"])
 
 
 def test_missing_and_unfitting_null_conditions():

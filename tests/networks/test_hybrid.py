@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
-from tiny_pipelines import pixart_sigma, sd3, sd15
+from tiny_pipelines import pixart_sigma, random_network, sd3, sd15, wan
 from torch import nn
 
 from lightning_distill.generation import generate
@@ -106,7 +107,7 @@ def test_wrong_requests_are_refused(models):
 
 
 # ------------------------------------------------------------------------------------------------ negative prompts
-@pytest.mark.parametrize("make", [sd15, pixart_sigma])
+@pytest.mark.parametrize("make", [sd15, pixart_sigma, wan])
 def test_steering_is_linear_and_nothing_at_zero(make):
     tiny = make()
     denoiser = tiny.denoiser()
@@ -163,6 +164,59 @@ def test_a_module_samples_with_negative_prompts():
     )
     torch.testing.assert_close(draw(negative=negative, negative_scale=0.0), draw(), rtol=1e-4, atol=1e-4)
     assert (draw(negative=negative) - draw()).abs().max() > 1e-3
+
+
+def test_negative_prompts_do_not_go_with_a_second_branch():
+    tiny = sd15()
+    module = DMD2(tiny.denoiser(), num_steps=2, ema=[], shape=list(tiny.shape))
+    module.configure_model()
+    z, cond, negative = torch.randn(2, *tiny.shape), tiny.cond(2), tiny.cond(2, seed=5)
+    with pytest.raises(ValueError, match="does not go with guidance that runs the student twice; leave out guidance_s"):
+        module.sample(2, cond, noise=z, negative=negative, guidance_scale=3.0)
+    once = module.sample(2, cond, noise=z, negative=negative, guidance_scale=1.0, num_steps=1)
+    torch.testing.assert_close(once, module.sample(2, cond, noise=z, negative=negative, num_steps=1))
+
+
+class OneLayer(nn.Module):
+    """Attends, if at all, to tokens of its own."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.attention = Attention(2, cross_attention_dim=8, heads=1, dim_head=2)
+        self.name = name
+
+    def forward(self, x, t, encoder_hidden_states):
+        shown = {} if self.name is None else {self.name: encoder_hidden_states}
+        return self.attention(x[:, None].expand(-1, 3, -1), **shown)[:, 0] if shown else x
+
+
+def test_negative_prompts_that_no_layer_is_shown_are_refused():
+    cond, negative = ({"encoder_hidden_states": torch.randn(2, 5, 8)} for _ in range(2))
+    x, t = torch.randn(2, 2), torch.tensor(0.6)
+    steered, deaf = (
+        Denoiser(OneLayer(name), FlowMatching(), "flow_prediction") for name in ("encoder_hidden_states", None)
+    )
+    with torch.no_grad(), negative_prompts(steered, cond, negative, 0.5) as both:
+        steered(x, t, both)
+        with pytest.raises(ValueError, match=r"is shown 5 tokens, but .* have 10 together; call the network with the"):
+            steered(x, t, cond)
+    with (
+        negative_prompts(deaf, cond, negative, 0.5) as both,
+        pytest.raises(ValueError, match="no cross-attention layer of OneLayer was shown the tokens"),
+    ):
+        deaf(x, t, both)
+
+
+def test_layers_that_attend_to_pictures_as_well_are_refused():
+    tiny = wan()
+    config = {k: v for k, v in tiny.network.config.items() if not k.startswith("_")}
+    config |= {"image_dim": 6, "added_kv_proj_dim": 24}
+    denoiser = Denoiser(random_network("WanTransformer3DModel", **config), FlowMatching(), "flow_prediction")
+    with (
+        pytest.raises(ValueError, match="WanTransformer3DModel attends to text and to a picture in the same layers"),
+        negative_prompts(denoiser, tiny.cond(1), tiny.cond(1)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("scale", [-0.5, float("nan")])

@@ -11,6 +11,7 @@ from diffusers import (
     DDPMPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     UNet2DModel,
 )
 
@@ -21,6 +22,8 @@ from lightning_distill.networks.specs import PretrainedDenoiser, seeded
 from lightning_distill.parameterisations import ConsistencyFunction
 from lightning_distill.processes import EDM, FlowMatching, VariancePreserving, change_process
 
+#: of CosXL and Stable Video Diffusion: EDM's noise levels, named by a scheduler of Stable Diffusion
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True}
 SIGMAS = (80.0, 2.5, 0.5, 0.002)
 LABELS = torch.tensor([3, 0, 7, 7])
 
@@ -78,8 +81,9 @@ def denoised(network, x, sigma, factor, sign=1.0, sd=0.5, sigma_min=0.0):
         (CMStochasticIterativeScheduler(sigma_data=0.4, num_train_timesteps=201), 250.0, 1.0, 0.4),
         (EDMEulerScheduler(), 0.25, 1.0, 0.5),
         (EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_data=1.0), 0.25, -1.0, 1.0),
+        (EulerDiscreteScheduler(**CONTINUOUS, sigma_min=0.002, sigma_max=80.0), 0.25, -1.0, 1.0),
     ],
-    ids=["cm", "cm-0.4", "edm-euler", "edm-dpm-v"],
+    ids=["cm", "cm-0.4", "edm-euler", "edm-dpm-v", "euler-continuous"],
 )
 @torch.no_grad()
 def test_schedulers_tell_preconditioning(tmp_path, network, scheduler, factor, sign, sd):
@@ -110,6 +114,20 @@ def test_consistency_functions_have_the_pipelines_coefficients(tmp_path, network
         expected = skip.float() * x + factor.float() * out
         assert torch.allclose(function(x, sigma.expand(2)).x0, expected, atol=2e-4)
         scheduler.step(out, t, x)
+
+
+def test_eulers_continuous_times_need_no_range_and_count_steps_for_noise(tmp_path, network):
+    stock = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    process = PretrainedDenoiser(written(tmp_path / "v", network, stock)).build().process
+    levels = stock.sigmas[:-1]
+    assert (process.sigma_max, process.sigma_min) == pytest.approx((float(levels[0]), float(levels[-1])))
+    # of noise predictions the stock scheduler tells the steps' numbers, whatever its times are called
+    stock = EulerDiscreteScheduler(timestep_type="continuous")
+    stock.set_timesteps(5)
+    denoiser = PretrainedDenoiser(written(tmp_path / "eps", network, stock)).build()
+    assert isinstance(denoiser.process, VariancePreserving)
+    t = denoiser.process.t_from_log_snr(-2.0 * stock.sigmas[:-1].double().log())
+    torch.testing.assert_close(denoiser._time(t), stock.timesteps, rtol=1e-4, atol=1e-2, check_dtype=False)
 
 
 def test_the_networks_process_is_that_of_its_input():

@@ -218,3 +218,108 @@ def test_a_plain_text_model(tmp_path):
         TransformersText(tmp_path)
     with pytest.raises(ValueError, match="a plain text model gives"):
         TransformersText(folder, keys=("text_embeds",))
+
+
+@pytest.mark.sparse(2)
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(name, tmp_path):
+    text = PipelineText(MAKERS[name](tmp_path / name))
+    null, plain = text.null("blue dog"), text.encode(["blue dog"])
+    for key, value in null.items():
+        if name not in ("sana", "lumina2"):  # these write an instruction before the prompt alone
+            assert torch.equal(value, plain[key])
+    assert any(not torch.equal(value, null[key]) for key, value in text.null().items())
+
+
+@pytest.mark.parametrize("name", ["sd15", "lcm"])
+def test_a_negative_prompt_of_the_first_pipelines(name, tmp_path):
+    text = PipelineText(MAKERS[name](tmp_path / name))
+    assert torch.equal(
+        text.null("blue dog")["encoder_hidden_states"], text.encode(["blue dog"])["encoder_hidden_states"]
+    )
+
+
+def test_shards_of_a_variant_alone(tmp_path):
+    folder = MAKERS["pixart_sigma"](tmp_path / "p")
+    expected = PipelineText(folder).encode(PROMPTS)
+    part = folder / "text_encoder"
+    tiny_text.t5().save_pretrained(part, variant="bf16", max_shard_size="1KB")
+    (part / "model.safetensors").unlink()
+    assert len(list(part.glob("model.bf16-00001-of-*.safetensors"))) == 1
+    for key, value in PipelineText(folder).encode(PROMPTS).items():
+        assert torch.equal(value, expected[key])
+
+
+def test_the_identity_has_what_the_null_depends_on(tmp_path):
+    folder = MAKERS["sdxl"](tmp_path / "xl")
+    before, zeros = PipelineText(folder).identity(), PipelineText(folder).null()
+    index = read_json(folder / "model_index.json")
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    text = PipelineText(folder)
+    assert text.identity() != before
+    assert not zeros["encoder_hidden_states"].any()
+    assert torch.equal(text.null()["encoder_hidden_states"], text.encode([""])["encoder_hidden_states"])
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": True}))
+    assert PipelineText(folder).identity() == before
+
+
+def test_lengths_that_no_pipeline_samples_with(tmp_path):
+    folder = MAKERS["flux"](tmp_path / "flux")
+    assert PipelineText(folder, max_length=512).settings["max_sequence_length"] == 512
+    with pytest.raises(ValueError, match=r"max_length=513: FluxPipeline samples with 512 tokens at most"):
+        PipelineText(folder, max_length=513)
+
+
+def plain_model(folder, model, pad=True, length=LENGTH):
+    model.save_pretrained(folder)
+    tokenizer = tiny_text.tokenizer(length=length)
+    if not pad:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("cls", ["T5EncoderModel", "T5ForConditionalGeneration", "UMT5EncoderModel"])
+def test_plain_encoders_of_models_with_a_decoder(cls, tmp_path):
+    model = tiny_text.t5(cls)
+    text = TransformersText(plain_model(tmp_path / "t5", model), max_length=20)  # its positions have no end
+    out = text.encode(PROMPTS)
+    with torch.no_grad():
+        batch = tiny_text.tokenizer()(PROMPTS[0], return_tensors="pt")
+        hidden = model.get_encoder()(**batch).last_hidden_state[0]
+    n = len(hidden)
+    torch.testing.assert_close(out["encoder_hidden_states"][0, :n], hidden, rtol=1e-4, atol=1e-5)
+    assert out["encoder_attention_mask"].shape == (2, 20)
+
+
+def test_plain_models_with_a_decoder_alone_are_refused(tmp_path):
+    import transformers
+
+    config = transformers.BartConfig(
+        vocab_size=tiny_text.VOCABULARY, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    text = TransformersText(plain_model(tmp_path / "bart", tiny_text.random_model("BartModel", config)))
+    with pytest.raises(ValueError, match=r"is a bart model, whose output is its decoder's; give a text encoder"):
+        text.encode(["a cat"])
+
+
+def test_a_tokenizer_without_padding(tmp_path):
+    without = TransformersText(plain_model(tmp_path / "a", tiny_text.decoder("LlamaModel"), pad=False), max_length=8)
+    padded = TransformersText(plain_model(tmp_path / "b", tiny_text.decoder("LlamaModel")), max_length=8)
+    expected = padded.encode(PROMPTS)
+    for key, value in without.encode(PROMPTS).items():
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_lengths_beyond_the_positions_of_a_plain_model(tmp_path):
+    folder = tiny_text.bert(tmp_path / "bert")
+    assert TransformersText(folder, max_length=64).encode(["a cat"])["encoder_attention_mask"].shape == (1, 64)
+    with pytest.raises(ValueError, match=r"max_length=65: the text model .*bert takes 64 tokens at most"):
+        TransformersText(folder, max_length=65)
+    assert TransformersText(folder).max_length == 32
+    short = plain_model(tmp_path / "clip", tiny_text.clip(projection=False))
+    assert TransformersText(short).encode(["a cat"])["encoder_attention_mask"].shape == (1, LENGTH)
+    tiny_text.tokenizer(length=60).save_pretrained(folder)  # as where positions are kept for marks
+    with pytest.raises(ValueError, match="takes 60 tokens at most"):
+        TransformersText(folder, max_length=61)

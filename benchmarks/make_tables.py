@@ -13,6 +13,7 @@ from typing import Any
 import budget_table
 import dials_table
 import methods_table
+import plane_table
 import recipes_table
 import ring_table
 import support_table
@@ -365,6 +366,10 @@ def main() -> None:
         },
         ROOT / "docs" / "fashion.md": {"fashion": lambda: budget_table.table(_load("compare_fashion"), "fashion")},
         ROOT / "docs" / "dials.md": {"dials": lambda: dials_table.table(_load("dials"))},
+        ROOT / "docs" / "plane.md": {
+            "modes": lambda: plane_table.modes(_load("compare_ring4")),
+            "board": lambda: plane_table.board(_load("compare_checkerboard")),
+        },
         ROOT / "docs" / "flow_maps.md": {"tangents": tangents}
         | {"capabilities": methods_table.capabilities}
         | {"ring": lambda: ring_table.table(_load("compare_ring"))},

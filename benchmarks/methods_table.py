@@ -47,7 +47,7 @@ def table(results: Mapping[str, Mapping[str, Any] | None]) -> str:
     measured: dict[str, list[dict[str, Any]]] = {}
     for problem in PROBLEMS:
         for row in (results.get(problem) or {"rows": []})["rows"]:
-            if row["seed"] == 0:  # the only one that all have
+            if row["seed"] == 0 and "critic" not in row:  # the only one that all have
                 measured.setdefault(row["method"], []).append({**row, "problem": problem})
     for method in rows_of_methods:
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""

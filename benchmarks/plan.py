@@ -330,8 +330,9 @@ def recipe(name: str, folder: Path) -> dict:
     start = time.process_time()
     config = parse_config(["--config", str(file), f"{path}={model_folder(folder, model)}"])
     settings = config["model"]["init_args"]
-    single = plan_config(config, batch_size=1, count=True)
     samples = config["data"]["init_args"]["batch_size"]
+    one = {**config, "model": {**config["model"], "init_args": {**settings, "accumulate_grad_batches": samples}}}
+    single = plan_config(one, batch_size=1, count=True)
     micro = samples // settings["accumulate_grad_batches"]
     run = single if micro == 1 else plan_config(config)
     with weightless():

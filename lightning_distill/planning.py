@@ -257,21 +257,22 @@ def _phases(
         parameters = [p for role in module.phases[phase] for p in module.role_parameters(role)]
         live = LiveMemory()
         live.ignore([*module.parameters(), *module.buffers()])
-        work, kept = Work() if count else None, 0
+        work = Work() if count else None
+        gradients = sum(p.nbytes for p in parameters)
+        earlier = module.accumulate_grad_batches > 1  # later micro-batches begin with the gradients of the first
         try:
-            # a second micro-batch begins with the gradients of the first
-            for micro in range(2 if module.accumulate_grad_batches > 1 else 1):
-                with (
-                    module.probing("plan", first=micro * batch.size, update=update),
-                    module._only(phase),
-                    mixed_precision(autocast, device),
-                    live,
-                    nullcontext() if micro or work is None else work,
-                ):
-                    loss = module.weighted_sum(phase, getattr(module, f"{phase}_loss")(batch))
-                    kept = kept or live.now
-                    loss.backward()
-                    del loss
+            with (
+                module.probing("plan", update=update),
+                module._only(phase),
+                mixed_precision(autocast, device),
+                live,
+                work or nullcontext(),
+            ):
+                for parameter in parameters if earlier else ():
+                    parameter.grad = torch.empty_like(parameter)
+                loss = module.weighted_sum(phase, getattr(module, f"{phase}_loss")(batch))
+                kept = live.now - gradients * earlier
+                loss.backward()
         except Exception as error:
             if (tokens := _tokens(batch)) and re.search(rf"\b{tokens}\b", str(error)):
                 raise ValueError(
@@ -288,7 +289,6 @@ def _phases(
         finally:
             for parameter in parameters:
                 parameter.grad = None
-        gradients = sum(p.nbytes for p in parameters)
         yield PhasePlan(phase, kept, live.peak, gradients, work.flop if work else 0)
 
 

@@ -58,13 +58,15 @@ class GradientReducer:
     The first ``finish`` agrees on two things among the processes: which parameters take part at all (the others keep no
     gradient, so that optimizers leave them alone as in a single process), and in which order they become ready.
     A parameter that gets its first gradient later joins then, in whichever backward pass since the last optimizer step
-    and on whichever process that was; one that later gets none has a zero gradient.
+    and on whichever process that was; one that later gets none has a zero gradient, unless it is ``rare``: then the
+    processes ask each other in every step, and it has none where nobody had one.
 
     Args:
         parameters: leaves that require gradients; all processes give the same, in the same order.
         bucket_bytes: size of a bucket. The first is sent while the rest of the backward pass runs, so smaller ones
             overlap more and cost more calls.
         group: processes, None for all.
+        rare: those of the parameters that some steps leave out, such as experts'; all processes give the same.
 
     Attributes:
         bytes_reduced: bytes of gradients sent into all-reduces so far.
@@ -75,8 +77,10 @@ class GradientReducer:
         parameters: Iterable[nn.Parameter],
         bucket_bytes: int = 25 * 2**20,
         group: dist.ProcessGroup | None = None,
+        rare: Iterable[nn.Parameter] = (),
     ) -> None:
         self.parameters = list(parameters)
+        self.rare = list(rare)
         self.bucket_bytes = bucket_bytes
         self.group = group
         self.bytes_reduced = 0
@@ -116,6 +120,7 @@ class GradientReducer:
         """
         self._active = False
         known = len(self._buckets)
+        used = [parameter.grad is not None for parameter in self.rare]
         # those that another process has sent within its backward pass go before the question
         for bucket in self._buckets[self._next :]:
             self._launch(bucket)
@@ -126,6 +131,11 @@ class GradientReducer:
             assert bucket.work is not None
             bucket.work.wait()
             bucket.flat = bucket.work = None
+        if self.rare:
+            anywhere = torch.tensor(used, dtype=torch.int32, device=self.rare[0].device)
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.group)
+            for parameter, kept in zip(self.rare, anywhere.tolist()):
+                parameter.grad = parameter.grad if kept else None
 
     def _hook(self, index: int):
         def ready(_parameter: Tensor) -> None:

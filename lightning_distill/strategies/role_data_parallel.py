@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_distill import checkpoints
 from lightning_distill.methods.base import DistillationModule
+from lightning_distill.networks.experts import ExpertNetwork
 from lightning_distill.strategies.reducer import GradientReducer, same_everywhere, share_tensors
 
 __all__ = ["RoleDataParallel", "check_teacher", "distillation_module", "tell_of_statistics"]
@@ -102,7 +103,10 @@ class RoleDataParallel(DDPStrategy):
         share_tensors(checkpoints.checkpointed_tensors(module))
         for phase, roles in module.phases.items():
             parameters = [p for role in roles for p in module.role_parameters(role)]
-            self.reducers[phase] = GradientReducer(parameters, self.bucket_bytes)
+            experts = [part for part in module.modules() if isinstance(part, ExpertNetwork)]
+            of_experts = {id(p) for part in experts for p in part.parameters()}
+            rare = [p for p in parameters if id(p) in of_experts]
+            self.reducers[phase] = GradientReducer(parameters, self.bucket_bytes, rare=rare)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

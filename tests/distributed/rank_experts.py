@@ -38,6 +38,14 @@ def apart(labels: int = 3) -> Batch:
     return Batch(cond={"class_labels": given}, size=n)
 
 
+def later_without() -> Batch:
+    """As ``apart``; the first batch has all four classes, the later ones the first two."""
+    n = 2 * EPOCH * BATCH
+    given, order = torch.zeros(n, dtype=torch.long), torch.randperm(n, generator=epoch_generator(LOADER_SEED, 0))
+    given[order] = torch.where(torch.arange(n) < BATCH, torch.arange(n) % 4, torch.arange(n) % 2)
+    return Batch(cond={"class_labels": given}, size=n)
+
+
 def by_class() -> Experts:
     """Two experts, each met in one process."""
     return Experts(classes=[[0, 1], [2, 3]])
@@ -48,6 +56,7 @@ CASES = [
     Case("unmet", DMD2, lambda: flow_mlp(4), lambda: apart(4), dmd2(
         student=lambda: Experts(classes=[[0], [1, 2], [3]]), fake_score_steps=1
     )),
+    Case("left_out", DMD2, lambda: flow_mlp(4), later_without, dmd2(student=by_class, fake_score_steps=1)),
     Case("dit", DMD2, flow_dit, lambda: apart(3), dmd2(
         student=lambda: Experts(classes=[[0], [1, 2]]), fake_score_steps=1
     )),

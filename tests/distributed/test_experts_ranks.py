@@ -33,6 +33,8 @@ FAST = [
     ("role_ddp", "student"),
     ("role_fsdp2", "student"),
     ("whole_networks", "student"),
+    ("role_ddp", "left_out"),
+    ("role_fsdp2", "left_out"),
     ("role_fsdp2", "unmet"),
     ("role_fsdp2", "told_step"),
     ("role_fsdp2", "two_times"),

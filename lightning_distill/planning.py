@@ -149,9 +149,12 @@ def plan(
 def _networks(module: DistillationModule) -> Iterator[tuple[str, nn.Module]]:
     """Every network of the method by role: teacher, trained ones, targets, averages, and what else it holds."""
     names = ["teacher", *dict.fromkeys(role for roles in module.phases.values() for role in roles), *module.targets]
-    children = dict(module.named_children())
-    for name in dict.fromkeys([*names, *children]):
-        part = children.get(name)
+    met: set[int] = set()
+    for name in dict.fromkeys([*names, *module._modules]):
+        part = module._modules.get(name)
+        if id(part) in met:
+            continue
+        met.add(id(part))
         if isinstance(part, nn.ModuleDict):
             yield from ((f"{name}.{key}", inner) for key, inner in part.items())
         elif part is not None:
@@ -315,11 +318,11 @@ def _batch(module: DistillationModule, fakes: EmptyTensors, size: int, text_toke
         made[key] = value if shape == list(value.shape) and not _is_fake(value) else value.new_ones(shape)
     if data == "noise":
         return Batch(cond=made, size=size)
+    times = torch.tensor([*module.student_times, 0.0], dtype=torch.float64)
     with fakes:
         x0 = torch.empty(size, *module.sample_shape)
         if data == "samples":
             return Batch(cond=made, x0=x0)
-        times = torch.tensor([*module.student_times, 0.0], dtype=torch.float64)
         states = torch.empty(size, len(times), *module.sample_shape)
         predictions = {"guided": states, "unguided": states.clone(), "scale": torch.empty(size)}
         return Batch(cond=made, x0=x0, noise=x0.clone(), states=states, times=times, predictions=predictions)

@@ -545,6 +545,7 @@ def test_a_game_that_is_played_now_and_then_is_planned():
         ("slim_flow_ring", {"student"}),
         ("video_scene_ring", {"student"}),
         ("dcm_ring", {"discriminator"}),
+        ("boss_fashion", {"student"}),
     ],
 )
 def test_configurations_of_stored_trajectories_and_experts_are_planned(config, roles):
@@ -552,6 +553,15 @@ def test_configurations_of_stored_trajectories_and_experts_are_planned(config, r
     planned = plan_config(parse_config(["--config", str(file)]))
     assert all(phase.peak > phase.gradients for phase in planned.phases if phase.name in roles)
     assert {phase.name for phase in planned.phases} >= roles
+
+
+def test_a_network_that_is_trained_itself_has_its_optimizer():
+    def make():
+        return TeacherTraining(NewDenoiser(mlp, FLOW, "flow_prediction", sigma_data=1.0).build(), shape=[2])
+
+    roles = {role.name: role for role in plan(make, 4, "32-true").roles}
+    assert roles["student"].optimizer > roles["student"].gradients > 0
+    assert sum(role.trained > 0 for role in roles.values()) == 1
 
 
 def test_settings_that_are_switched_off_stay_off(config):

@@ -25,6 +25,7 @@ from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import seeded
 from lightning_distill.processes import EDM, FlowMatching
+from lightning_distill.randomness import Draws
 from lightning_distill.times import LogNormal
 
 #: modules of FastGen beyond those of DMD2
@@ -131,7 +132,7 @@ def method(
 
 
 # ---------------------------------------------------------------------------------------------------- equal mathematics
-class _Given:
+class _Given(Draws):
     """Draws that are given: noise, one uniform number for guidance, and an update behind every warm-up."""
 
     update = 10**9

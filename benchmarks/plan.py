@@ -361,6 +361,7 @@ def recipe(name: str, folder: Path) -> dict:
         "trained": sum(role.trained for role in single.roles),
         "samples_per_update": samples,
         "micro_batch": micro,
+        "gradients_stay": True,
         "steps": steps,
         "devices": fits,
         "forward_gflop": round(single.forward_flop / 1e9, 1),

@@ -41,7 +41,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, row in rows.items():
         cells = [
-            f"[{name}](../configs/recipe/{name}.yaml)",
+            f"[{name}](../configs/recipe/{name}.yaml){'' if row.get('gradients_stay') else ' *'}",
             f"{row['parameters'] / 1e9:.2f}e9",
             f"{row['samples_per_update']} ({row['micro_batch']})",
             *(_cell(row["devices"][device]) for device in devices),
@@ -53,6 +53,12 @@ def table(result: dict[str, Any]) -> str:
     if missing := [name for name in shipped if name not in rows]:
         links = ", ".join(f"[{name}](../configs/recipe/{name}.yaml)" for name in missing)
         lines += ["", f"Not planned yet (`python benchmarks/plan.py --recipes --only NAME`): {links}."]
+    if any(not row.get("gradients_stay") for row in rows.values()):
+        lines += [
+            "",
+            "\\* planned before the gradients of earlier micro-batches were counted: with accumulation up to one set of "
+            "gradients (4 bytes per trained parameter) more.",
+        ]
     share, peak = result["share"], result["peak_flops"] / 1e12
     lines += [
         "",

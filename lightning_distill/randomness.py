@@ -108,6 +108,8 @@ class Draws:
         once: refuse a second draw of a claimed name.
     """
 
+    once = False  # of subclasses that give the numbers themselves
+
     def __init__(
         self,
         streams: RandomStreams,
@@ -131,7 +133,9 @@ class Draws:
         Raises:
             ValueError: it is taken, and these draws are made ``once``.
         """
-        if self.once and name in self._claimed:
+        if not self.once:
+            return
+        if name in self._claimed:
             raise ValueError(
                 f"a loss draws {name!r} twice, and would get the same numbers again; give the second draw a name of "
                 "its own (name=...), or use what the first returned."

@@ -397,6 +397,11 @@ def test_a_store_survives_kill_9_at_any_moment(tmp_path):
     assert left == sorted(left, reverse=True)
     assert left[-1] < 60, "killed before anything was written"
     fill(folder, width, num, size)
+    # killed before it could write its name, the maker of an empty lock is unknown, which is kept for a while
+    empty = [path for path in folder.glob(".*.lock.*.part") if path.stat().st_size == 0]
+    for path in empty:
+        path.unlink()
+    assert len(empty) <= lives
     assert digests(folder) == digests(tmp_path / "calm")
 
 

@@ -15,6 +15,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import Role
 from lightning_distill.parameterisations import edm_boundary
 from lightning_distill.processes import expand
+from lightning_distill.randomness import Draws
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 F64 = torch.float64
@@ -78,7 +79,7 @@ class Is(Role):
         return self.denoiser
 
 
-class Given:
+class Given(Draws):
     """Draws whose numbers are given by name; uniform ones that are not are 1/2."""
 
     slice_index = first = 0

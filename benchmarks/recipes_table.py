@@ -56,8 +56,8 @@ def table(result: dict[str, Any]) -> str:
     if any(not row.get("gradients_stay") for row in rows.values()):
         lines += [
             "",
-            "\\* planned before the gradients of earlier micro-batches were counted: with accumulation up to one set of "
-            "gradients (4 bytes per trained parameter) more.",
+            "\\* planned before the gradients of earlier micro-batches were counted: with accumulation up to one set "
+            "of gradients (4 bytes per trained parameter) more.",
         ]
     share, peak = result["share"], result["peak_flops"] / 1e12
     lines += [

@@ -272,24 +272,18 @@ def _target_paths(network: nn.Module, endings: Sequence[str], exact: bool) -> li
             f"target_modules={list(endings)} match {wrong[0]!r} of {type(network).__name__}, a "
             f"{type(layers[wrong[0]]).__name__}; adapters attach to linear and convolution layers only."
         )
-    if uncalled := [p for p in paths if isinstance(_parent(network, p), nn.MultiheadAttention)]:
+    owners = {p: network.get_submodule(p.rpartition(".")[0]) for p in paths}
+    if uncalled := [p for p in paths if isinstance(owners[p], nn.MultiheadAttention)]:
         raise ValueError(
-            f"target_modules={list(endings)} match {uncalled[0]!r} of {type(network).__name__}, whose weight "
-            "torch.nn.MultiheadAttention uses without calling the layer, so that an adapter would have no effect; "
-            "leave it out, or write the attention with linear layers."
+            f"target_modules={list(endings)} match {uncalled[0]!r} of {type(network).__name__}, a layer that "
+            "torch.nn.MultiheadAttention does not call, so that an adapter has no effect; leave it out."
         )
     return paths
 
 
-def _parent(network: nn.Module, path: str) -> nn.Module:
-    return network.get_submodule(path.rpartition(".")[0])
-
-
 def _taken(name: str, bank: AdapterBank) -> ValueError:
-    return ValueError(
-        f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}. Give each method a "
-        "Denoiser of its own, or a spec."
-    )
+    known = f"the backbone already has an adapter {name!r}; adapter names are {list(bank.configs)}."
+    return ValueError(f"{known} Give each method a Denoiser of its own, or a spec.")
 
 
 def _inject(network: nn.Module, bank: AdapterBank, name: str, config: LoraConfig, trainable: bool, seed: int) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from own_methods import Normed, Shift, prior, spec, teacher, trainer
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
 from lightning_distill.data.toy import Toy2D
+from lightning_distill.ema import ConstantEMA
 from lightning_distill.methods import DMD2, DistillationModule, TeacherTraining
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.terms import mean_terms
@@ -82,6 +86,7 @@ def test_a_network_that_nothing_trains_is_refused_unless_it_is_frozen():
         (lambda x: Terms({"zero": x.mean(1)}), r"student_loss: 'zero' has shape \(8,\); return one number"),
         (lambda x: Terms({"zero": x.mean(), "w": 0.0}), r"student_loss: the term 'w' is a float; return a scalar"),
         (lambda x: Terms({"zero": x.mean()}, {"std": x.std(0)}), r"student_loss: 'std' has shape \(2,\)"),
+        (lambda x: Terms({"zero": x.mean()}, {"w": "one"}), r"student_loss: the diagnostic 'w' is a str; give a numb"),
     ],
 )
 def test_a_loss_that_is_no_number_is_refused_at_the_first_step(tmp_path, returned, message):
@@ -173,6 +178,25 @@ def test_cycles_of_two_student_updates_are_logged(tmp_path, every):
     wanted = [n for n in range(2, 13, 2) if n // every > (n - 2) // every]
     assert sorted(set(Own.logged)) == wanted
     assert wanted
+
+
+def test_schedules_step_once_an_update_of_the_student(tmp_path):
+    class Own(Shift):
+        def phase_plan(self):
+            return [("student", 0), ("student", 0), ("head", 0)]
+
+    module = Own(teacher(), student_scheduler=partial(StepLR, step_size=2, gamma=0.5))
+    module.scheduler_factories["head"] = partial(StepLR, step_size=2, gamma=0.5)
+    fitted = trainer(tmp_path, 8)
+    fitted.fit(module, prior())
+    assert [optimizer.param_groups[0]["lr"] for optimizer in fitted.optimizers] == [1e-4 * 0.5**4] * 2
+
+
+def test_averages_are_found_again_after_tensors_were_assigned(tmp_path):
+    module = Shift(teacher(), ema=[ConstantEMA(0.1)])
+    trainer(tmp_path, 8).fit(module, prior())
+    module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
+    assert set(map(id, module.role_parameters("student"))) == set(map(id, module.student.parameters()))
 
 
 def test_numbers_of_some_micro_batches_are_averaged_over_those():

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from lightning_distill.commands.errors import CommandParser
+from lightning_distill.commands.instantiation import maker
 from lightning_distill.commands.run_folder import find_run, load_run, read_config, read_data, weights_name
 from lightning_distill.evaluation.conditions import RunConditions
 from lightning_distill.evaluation.evaluator import DEFAULT_MEASURES, Evaluator, check_measures
@@ -183,10 +183,8 @@ def _extractors(text: str | None, module: DistillationModule, judge: bool) -> li
         raise ValueError(f"--extractors {text}: there is no such file.")
     content = yaml.safe_load(Path(text).read_text() if Path(text).is_file() else text)
     _check_names(content)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--extractors", type=list[Extractor])
-    config = parser.parse_object({"extractors": content if isinstance(content, list) else [content]})
-    extractors: list[Extractor] = parser.instantiate_classes(config).extractors
+    make = maker(Extractor, "extractors")  # type: ignore[type-abstract]
+    extractors = [make(entry) for entry in (content if isinstance(content, list) else [content])]
     if judge and len(extractors) < 2:
         raise ValueError("--pass-rule needs a second extractor that was not used for tuning; give two in --extractors.")
     return extractors

@@ -295,6 +295,11 @@ class DistillationModule(StudentSampling, Probing):
             grad,
         )
 
+    def sampling_network(self, weights: str | None = None) -> Denoiser:
+        """See ``StudentSampling``; networks that no trainer has built yet are built."""
+        self.configure_model()
+        return super().sampling_network(weights)
+
     # ------------------------------------------------------------------------------------------------ checkpoints
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint's tensors; frozen networks are not in it and stay as they are."""
@@ -302,6 +307,8 @@ class DistillationModule(StudentSampling, Probing):
         if strict:
             checkpoints.strict_load(self, state_dict)
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        if assign:  # other parameters than before
+            self.forget_parameters()
         self.after_weights_loaded()
         return result
 

@@ -184,12 +184,13 @@ class Cycle(LightningModule):
         self.updates_before = self.trainer.global_step
 
     def _step_schedules(self, ran: Mapping[str, int]) -> None:
-        """Learning-rate schedules of the phases that ran go on."""
+        """Learning-rate schedules of the phases that ran go on, all of them as often as the student has stepped."""
         given = self.lr_schedulers() or []
         scheduled = [phase for phase in self.phases if self.scheduler_factories.get(phase) is not None]
         for phase, scheduler in zip(scheduled, given if isinstance(given, list) else [given]):
             if phase in ran:
-                scheduler.step()
+                for _ in range(max(1, ran.get("student", 0) + 1)):
+                    scheduler.step()
 
     def _slice(self, batch: Batch) -> list[Batch]:
         parts = self.slices_per_cycle

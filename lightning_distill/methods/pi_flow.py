@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.losses.policies import imitate, imitation_intervals, teacher_ratio
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.rollout import as_in_sampling
 from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.policy_head import PolicyHead, WithPolicy, policy_head_of, policy_prediction
@@ -175,7 +176,7 @@ class PiFlow(TwoTimeMethod):
             return self.process.add_noise(x0, self.draws.normal("noise", x0.shape), t)
         times = self.student_times
         x = self.process.prior(self.draws.normal("start", (batch.size, *self.sample_shape)), times[0])
-        with torch.no_grad():
+        with as_in_sampling(self.student):
             for now, later in islice(pairwise(times), self.drawn_segment()):
                 now_t, later_t = (torch.full_like(t, time) for time in (now, later))
                 x = transport(policy_prediction(self.student, x, now_t, later_t, batch.cond, scale), later_t)

@@ -42,10 +42,6 @@ class StudentSampling:
     _given_shape: tuple[int, ...] | None
     _num_steps: int
 
-    def configure_model(self) -> None:
-        """Build the networks, once."""
-        raise NotImplementedError
-
     @property
     def process(self) -> NoiseProcess:
         """Noise process of the student."""
@@ -102,7 +98,6 @@ class StudentSampling:
 
     def sampling_network(self, weights: str | None = None) -> Denoiser:
         """The network that samples: the first average by default, ``"student"``, or an average by name."""
-        self.configure_model()
         if weights is None:
             weights = next(iter(self.student_ema), "student")
         if weights == "student":

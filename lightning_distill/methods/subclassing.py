@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_hooks", "check_hyperparameters", "check_phases", "check_trained", "parameters_of"]
 
-#: hooks that do nothing in Lightning and something here, and what
+#: hooks whose base does something here that training or checkpoints need, and what
 HOOKS = {
     "configure_model": "builds the networks",
     "load_state_dict": "restores a checkpoint",

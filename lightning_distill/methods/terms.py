@@ -40,8 +40,12 @@ def checked(terms: Terms, where: str) -> Terms:
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: the term {name!r} is a {type(value).__name__}; return a scalar tensor.")
     for name, value in terms.diagnostics.items():
-        if not isinstance(value, Tensor):
+        if isinstance(value, Tensor):
+            continue
+        try:
             terms.diagnostics[name] = torch.as_tensor(float(value))
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: the diagnostic {name!r} is a {type(value).__name__}; give a number.") from None
     for name, value in {**terms.losses, **terms.diagnostics}.items():
         if value.ndim > 0:
             raise ValueError(

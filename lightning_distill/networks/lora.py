@@ -340,10 +340,8 @@ def enable_activation_checkpointing(denoiser: Denoiser) -> None:
         checkpoint_with(network, adapter_bank(network))
 
 
-def checkpoint_with(network: nn.Module, bank: AdapterBank | None) -> None:
-    network.enable_gradient_checkpointing(  # type: ignore[operator]
-        gradient_checkpointing_func=AdapterCheckpoint(bank)
-    )
+def checkpoint_with(network: Any, bank: AdapterBank | None) -> None:
+    network.enable_gradient_checkpointing(gradient_checkpointing_func=AdapterCheckpoint(bank))
 
 
 # ---------------------------------------------------------------------------------------- one door

@@ -116,7 +116,7 @@ class GradientReducer:
         """Wait until every gradient is the average over the processes.
 
         Queued on the device, as with any collective: the host waits for an accelerator only as long as some parameter
-        has never had a gradient, which the processes then ask each other about.
+        has never had a gradient, or is ``rare``, which the processes then ask each other about.
         """
         self._active = False
         known = len(self._buckets)

@@ -101,10 +101,10 @@ class RoleDataParallel(DDPStrategy):
             check_teacher(module)
         tell_of_statistics(module)
         share_tensors(checkpoints.checkpointed_tensors(module))
+        experts = [part for part in module.modules() if isinstance(part, ExpertNetwork)]
+        of_experts = {id(p) for part in experts for p in part.parameters()}
         for phase, roles in module.phases.items():
             parameters = [p for role in roles for p in module.role_parameters(role)]
-            experts = [part for part in module.modules() if isinstance(part, ExpertNetwork)]
-            of_experts = {id(p) for part in experts for p in part.parameters()}
             rare = [p for p in parameters if id(p) in of_experts]
             self.reducers[phase] = GradientReducer(parameters, self.bucket_bytes, rare=rare)
 

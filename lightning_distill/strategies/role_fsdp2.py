@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -204,6 +204,7 @@ class RoleFSDP2(ModelParallelStrategy):
                     give_room(network, torch.device("cpu") if offloaded else self.root_device)
         if sent:
             hand_out(module, weights, self.root_device)
+        _check_shards(module)
         if getattr(module, "r1", "none") == "exact":  # its gradient is differentiated again, which needs the weights
             for part in module.modules():
                 if isinstance(part, FSDPModule):
@@ -349,6 +350,20 @@ def _passed_on(error: Exception) -> tuple[type[Exception], str]:
         if isinstance(error, kind):
             return kind, str(error)
     return RuntimeError, f"the first process failed with {type(error).__name__}: {error}"
+
+
+def _check_shards(module: DistillationModule) -> None:
+    """Raise for trained parameters that belong to no network: their gradients would differ between processes."""
+    for role in dict.fromkeys(role for roles in module.phases.values() for role in roles):
+        part = getattr(module, role, None)
+        own = part.named_parameters() if isinstance(part, nn.Module) else [("", part)]
+        for name, parameter in own:
+            if isinstance(parameter, nn.Parameter) and parameter.requires_grad and not isinstance(parameter, DTensor):
+                full = f"{role}.{name}".rstrip(".")
+                raise ValueError(
+                    f"role_fsdp2 cannot shard {type(module).__name__}.{full}, a parameter beside the networks; use "
+                    "strategy=role_ddp."
+                )
 
 
 def _dtype(argument: str, name: str | None) -> torch.dtype | None:

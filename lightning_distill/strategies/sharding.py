@@ -48,11 +48,15 @@ def networks_of(part: nn.Module) -> Iterator[nn.Module]:
     """The modules of a role that are called as a whole and have parameters, outermost first.
 
     For a denoiser its network and what has been added beside it. The backbone of an adapter is its owner's, and the
-    adapter is a part of the backbone.
+    adapter is a part of the backbone. Another role is called as a whole if parameters are its own and not a child's.
 
     Args:
         part: a role.
     """
+    called = not isinstance(part, Denoiser) and type(part).forward is not nn.Module.forward
+    if called and any(True for _ in part.parameters(recurse=False)):
+        yield part
+        return
     for name, child in part.named_children():
         if isinstance(part, AdapterDenoiser) and name in ("adapter", "network"):
             continue

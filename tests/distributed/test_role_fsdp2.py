@@ -19,7 +19,10 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from own_methods import Shift, prior, teacher
+from own_methods import trainer as own_trainer
 from rank_runs import STEPS, build, named, train
 from tiny_pipelines import MAKERS
 
@@ -408,6 +411,45 @@ def test_refused_before_training(mesh, tmp_path):
 def test_single_numbers_are_not_sharded(mesh, name, tmp_path):
     with pytest.raises(ValueError, match=r"one number per step.*strategy=role_ddp"):
         run(name, tmp_path)
+
+
+class Head(torch.nn.Module):
+    """A role with a parameter of its own beside a child's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = torch.nn.Linear(2, 1), torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.scale * self.inner(x)
+
+
+class OwnHead(Shift):
+    kind = torch.nn.Linear
+
+    def build_roles(self):
+        super().build_roles()
+        self.head = self.kind(2, 1) if self.kind is torch.nn.Linear else self.kind()
+
+
+class OneNumber(OwnHead):
+    kind = staticmethod(lambda: torch.nn.Parameter(torch.ones(())))
+
+
+class WithHead(OwnHead):
+    kind = Head
+
+
+@pytest.mark.parametrize("method", [OwnHead, WithHead])
+def test_roles_that_are_one_layer_are_sharded(mesh, method, tmp_path):
+    module = method(teacher())
+    own_trainer(tmp_path, strategy=RoleFSDP2()).fit(module, prior())
+    assert all(isinstance(p, DTensor) for p in module.head.parameters())
+
+
+def test_a_parameter_beside_the_networks_is_refused(mesh, tmp_path):
+    with pytest.raises(ValueError, match=r"OneNumber.head, a parameter beside the networks; use strategy=role_ddp"):
+        own_trainer(tmp_path, strategy=RoleFSDP2()).fit(OneNumber(teacher()), prior())
 
 
 def test_other_modules_are_refused(mesh):

@@ -194,7 +194,7 @@ def test_schedules_step_once_an_update_of_the_student(tmp_path):
 
 def test_averages_are_found_again_after_tensors_were_assigned(tmp_path):
     module = Shift(teacher(), ema=[ConstantEMA(0.1)])
-    trainer(tmp_path, 8).fit(module, prior())
+    trainer(tmp_path, 12).fit(module, prior())
     module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
     assert set(map(id, module.role_parameters("student"))) == set(map(id, module.student.parameters()))
 

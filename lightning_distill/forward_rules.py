@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_distill.attention import attention
+from lightning_distill.memory_format import is_dense
 
 __all__ = ["forward_rules"]
 
@@ -146,9 +147,17 @@ def _gelu(func: Callable[..., Tensor], input: Tensor, *, approximate: str = "non
 
 
 def _fits(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernels take the arguments as they are."""
+    """Whether the kernels take the arguments, but for the order of their elements, as they are."""
     same = all(part is None or part.dtype == x.dtype for part in (weight, bias))
-    return same and x.is_contiguous() and x.numel() > 0 and not torch.is_autocast_enabled(x.device.type)
+    return same and x.numel() > 0 and not torch.is_autocast_enabled(x.device.type)
+
+
+def _format(x: Tensor) -> torch.memory_format | None:
+    """The memory format of a tensor if group normalisation has a kernel for it."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    innermost = x.ndim == 4 and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if innermost else None
 
 
 def _group_norm(
@@ -162,11 +171,14 @@ def _group_norm(
     if not _constant(weight, bias) or not _fits(input, weight, bias) or (dual := _dual(input)) is None:
         return None
     x, change = dual
+    if (memory_format := _format(x)) is None:
+        return None
     n, channels, places = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     value, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, places, num_groups, eps)
     with torch.no_grad():
         sizes = (n, channels, places, num_groups)
-        arguments = (change.contiguous(), x, mean, rstd, None, *sizes, [True, False, False])
+        change = change.contiguous(memory_format=memory_format)
+        arguments = (change, x, mean, rstd, None, *sizes, [True, False, False])
         moved = torch.ops.aten.native_group_norm_backward(*arguments)[0]
         if weight is not None:
             moved = moved * weight.reshape(-1, *[1] * (x.ndim - 2))
@@ -184,6 +196,8 @@ def _layer_norm(
     if not _constant(weight, bias) or not _fits(input, weight, bias) or (dual := _dual(input)) is None:
         return None
     x, change = dual
+    if not x.is_contiguous():
+        return None
     value, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     with torch.no_grad():
         arguments = (change.contiguous(), x, normalized_shape, mean, rstd, None, None, [True, False, False])
@@ -214,7 +228,7 @@ def _add_in_place(func: Callable[..., Tensor], input: Tensor, other: Any = None,
         return None
     change, added = dual[1], None
     if not _constant(other):
-        if (pair := _dual(other)) is None or pair[1].shape != change.shape or not change.is_contiguous():
+        if (pair := _dual(other)) is None or pair[1].shape != change.shape or not is_dense(change):
             return None
         added = pair[1]
     with forward_ad._set_fwd_grad_enabled(False):

@@ -16,6 +16,7 @@ from lightning_distill.batch import Batch, as_batch
 from lightning_distill.collectives import mean_over_processes
 from lightning_distill.data.base import check_scaling
 from lightning_distill.ema import EMAProfile, check_horizon, paired_buffers, update_average
+from lightning_distill.memory_format import match_states
 from lightning_distill.methods.clock import PhaseClock
 from lightning_distill.methods.guards import (
     LossWeightWatch,
@@ -120,6 +121,7 @@ class Cycle(LightningModule):
                 self.default_lr
             )
             entry: dict[str, Any] = {"optimizer": factory(parameters)}
+            entry["optimizer"].register_load_state_dict_post_hook(match_states)
             if (factory_of_schedule := self.scheduler_factories.get(phase)) is not None:
                 schedule = factory_of_schedule(entry["optimizer"])
                 check_scheduler(schedule, phase)

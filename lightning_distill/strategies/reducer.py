@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_distill.memory_format import is_dense
+
 __all__ = ["GradientReducer", "buckets_of", "same_everywhere", "share_tensors"]
 
 
@@ -209,9 +211,7 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
     ends = accumulate(t.numel() for t in like)
     for end, tensor in zip(ends, like):
         piece = flat[end - tensor.numel() : end]
-        channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        dense = channels_last and not tensor.is_contiguous()
-        yield piece.as_strided(tensor.shape, tensor.stride()) if dense else piece.view(tensor.shape)
+        yield piece.as_strided(tensor.shape, tensor.stride()) if is_dense(tensor) else piece.view(tensor.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- initial state
@@ -228,9 +228,12 @@ def share_tensors(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = N
     known = [t for t in tensors if t.numel()]
     for members in buckets_of(known, range(len(known)), chunk_bytes):
         part = [known[i] for i in members]
-        flat = torch.cat([t.detach().reshape(-1) for t in part])
+        flat = torch.empty(sum(t.numel() for t in part), dtype=part[0].dtype, device=part[0].device)
+        pieces = list(_views(flat, part))
+        for tensor, piece in zip(part, pieces):
+            piece.copy_(tensor)
         dist.broadcast(flat, src=source, group=group)
-        for tensor, piece in zip(part, _views(flat, part)):
+        for tensor, piece in zip(part, pieces):
             tensor.copy_(piece)
 
 

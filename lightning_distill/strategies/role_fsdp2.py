@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_distill import checkpoints
 from lightning_distill.checkpoint_files import require_whole, write_checkpoint
+from lightning_distill.memory_format import lay_out_convolutions
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, enable_activation_checkpointing
@@ -173,6 +174,8 @@ class RoleFSDP2(ModelParallelStrategy):
 
     def _refuse(self, module: DistillationModule) -> None:
         tell_of_statistics(module)
+        if module.channels_last:
+            raise ValueError("role_fsdp2 cannot shard weights with channels_last: true; leave it out.")
         if any(isinstance(part, QuantisedLinear) or "planned_kind" in part.__dict__ for part in module.modules()):
             raise ValueError(
                 "role_fsdp2 cannot shard weights that are stored in few bits (PretrainedDenoiser quantize=...); leave "
@@ -182,6 +185,7 @@ class RoleFSDP2(ModelParallelStrategy):
     # ------------------------------------------------------------------------------------------------ sharding
     def _shard(self, module: DistillationModule) -> None:
         parts = role_modules(module)
+        lay_out_convolutions(module, channels_last=False)  # of a module that was built before it met the trainer
         sent = self.meta_device and not any(isinstance(p, DTensor) for p in module.parameters())
         weights = take_off(module, keep=self.is_global_zero) if sent else {}
         if self.teacher_dtype is not None and module.teacher is not None:

@@ -1,0 +1,64 @@
+"""In which order the weights of convolutions lie in memory, and what has to lie in the same one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["is_dense", "lay_out_convolutions", "match_states", "suits_channels_last"]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the values fill one piece of memory, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def suits_channels_last(module: nn.Module) -> bool:
+    """Whether a UNet of diffusers is among the parts: small ones gain by it on the CPU, and large ones lose nothing."""
+    return any(type(part).__name__.startswith("UNet") for part in module.modules())
+
+
+@torch.no_grad()
+def lay_out_convolutions(module: nn.Module, channels_last: bool = True) -> None:
+    """Change the memory format of the weights of two-dimensional convolutions in place; values stay what they are.
+
+    A convolution whose weight has its channels innermost computes, and returns, that format whatever it is given.
+
+    Args:
+        module: whose convolutions, adapters' among them, are changed.
+        channels_last: channels innermost, or PyTorch's own order.
+    """
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)):
+            weight = part.weight.data  # not its contiguous(), which leaves the strides of a single channel as they are
+            part.weight.data = torch.empty_like(weight, memory_format=memory_format).copy_(weight)
+
+
+@torch.no_grad()
+def match_states(optimizer: Optimizer) -> None:
+    """Lay the states of an optimizer out as its parameters.
+
+    Fused kernels walk through memory: beside a parameter in another memory format they would take the moments of other
+    elements, without an error.
+
+    Args:
+        optimizer: with states, such as those of a checkpoint.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if _lies_otherwise(value, parameter):
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _lies_otherwise(value: Any, parameter: Tensor) -> bool:
+    plain = type(value) is Tensor and value.shape == parameter.shape
+    return plain and value.stride() != parameter.stride()

@@ -25,6 +25,7 @@ from lightning_distill.export import adapters, export_denoiser, export_lora, exp
 from lightning_distill.export.entries import ENTRIES
 from lightning_distill.export.schedules import flow_scheduler, scm_scheduler, vp_scheduler
 from lightning_distill.generation import default_cond, draw_noise, generate
+from lightning_distill.memory_format import lay_out_convolutions, suits_channels_last
 from lightning_distill.methods import DMD2, TeacherTraining
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
@@ -74,6 +75,8 @@ def test_lora_student_of_dmd2(name, tmp_path):
     # the network as it was read; torch multiplies a weight that requires gradients in another order
     plain = PretrainedDenoiser(str(tmp_path / "base"), guidance=tiny.guidance, shape=list(tiny.shape)).build()
     plain.requires_grad_(False).eval()
+    if suits_channels_last(plain):
+        lay_out_convolutions(plain)
     with torch.no_grad():
         assert torch.equal(module.teacher(x, t, cond).raw, plain(x, t, cond).raw)
         assert not torch.allclose(module.student(x, t, cond).raw, plain(x, t, cond).raw, atol=1e-4)

@@ -124,7 +124,7 @@ class Run:
 
 def trained_steps(module):
     """A trainer's part in what a module does after a phase, for a module on one process."""
-    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value, root_device=torch.device("cpu"))
     module._trainer = SimpleNamespace(strategy=strategy, world_size=1)
     module._fabric = None
 

@@ -4,12 +4,12 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_text
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,9 +19,6 @@ from lightning_distill.data.store import Store
 from lightning_distill.networks.autoencoders import LatentCodec
 from lightning_distill.networks.text import PipelineText
 from lightning_distill.randomness import RandomStreams
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-import tiny_text
 
 PROMPTS = [f"a red cat {'over the moon ' * (i % 4)}and a {word}" for i, word in enumerate(tiny_text.WORDS[:22])]
 

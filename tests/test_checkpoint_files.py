@@ -9,13 +9,13 @@ import random
 import re
 import resource
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from faults import equal, flip
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_distill.checkpoint_files import (
@@ -30,9 +30,6 @@ from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.commands.convert import convert
 from lightning_distill.commands.run_folder import find_checkpoint
 from lightning_distill.strategies import RoleFSDP2, sharded_files
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from faults import equal, flip
 
 CONTENT = {"state_dict": {"a": torch.arange(4096.0), "b": torch.ones(3)}, "global_step": 5}
 

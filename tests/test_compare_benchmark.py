@@ -8,12 +8,10 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import budget_table
 import compare
+import pytest
+import yaml
 from derive import PROBLEMS, derive
 
 from lightning_distill.configs import config_path

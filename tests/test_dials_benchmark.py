@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 
-import pytest
-import torch
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent / "methods"))
 import dials
 import dials_table
 import make_tables
+import pytest
+import torch
+import yaml
 from derive import PROBLEMS, derive
 from small_problems import mlp, shift
 

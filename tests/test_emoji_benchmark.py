@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
 import emoji
 import make_tables
+import pytest
 import tiny_text
+import torch
 from emoji_package import package
 
 from lightning_distill.networks.text_entries import TOKENS

@@ -11,8 +11,6 @@ import yaml
 from lightning_distill.configs import config_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-sys.path.insert(0, str(Path(__file__).parent / "configs"))
 from recipe_stand_ins import stand_in  # noqa: E402
 from test_adm_weights import HEAD, LAYERS, weights  # noqa: E402
 

@@ -1,15 +1,10 @@
 """Students of EDM's network in stock ConsistencyModelPipeline."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDPMPipeline, EDMEulerScheduler
-
-sys.path.insert(0, str(Path(__file__).parent / "configs"))
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
 from recipe_stand_ins import edm
 
 from lightning_distill.export import export_denoiser, export_pipeline, verify_export

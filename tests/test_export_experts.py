@@ -1,12 +1,11 @@
 """Students of several experts as stock pipelines: one that switches by time, or one pipeline per group of classes."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_pipelines import MAKERS
 
 from lightning_distill.commands.export import export_module
 from lightning_distill.methods import DMD2
@@ -15,9 +14,6 @@ from lightning_distill.networks.experts import Experts
 from lightning_distill.networks.prompt_groups import prompt_features, read_centres
 from lightning_distill.networks.small import small_unet
 from lightning_distill.processes import FlowMatching, VariancePreserving
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-from tiny_pipelines import MAKERS
 
 
 def differ(module):

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-
 from family_runs import build, train_once
 from family_settings import settings_of
+from safetensors.torch import load_file
 from tiny_pipelines import MAKERS, Tiny, random_network
 
 from lightning_distill.commands.export import export_module

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-
 from tiny_pipelines import MAKERS, Tiny
 
 from lightning_distill.commands.export import main as export_main

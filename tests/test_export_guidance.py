@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-
 from family_runs import build, train_once
 from family_settings import LEFT_OUT
+from safetensors.torch import load_file
 from tiny_pipelines import MAKERS, Tiny, random_network
 
 from lightning_distill.commands.export import export_module

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-
 from tiny_pipelines import MAKERS
+from torch import nn
 
 from lightning_distill.export import export_denoiser, export_lora, probe_cond, target_times, verify_export
 from lightning_distill.export.target_times import Steps, fold_into, low_rank, record_steps

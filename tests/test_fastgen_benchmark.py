@@ -9,18 +9,16 @@ from argparse import Namespace
 from pathlib import Path
 from textwrap import dedent
 
-import pytest
-import torch
-from fastgen_stand_in import FILES, write
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastgen_peer
 import fastgen_quality
 import fastgen_tangents
 import make_tables
+import pytest
 import results
+import torch
 from counting import Counter, SavedBytes, floor_bytes
+from fastgen_stand_in import FILES, write
+from torch import nn
 
 from lightning_distill.networks.specs import ZooDenoiser, as_denoiser
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from small_problems import mlp, ready, shift
 from test_tangents import MAKERS, enable_activation_checkpointing, output, point, relative
 from torch import nn
 from torch.autograd import forward_ad
@@ -17,9 +15,6 @@ from lightning_distill.batch import Batch
 from lightning_distill.forward_rules import forward_rules
 from lightning_distill.methods import SCM, MeanFlow
 from lightning_distill.tangents import tangent, value_and_tangent
-
-sys.path.insert(0, str(Path(__file__).parent / "methods"))
-from small_problems import mlp, ready, shift
 
 F64 = torch.float64
 

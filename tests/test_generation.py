@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
 from tiny_pipelines import MAKERS
+from torch import nn
 
 from lightning_distill.export import probe_cond
 from lightning_distill.generation import default_cond, draw_noise, generate, given_cond, index_noise

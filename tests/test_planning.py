@@ -1,7 +1,6 @@
 """Plans of memory against what real updates on the CPU keep and allocate."""
 
 import json
-import sys
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
+from tiny_pipelines import MAKERS
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,9 +33,6 @@ from lightning_distill.plan_parts import RESERVE
 from lightning_distill.planning import plan
 from lightning_distill.processes import FlowMatching
 from lightning_distill.randomness import Draws
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-from tiny_pipelines import MAKERS
 
 FLOW = FlowMatching()
 

@@ -7,23 +7,18 @@ import random
 import re
 import signal
 import socket
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from faults import EARLY, UPDATES, Runs, equal, flip, survives
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from method_cases import CASES, trainer
 
 from lightning_distill.checkpoint_files import write_checkpoint
 from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.run_checkpoints import RunStopped, StopSignals
 from lightning_distill.run_safety import lock_file, memory_advice, run_lock
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent / "contracts"))
-from faults import EARLY, UPDATES, Runs, equal, flip, survives
-from method_cases import CASES, trainer
 
 CONTENT = {"state_dict": {"a": torch.arange(4096.0), "b": torch.ones(3)}, "global_step": 5}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from method_cases import CASES, trainer
 
 from lightning_distill.checkpoints import read_checkpoint
 from lightning_distill.cli import main
 from lightning_distill.ema import ConstantEMA
-
-sys.path.insert(0, str(Path(__file__).parent / "contracts"))
-from method_cases import CASES, trainer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "method" / "dmd2_ring4.yaml"
 WIDTH = "init_args.spec.init_args.network.init_args.width=8"

@@ -8,16 +8,17 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from fault_runs import NAME, UPDATES, Runs
+from faults import equal
 from lightning.pytorch.callbacks import ModelCheckpoint
+from method_cases import CASES, Batches, trainer
 
 from lightning_distill.checkpoint_files import last_good
 from lightning_distill.checkpoints import read_checkpoint
@@ -26,12 +27,6 @@ from lightning_distill.data import claims
 from lightning_distill.methods import guards
 from lightning_distill.run_checkpoints import StudentCheckpoint
 from lightning_distill.run_safety import lock_file, memory_advice, run_lock
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent / "contracts"))
-from fault_runs import NAME, UPDATES, Runs
-from faults import equal
-from method_cases import CASES, Batches, trainer
 
 
 def case_named(name):

@@ -2,11 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_pipelines
+import tiny_text
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -14,10 +15,6 @@ from safetensors.torch import load_file
 from lightning_distill.cli import main
 from lightning_distill.commands.run_folder import load_run
 from lightning_distill.data.store import Store
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-import tiny_pipelines
-import tiny_text
 
 SETTINGS = {
     "trainer.max_steps": 2,

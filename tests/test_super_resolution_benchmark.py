@@ -7,21 +7,17 @@ import json
 import math
 import re
 import struct
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import make_tables
 import numpy as np
 import pytest
+import super_resolution
 import torch
 import yaml
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent / "methods"))
-import make_tables
-import super_resolution
 from small_problems import ready, shift
+from torch import nn
 
 from lightning_distill.data.fashion import DATA_VARIABLE
 from lightning_distill.data.super_resolution import degrade

@@ -3,11 +3,10 @@
 import copy
 import dataclasses
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_pipelines import MAKERS, random_network
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -20,9 +19,6 @@ from lightning_distill.networks.lora import add_adapter, enable_activation_check
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
 from lightning_distill.processes import FlowMatching
 from lightning_distill.tangents import DEFAULT_STEPS, discrepancy, tangent, value_and_tangent
-
-sys.path.insert(0, str(Path(__file__).parent / "networks"))
-from tiny_pipelines import MAKERS, random_network
 
 F64 = torch.float64
 #: classes whose layers compute in float32 even where weights and samples are float64: differences see that rounding

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import real_sizes
 import throughput
+import torch
 from real_sizes import Size
 
 from lightning_distill.guidance import check_guidance

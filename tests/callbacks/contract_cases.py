@@ -1,10 +1,5 @@
 """The configurations and checks of the contract tests, for tests of callbacks on every method."""
 
-import sys
-from pathlib import Path
-
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("contracts", "methods")]
-
 from method_cases import CASES, random_weights, trainer
 from test_contract_resume import differences
 from test_contract_skipping import Synchronisations

@@ -1,18 +1,13 @@
 """Samples inside runs of text and of latents: their conditions come from the run's data, and nothing is cut off."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import tiny_pipelines
+import tiny_text
 import torch
 from PIL import Image
 from small_runs import trainer
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-import tiny_pipelines
-import tiny_text
 
 from lightning_distill.batch import Batch
 from lightning_distill.callbacks.evaluation import GenerativeEvaluation

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
-
 from small_problems import mlp, ready
 
 from lightning_distill.callbacks.evaluation import GenerativeEvaluation

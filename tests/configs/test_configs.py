@@ -5,29 +5,25 @@ import json
 import re
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_text
 import torch
 import yaml
+from emoji_package import package
 from PIL import Image
+from recipe_stand_ins import stand_in
 from safetensors.torch import save_file
+from sampling_of_cases import slow
+from shipped import COMPLETE, FILES, load
 
 from lightning_distill.cli import main, trainer_cli
 from lightning_distill.configs import config_path
 from lightning_distill.data.emoji import emoji_pictures
 from lightning_distill.data.store import StoreWriter
 from lightning_distill.networks.specs import ZooDenoiser, same_path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-import tiny_text
-from emoji_package import package
-from recipe_stand_ins import stand_in
-from sampling_of_cases import slow
-from shipped import COMPLETE, FILES, load
 
 #: networks for pictures of 28 or 32 pixels
 LARGE = [f for f in FILES if "fashion" in f or "emoji" in f]

@@ -2,10 +2,11 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+from recipe_stand_ins import conditions_of, pairs_of, stand_in, tiny_of
+from shipped import FILES, ROOT, load
 
 from lightning_distill.cli import main
 from lightning_distill.commands import cache
@@ -13,10 +14,6 @@ from lightning_distill.commands.trajectories import teacher_spec
 from lightning_distill.configs import config_path
 from lightning_distill.data.store import Store
 from lightning_distill.trajectories import teacher_fingerprint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-from recipe_stand_ins import conditions_of, pairs_of, stand_in, tiny_of
-from shipped import FILES, ROOT, load
 
 RECIPES = [name for name in FILES if name.startswith("recipe/")]
 

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_text
 import torch
 
 from lightning_distill.data import CachedConditions, CachedLatents, StoreWriter
@@ -15,9 +14,6 @@ from lightning_distill.data.cached import StoreSource, open_stores
 from lightning_distill.networks.autoencoders import autoencoder_identity
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.networks.text import text_digest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-import tiny_text
 
 
 def store(folder, n=40, weights=None, latent=(4, 6, 6), scale=1.0, key=None, latents=True):

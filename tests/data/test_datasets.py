@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_text
 import torch
 import yaml
+from emoji_package import package
 from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
@@ -32,10 +33,6 @@ from lightning_distill.data.fashion import DATA_VARIABLE, load_fashion
 from lightning_distill.data.idx import read_idx
 from lightning_distill.data.store import StoreWriter
 from lightning_distill.data.toy import TOYS, sample_toy
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-import tiny_text
-from emoji_package import package
 
 
 def batches(data: DistillationDataModule) -> list[Batch]:

@@ -1,19 +1,14 @@
 """The emoji problem on a small stand-in for the npm package."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import tiny_text
 import torch
+from emoji_package import package
 from safetensors.torch import load_file
 
 from lightning_distill.data import Emoji, StoreWriter
 from lightning_distill.data.emoji import caption_store, emoji_pictures, is_held_out, load_emoji
 from lightning_distill.networks.plain_text import TransformersText
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-import tiny_text
-from emoji_package import package
 
 
 @pytest.fixture

@@ -7,14 +7,10 @@ One pair of processes runs all cases of all strategies (see ``rank_runs``): by d
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from rank_runs import CASES, named, start, train
 
 from lightning_distill.methods import LearnedSolver

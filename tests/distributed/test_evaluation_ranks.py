@@ -4,12 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from rank_runs import start
 
 pytestmark = pytest.mark.distributed

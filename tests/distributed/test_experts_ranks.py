@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import rank_experts
 import torch
 import torch.distributed as dist
+from rank_experts import CASES
+from rank_runs import start
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import rank_experts
-from rank_experts import CASES
-from rank_runs import start
 
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ExpertNetwork, Experts

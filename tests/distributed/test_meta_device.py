@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-
 from rank_meta import PIPELINES
 from rank_runs import start
 from tiny_pipelines import MAKERS
+from torch import nn
 
 from lightning_distill.strategies.handed_out import structure, take_off
 

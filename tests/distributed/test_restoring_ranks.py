@@ -1,16 +1,11 @@
 """What strategies with several processes put back: knots, generators, figures; and processes that disagree."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "contracts"))
-
 from method_cases import CASES, trainer
 from rank_runs import build, start, train
 from torch.utils.data import DataLoader

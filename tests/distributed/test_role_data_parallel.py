@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from rank_runs import start
+from torch import nn
 
 from lightning_distill.strategies.reducer import GradientReducer, _views, buckets_of
 

@@ -5,26 +5,19 @@ from __future__ import annotations
 import copy
 import errno
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from own_methods import Shift, prior, teacher
 from own_methods import trainer as own_trainer
 from rank_runs import STEPS, build, named, train
 from tiny_pipelines import MAKERS
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_distill.checkpoint_files import damage, remove_parts
 from lightning_distill.networks import compiling

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import fit
 from small_problems import mlp, ready, shift
+from tiny_pipelines import sd15
 from torch import nn
 
 from lightning_distill.batch import Batch
@@ -24,9 +22,6 @@ from lightning_distill.networks.roles import Copy
 from lightning_distill.networks.small import ResidualMLP, small_unet
 from lightning_distill.processes import FlowMatching
 from lightning_distill.schedules import WarmupDecay
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-from tiny_pipelines import sd15
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:.*eval mode")

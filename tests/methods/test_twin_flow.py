@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from exact_students import F64, FLOW, MIXTURE, data, exact_module, loss_and_slope
 from small_problems import mlp, ready, shift
 from test_trajectory_learning import PROCESS, distilled, error, ring_problem, two_times
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
 from tiny_pipelines import MAKERS
+from torch import nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.generation import generate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import diffusers
@@ -13,6 +12,7 @@ import torch
 import torchvision
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
+from small_problems import ready
 from torch import nn
 
 from lightning_distill.batch import Batch
@@ -26,9 +26,6 @@ from lightning_distill.networks.autoencoders import LatentCodec
 from lightning_distill.networks.pixel_decoder import PixelDecoder
 from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.specs import seeded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
-from small_problems import ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode", "ignore:You defined a")
 

@@ -30,17 +30,17 @@ def suits_channels_last(module: nn.Module) -> bool:
 def lay_out_convolutions(module: nn.Module, channels_last: bool = True) -> None:
     """Change the memory format of the weights of two-dimensional convolutions in place; values stay what they are.
 
-    A convolution whose weight has its channels innermost computes, and returns, that format whatever it is given.
+    A convolution whose weight has its channels innermost computes, and returns, that format whatever it is given. As in
+    ``nn.Module.to(memory_format=...)`` every parameter of four dimensions counts, those of adapters among them.
 
     Args:
-        module: whose convolutions, adapters' among them, are changed.
+        module: whose parameters are changed.
         channels_last: channels innermost, or PyTorch's own order.
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for part in module.modules():
-        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)):
-            weight = part.weight.data  # not its contiguous(), which leaves the strides of a single channel as they are
-            part.weight.data = torch.empty_like(weight, memory_format=memory_format).copy_(weight)
+    for weight in module.parameters():
+        if weight.ndim == 4:  # not contiguous(), which leaves the strides of a single channel as they are
+            weight.data = torch.empty_like(weight.data, memory_format=memory_format).copy_(weight.data)
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ class CMT(TeacherPaths):
         teacher: the pretrained model.
         form: what the student is; ``flow_map`` needs ``student=TwoTime(...)``.
         sampler: None for ``flow_map`` in the form of that name, else ``renoise``, each step a jump to the end.
-        metric: distance, see ``losses.consistency.distance``.
+        metric: distance, see ``losses.consistency.distance``; None for pseudo-Huber of ends and the mean square of
+            chords, as the code of the paper's flow maps has it.
         huber: constant of pseudo-Huber, None for the default.
         **kwargs: see ``TeacherPaths`` and ``TrajectoryMethod``.
 
@@ -47,7 +48,7 @@ class CMT(TeacherPaths):
         *,
         form: Literal["consistency", "flow_map"] = "consistency",
         sampler: Literal["renoise", "flow_map"] | None = None,
-        metric: Metric = "pseudo_huber",
+        metric: Metric | None = None,
         huber: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -55,6 +56,8 @@ class CMT(TeacherPaths):
         super().__init__(teacher, sampler=sampler or own, **kwargs)
         if form not in ("consistency", "flow_map"):
             raise ValueError(f"form={form!r} must be consistency or flow_map.")
+        if metric is None:
+            metric = "mse" if form == "flow_map" else "pseudo_huber"
         if not callable(metric) and metric not in get_args(Metric):
             raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(get_args(Metric))}.")
         self.form = form

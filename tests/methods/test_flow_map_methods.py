@@ -332,7 +332,9 @@ def test_cmt_solves_or_reads_its_trajectories():
     torch.testing.assert_close(again, states)
     assert torch.equal(same, times)
     assert CMT(mlp()).sampler == "renoise"
+    assert CMT(mlp()).metric == "pseudo_huber"
     assert CMT(mlp(), form="flow_map", student=TwoTime()).sampler == "flow_map"
+    assert CMT(mlp(), form="flow_map", student=TwoTime()).metric == "mse"
     assert CMT(mlp(), form="flow_map", student=TwoTime(), sampler="renoise").sampler == "renoise"
     with pytest.raises(ValueError, match=r"metric='lpips' is unknown; choose one of l2, mse"):
         CMT(mlp(), metric="lpips")

@@ -36,12 +36,14 @@ def led_by(denoiser: Denoiser, expert: int) -> Iterator[None]:
     """
     router = denoiser.network
     assert isinstance(router, ExpertNetwork)
-    chosen = router.experts[expert]
+    chosen, before = router.experts[expert], router.__dict__.get("forward")  # where it is sharded, one of its own
     router.__dict__["forward"] = lambda *args, **kwargs: chosen(*args, **kwargs)
     try:
         yield
     finally:
         del router.__dict__["forward"]
+        if before is not None:
+            router.__dict__["forward"] = before
 
 
 class DCM(PCM):

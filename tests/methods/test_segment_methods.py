@@ -20,6 +20,7 @@ from lightning_distill.guidance import Guidance
 from lightning_distill.losses.consistency import progressive_target
 from lightning_distill.losses.subinterval import noise_further, transition
 from lightning_distill.methods import CTM, DCM, MLCM, PCM, SPLAM, TSCD, ConsistencyDistillation, SCott
+from lightning_distill.methods.dcm import led_by
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import analytic_denoiser, gaussian_flow_map
 from lightning_distill.networks.denoiser import Denoiser
@@ -478,6 +479,18 @@ def test_the_solver_takes_its_steps_with_fresh_noise_within_the_pair():
 
 
 # ------------------------------------------------------------------------------------------------ DCM
+def test_an_expert_that_leads_leaves_the_network_s_own_forward():
+    """Where networks are sharded the router has a forward of its own, which a led call must not take away."""
+    module = ready(DCM(video_teacher(), frame_lag=None))
+    router = module.student.network
+    for own in (None, lambda *args, **kwargs: None):
+        if own is not None:
+            router.__dict__["forward"] = own
+        with led_by(module.student, 1), led_by(module.student, 0):
+            assert router.__dict__["forward"] is not own
+        assert router.__dict__.get("forward") is own
+
+
 class Tokens(nn.Module):
     """A tiny network of videos (C, L, H, W) whose block makes tokens."""
 

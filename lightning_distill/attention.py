@@ -14,8 +14,8 @@ so that no matrix of queries x keys exists as a whole. The backward pass of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,17 +25,32 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CHUNK_ELEMENTS", "attention", "differentiable_attention"]
+__all__ = ["CHUNK_ELEMENTS", "attention", "differentiable_attention", "two_chunks"]
 
 #: elements of one chunk of the matrix S over all batch rows and heads: 16 MiB in float32, a few such buffers live
 CHUNK_ELEMENTS = 2**22
 #: rows of a chunk are never fewer: then its buffers are no larger than the queries themselves
 _MIN_ROWS = 64
+_passing_over = False
 
 
 def _rows(q: Tensor, k: Tensor) -> int:
     per_row = math.prod(q.shape[:-2]) * k.shape[-2]
     return max(_MIN_ROWS, CHUNK_ELEMENTS // max(per_row, 1))
+
+
+@contextmanager
+def two_chunks() -> Iterator[None]:
+    """Compute the last two chunks of tangents alone, where only the memory of a call is asked for.
+
+    One of the two has the full size, and the others need no more than it, one after the other.
+    """
+    global _passing_over
+    before, _passing_over = _passing_over, True
+    try:
+        yield
+    finally:
+        _passing_over = before
 
 
 def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
@@ -105,8 +120,12 @@ class _Attention(Function):
             k, v, dk, dv = (_grouped(q, part) for part in (k, v, dk, dv))
         parts = []
         step = _rows(q, k)
-        for start in range(0, q.shape[-2], step):
+        starts = range(0, q.shape[-2], step)
+        for start in starts:
             rows = slice(start, start + step)
+            if _passing_over and start < starts[-2:][0]:
+                parts.append(torch.empty_like(out[..., rows, :]))
+                continue
             p = _softmax(q, k, mask, rows, ctx.causal, ctx.scale)
             o = out[..., rows, :]
             part = None if dv is None else p.to(dv.dtype) @ dv

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -16,13 +17,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_distill import attention, planning
 from lightning_distill.batch import Batch
 from lightning_distill.cli import main
 from lightning_distill.commands.plan import parse_config, plan_config, suggestions
 from lightning_distill.generation import default_cond
 from lightning_distill.guidance import Guidance
 from lightning_distill.live_memory import LiveMemory, mixed_precision
-from lightning_distill.methods import DMD2, RCM, TeacherTraining
+from lightning_distill.methods import DMD2, RCM, SCM, TeacherTraining
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.roles import Lora
@@ -586,3 +588,22 @@ def test_copies_of_a_quantised_teacher_are_planned_in_full(pipeline):
 
     assert "int8" in role("teacher", quantize="int8").weights
     assert role("fake_score", quantize="int8").weights == role("fake_score").weights
+
+
+def test_a_plan_of_derivatives_follows_few_chunks_of_attention(monkeypatch):
+    """The others would need the same memory one after the other."""
+    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(attention, "_MIN_ROWS", 60)
+    products, softmax = [], attention._softmax
+    monkeypatch.setattr(attention, "_softmax", lambda *given: products.append(given) or softmax(*given))
+
+    def planned():
+        network = NewDenoiser(lambda: MAKERS["sd3"]().network, FlowMatching(), "flow_prediction")
+        found = plan(lambda: SCM(network), 4, device="cpu")
+        return [(phase.peak, phase.kept) for phase in found.phases]
+
+    few, count = planned(), len(products)
+    monkeypatch.setattr(planning, "two_chunks", nullcontext)
+    products.clear()
+    assert planned() == few
+    assert len(products) > 2 * count > 0

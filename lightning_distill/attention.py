@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CHUNK_ELEMENTS", "attention", "differentiable_attention", "two_chunks"]
+__all__ = ["CHUNK_ELEMENTS", "attention", "differentiable_attention", "few_chunks"]
 
 #: elements of one chunk of the matrix S over all batch rows and heads: 16 MiB in float32, a few such buffers live
 CHUNK_ELEMENTS = 2**22
@@ -40,10 +40,10 @@ def _rows(q: Tensor, k: Tensor) -> int:
 
 
 @contextmanager
-def two_chunks() -> Iterator[None]:
-    """Compute the last two chunks of tangents alone, where only the memory of a call is asked for.
+def few_chunks() -> Iterator[None]:
+    """Compute the last three chunks of tangents alone, where only the memory of a call is asked for.
 
-    One of the two has the full size, and the others need no more than it, one after the other.
+    Two of them have the full size, one made while the other is still there, and earlier ones need no more.
     """
     global _passing_over
     before, _passing_over = _passing_over, True
@@ -123,7 +123,7 @@ class _Attention(Function):
         starts = range(0, q.shape[-2], step)
         for start in starts:
             rows = slice(start, start + step)
-            if _passing_over and start < starts[-2:][0]:
+            if _passing_over and start < starts[-3:][0]:
                 parts.append(torch.empty_like(out[..., rows, :]))
                 continue
             p = _softmax(q, k, mask, rows, ctx.causal, ctx.scale)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_distill.attention import two_chunks
+from lightning_distill.attention import few_chunks
 from lightning_distill.batch import Batch
 from lightning_distill.generation import default_cond
 from lightning_distill.live_memory import EmptyStreams, EmptyTensors, LiveMemory, Work, forget_values, mixed_precision
@@ -269,7 +269,7 @@ def _phases(
                 module._only(phase),
                 mixed_precision(autocast, device),
                 live,
-                work or two_chunks(),  # operations are counted in all chunks
+                work or few_chunks(),  # operations are counted in all chunks
             ):
                 for parameter in parameters if earlier else ():
                     parameter.grad = torch.empty_like(parameter)

@@ -89,27 +89,31 @@ def _begun(word: str) -> str:
 
 
 def variants(result: Mapping[str, Any] | None) -> str:
-    """Rows with other settings than the configurations', or with stages before them.
+    """Rows with other settings than the configurations', or with stages before them, beside those as they are.
 
     Args:
         result: record ``compare_<problem>``, None where there is none.
     """
-    rows = [
-        row for row in (result or {"rows": []})["rows"] if "seconds" in row and ("settings" in row or "after" in row)
-    ]
-    if not rows:
+    timed = [row for row in (result or {"rows": []})["rows"] if "seconds" in row]
+    varied = {row["config"] for row in timed if "settings" in row or "after" in row}
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in sorted(timed, key=lambda row: row["config"]):
+        if row["config"] in varied:
+            groups.setdefault((row["config"], str(row.get("after")), str(row.get("settings"))), []).append(row)
+    if not groups:
         return "(none)"
     lines = [
         "| configuration | begins as | settings | CPU s | progress | recall | updates |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for rows in groups.values():
+        row = rows[0]
         begins = ", ".join(_begun(word) for word in row.get("after", ()))
         settings = "; ".join(
             f"{key.replace('.init_args', '')} {value}" for key, value in row.get("settings", {}).items()
         )
         cells = [f"[`{Path(row['config']).stem}`](../{row['config']})", begins, settings, f"{row['seconds']:.0f}"]
-        cells += [f"{row['progress']:.3f}", f"{row['recall']:.2f}", str(row["student_updates"])]
+        cells += [cell(rows, key, COLUMNS[key]) for key in ("progress", "recall", "student_updates")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -123,7 +123,7 @@ def method(
         denoiser = Denoiser(teacher, EDM(), "sample", sigma_data=SD)
         # c and the median noise level belong to data of unit standard deviation here, to those of SD there
         times = LogNormal(-1.0 - torch.tensor(SD).log().item(), 1.4)
-        module = SCM(denoiser, shape=SHAPE, times=times, constant=0.1 / SD, norm="rms", **settings)
+        module = SCM(denoiser, shape=SHAPE, times=times, constant=0.1 / SD, norm="rms", weight="trig", **settings)
     else:
         module = MeanFlow(Denoiser(teacher, FlowMatching(), "flow_prediction"), shape=SHAPE, **settings)
     module.configure_model()

@@ -11,7 +11,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.ladd import LADD
 from lightning_distill.methods.rollout import Rollout
-from lightning_distill.methods.scm import ContinuousConsistency, LogVariance
+from lightning_distill.methods.scm import ContinuousConsistency, LogVariance, PriorWeight
 from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
@@ -37,6 +37,7 @@ class SANASprint(TrajectoryMethod, LADD):
         tangent_step: step of differences, None for the default.
         warmup_updates: H of the tangent's warm-up.
         adaptive: learn the weight of a time, see ``SCM``.
+        weight: prior weight of a time, see ``SCM``: the paper's is ``trig``.
         constant: c of the tangent's normalisation, in units of data of unit std (.1 of the released code in its own).
         **kwargs: see ``LADD`` (``gan``) and ``TrajectoryMethod``; the paper embeds guidance scales of 4 to 5:
             ``student=TwoTime(kind=None, guidance=True)`` and ``guidance=RandomGuidance(4, 5)``. Default weight of
@@ -61,6 +62,7 @@ class SANASprint(TrajectoryMethod, LADD):
         tangent: TangentMode = "jvp",
         tangent_step: float | None = None,
         warmup_updates: int = 4000,
+        weight: PriorWeight = "unit",
         adaptive: bool = True,
         constant: float = 0.2,
         **kwargs: Any,
@@ -75,6 +77,7 @@ class SANASprint(TrajectoryMethod, LADD):
             tangent_step,
             warmup_updates,
             constant=constant,
+            weight=weight,
         )
         self.log_variance = LogVariance() if adaptive else None
         self.largest_share = largest_share

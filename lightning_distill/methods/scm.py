@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from lightning_distill.processes import TrigFlow
 from lightning_distill.tangents import TangentMode, value_and_tangent
 from lightning_distill.times import LogNormal, TimeDistribution
 
-__all__ = ["SCM", "ContinuousConsistency", "LogVariance", "Points"]
+PriorWeight = Literal["trig", "one", "unit"]
+
+__all__ = ["SCM", "ContinuousConsistency", "LogVariance", "Points", "PriorWeight"]
 
 
 class LogVariance(nn.Module):
@@ -86,7 +88,8 @@ class ContinuousConsistency:
         warmup: which terms it weakens: those of the ``paper``, or of ``rcm`` (see ``losses.continuous.rcm_tangent``).
         constant: c.
         norm: ``full`` or ``rms``, see ``normalise_tangent``.
-        weight: prior weight of a time: ``trig``, 1 / tan(tau), or ``one``.
+        weight: prior weight of a time: ``trig``, 1 / tan(tau); ``one``; or ``unit``, with which a normalised tangent has
+            a loss of 1 at most, at every time and in every number of dimensions.
         one_pass: take the exact derivative out of the pass of the value, see ``tangents.value_and_tangent``.
     """
 
@@ -100,13 +103,13 @@ class ContinuousConsistency:
         warmup: Literal["paper", "rcm"] = "paper",
         constant: float = 0.1,
         norm: Literal["full", "rms"] = "full",
-        weight: Literal["trig", "one"] = "trig",
+        weight: PriorWeight = "trig",
         one_pass: bool = False,
     ) -> None:
         if one_pass and tangent != "jvp":
             raise ValueError(f"one_pass=True is for the exact derivative; leave it out with tangent={tangent!r}.")
-        if warmup not in ("paper", "rcm") or weight not in ("trig", "one"):
-            raise ValueError(f"warmup={warmup!r} must be paper or rcm, and weight={weight!r} trig or one.")
+        if warmup not in ("paper", "rcm") or weight not in get_args(PriorWeight):
+            raise ValueError(f"warmup={warmup!r} must be paper or rcm, and weight={weight!r} trig, one or unit.")
         check_tangent(tangent, tangent_step)
         if norm not in ("full", "rms"):
             raise ValueError(f"norm={norm!r} is unknown; choose full or rms.")
@@ -189,11 +192,17 @@ class ContinuousConsistency:
         loss = continuous_loss(
             made,
             normalise_tangent(g, self.constant, self.norm),
-            trig_weight(tau) if self.weight == "trig" else None,
+            self.prior_weight(tau, x[0].numel()),
             None if log_variance is None else log_variance(tau),
         )
         gap = (made.detach() - velocity).square().mean()
         return loss, {"tangent": g.flatten(1).norm(dim=1).mean(), "velocity_gap": gap}
+
+    def prior_weight(self, tau: Tensor, size: int) -> Tensor | None:
+        """Weight of TrigFlow times (B,) for samples of so many elements; None for 1."""
+        if self.weight == "trig":
+            return trig_weight(tau)
+        return torch.full_like(tau, size) if self.weight == "unit" and self.norm == "full" else None
 
     def forward_counts(self) -> dict[str, int]:
         """Network calls of the term."""
@@ -210,7 +219,7 @@ class SCM(TrajectoryMethod):
     """Continuous-time consistency: the end of the trajectory does not change along it.
 
         f(x, tau) = cos(tau) x - sin(tau) F(x, tau),     df/dtau = 0
-        L = e^-u(tau) / (D tan(tau)) |F - sg F - g / (|g| + c)|^2 + u(tau)                            (Eq. 8, Alg. 1)
+        L = e^-u(tau) w(tau) |F - sg F - g / (|g| + c)|^2 + u(tau)                                    (Eq. 8, Alg. 1)
 
     Distillation (sCD) follows the teacher's dx/dtau, training from data (sCT) that of the pair, which is right in the
     mean. Networks of any process are used: TrigFlow is entered exactly at their edge.
@@ -225,13 +234,16 @@ class SCM(TrajectoryMethod):
         warmup_updates: H of the tangent's warm-up.
         constant: c.
         norm: ``full`` or ``rms``, see ``losses.continuous.normalise_tangent``.
-        weight: prior weight of a time: ``trig``, 1 / tan(tau), or ``one``.
+        weight: prior weight w of a time: ``unit``, ``one``, or the paper's ``trig``, 1 / (D tan(tau)).
         adaptive: learn u(tau); else it is 0.
         one_pass: take the exact derivative out of the pass of the value: a forward pass less for more memory, see
             ``tangents.value_and_tangent``.
         **kwargs: see ``TrajectoryMethod``. Students of several steps are sampled by ``renoise``.
 
     Notes:
+        Wherever u is learned, e^u ends as the mean of the weighted error, whatever w is: w only says where it begins.
+        With the paper's it has to fall to log(1 / D) first, hundreds of updates in which the small times, or another
+        term of the loss, are all that counts; with ``unit`` it is there at once.
         u is a linear function of sinusoids of tau instead of a layer on the network's own embedding.
         Samples are divided by sigma_data first: the paper's c = .1 at sigma_data = .5 is .2 here, and the weight
         lacks its constant 1 / sigma_data, which u takes up.
@@ -255,7 +267,7 @@ class SCM(TrajectoryMethod):
         warmup_updates: int = 10_000,
         constant: float = 0.1,
         norm: Literal["full", "rms"] = "full",
-        weight: Literal["trig", "one"] = "trig",
+        weight: PriorWeight = "unit",
         adaptive: bool = True,
         one_pass: bool = False,
         **kwargs: Any,

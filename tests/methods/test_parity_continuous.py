@@ -44,7 +44,7 @@ def trigonometric(method, given, process, **settings):
     networks = [
         denoiser(phase, process, kind, network(phase), 1.0, null_cond={"shift": 0.25}) for phase in (TEACHER, STUDENT)
     ]
-    module = built(method, *networks, times=Uniform(0.0, 1.0), **settings)
+    module = built(method, *networks, times=Uniform(0.0, 1.0), weight="trig", **settings)
     module.log_variance = Saturating()
     module.consistency.constant = given.constant / given.sigma_data
     return module

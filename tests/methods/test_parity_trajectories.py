@@ -79,7 +79,8 @@ def test_scm(case, settings, update):
     """Samples have unit standard deviation, so c is divided by that of the data; see ``Saturating`` for the weight."""
     given, expected = fixture("SCM")
     constant = given.constant / given.sigma_data
-    module = learner(SCM, EDM(), times=Uniform(0.0, 1.0), constant=constant, warmup_updates=given.warmup, **settings)
+    settings = {"constant": constant, "warmup_updates": given.warmup, "weight": "trig", **settings}
+    module = learner(SCM, EDM(), times=Uniform(0.0, 1.0), **settings)
     module.log_variance = Saturating()
     tau = torch.atan(given.sigma / given.sigma_data)
     module.draws = Given(update, tau=tau / (math.pi / 2), noise=given.noise)

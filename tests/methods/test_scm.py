@@ -25,7 +25,7 @@ PROCESSES = {"flow": FLOW, "edm": EDM(0.002, 80.0), "trig": TrigFlow()}
 
 
 def continuous(process=FLOW, fault=0.0, update=100, **settings):
-    settings = {"warmup_updates": 0, "adaptive": False, "times": LogNormal(0.0, 0.8), **settings}
+    settings = {"warmup_updates": 0, "adaptive": False, "weight": "trig", "times": LogNormal(0.0, 0.8), **settings}
     return exact_module(SCM, process=process, fault=fault, update=update, **settings)
 
 
@@ -102,10 +102,23 @@ def test_the_learned_weight_is_at_its_optimum_where_it_balances_the_error():
     assert ready(SCM(mlp(), adaptive=False)).role_parameters("log_variance") == []
 
 
+@pytest.mark.parametrize("norm", ["full", "rms"])
+def test_the_loss_of_a_normalised_tangent_begins_near_one(norm):
+    """At every time: with 1 / (D tan) the learned weight has log D to fall first, and not as far at all times."""
+    made = {}
+    for weight in ("unit", "trig"):
+        module = ready(SCM(mlp(), warmup_updates=0, norm=norm, constant=1e-6, weight=weight), update=3)
+        shift(module.student)
+        made[weight] = module.student_loss(Batch(x0=torch.randn(64, 2))).losses["consistency"]
+        slope = torch.autograd.grad(made[weight], module.log_variance.outer.bias)[0]
+        assert (abs(float(slope)) < 1e-3) == (weight == "unit")
+    assert float(made["unit"].detach()) == pytest.approx(1.0, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": "snr"}, "weight='snr' trig or one"),
+        ({"weight": "snr"}, "weight='snr' trig, one or unit"),
         ({"norm": "half"}, "norm='half' is unknown; choose full or rms"),
         ({"tangent": "forward"}, "tangent='forward' is unknown; choose one of jvp, central"),
         ({"tangent": "central", "tangent_step": -1.0}, "tangent_step=-1.0: the step of a difference is positive"),

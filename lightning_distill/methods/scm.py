@@ -88,8 +88,8 @@ class ContinuousConsistency:
         warmup: which terms it weakens: those of the ``paper``, or of ``rcm`` (see ``losses.continuous.rcm_tangent``).
         constant: c.
         norm: ``full`` or ``rms``, see ``normalise_tangent``.
-        weight: prior weight of a time: ``trig``, 1 / tan(tau); ``one``; or ``unit``, with which a normalised tangent has
-            a loss of 1 at most, at every time and in every number of dimensions.
+        weight: prior weight of a time: ``trig``, 1 / tan(tau); ``one``; or ``unit``, with which a normalised tangent
+            has a loss of 1 at most, at every time and in every number of dimensions.
         one_pass: take the exact derivative out of the pass of the value, see ``tangents.value_and_tangent``.
     """
 

@@ -158,6 +158,20 @@ def paired_buffers(average: nn.Module, student: nn.Module) -> tuple[list[Tensor]
     return [own for own, _ in pairs], [other for _, other in pairs]
 
 
+@torch.no_grad()
+def renew_copy(kept: nn.Module, now: nn.Module) -> None:
+    """Give a frozen copy the parameters, and the statistics, that a network has now.
+
+    Args:
+        kept: a copy of the network, of the same parameters in the same order.
+        now: the network.
+    """
+    for old, new in zip(kept.parameters(), now.parameters()):
+        old.copy_(new)
+    for own, theirs in zip(*paired_buffers(kept, now)):
+        own.copy_(theirs)
+
+
 def _update(old: list[Tensor], new: list[Tensor], beta: float, skipped: Tensor | None) -> None:
     if skipped is None:
         torch._foreach_lerp_(old, new, 1.0 - beta)

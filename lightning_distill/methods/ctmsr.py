@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import renew_copy
 from lightning_distill.losses.residual_shift import trajectory_matching
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import Metric
@@ -129,8 +130,7 @@ class CTMSR(ConsistencyTraining):
             return
         passed = self.draws.update + 1 - self.trajectory_from
         if passed >= 0 and passed % self.proxy_updates == 0:
-            for kept, now in zip(self.proxy.parameters(), self.student.parameters()):
-                kept.copy_(now)
+            renew_copy(self.proxy, self.student)
 
     def trajectory_term(self, x: Tensor, batch: Batch) -> Tensor:
         """The second term for restored pictures with graph, (B, ...)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import renew_copy
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.step_aware import Scores
@@ -195,8 +196,7 @@ class DisBack(DMD2):
         done = self.draws.update + 1
         for index, waypoint in enumerate(self.waypoints):
             if done == round((index + 1) * self.degradation_updates / (self.num_waypoints + 1)):
-                for kept, now in zip(waypoint.parameters(), self.fake_score.parameters()):
-                    kept.copy_(now)
+                renew_copy(waypoint, self.fake_score)
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """As usual, while the target is not the teacher itself."""

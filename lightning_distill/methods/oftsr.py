@@ -17,6 +17,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.modes import evaluation_mode
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.processes import FlowMatching
+from lightning_distill.times import t_min
 
 __all__ = ["OFTSR"]
 
@@ -203,7 +204,7 @@ class OFTSR(TwoTimeMethod):
         teacher = self.guided_teacher(batch)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return teacher(x, t).flow_prediction
+            return teacher(x, t.clamp_min(t_min(self.process))).flow_prediction  # at 0 no x0 says which noise it was
 
         step, first = runge_kutta_velocity(velocity, flow_jump(x, u.detach(), one, r), r, later, self.ratio)
         target = trajectory_target(u, step, r, later)

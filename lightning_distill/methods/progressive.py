@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import renew_copy
 from lightning_distill.losses.consistency import progressive_target
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.guards import check_schedule
@@ -147,8 +148,7 @@ class ProgressiveDistillation(TrajectoryMethod):
         super().after_phase(phase)
         done, ends = divmod(self.draws.update + 1, self.stage_updates)
         if ends == 0 and done < self.stages:
-            for kept, now in zip(self.source.parameters(), self.sampling_network().parameters()):
-                kept.copy_(now)
+            renew_copy(self.source, self.sampling_network())
 
     # ------------------------------------------------------------------------------------------------ loss
     @torch.no_grad()

@@ -121,6 +121,8 @@ class PairRegression:
         if not module.student.embeds_guidance:
             return None
         if isinstance(self.source, SolvedPairs):
+            if not getattr(module, "_tells_scale", True):  # nor is it told one where it is sampled
+                return None
             scale = self.source.scale(module)
             if scale == 1.0 and is_told(module.require_teacher()):  # which was told its default
                 return None

@@ -163,9 +163,10 @@ class StudentSampling:
             check_guidance(network, Guidance(guidance_scale))
             if is_told(network) and network.sampling_guidance is None:
                 told = telling(network, float(guidance_scale))
-            else:
-                options["guidance_scale"] = float(guidance_scale)
-        twice = options.get("guidance_scale", 1.0) != 1.0 or network.sampling_guidance is not None
+            else:  # as a policy, since the number 1 leaves a network to its own guidance
+                options["guidance_scale"] = Guidance(guidance_scale) if guidance_scale == 1.0 else float(guidance_scale)
+        own = guidance_scale is None and network.sampling_guidance is not None
+        twice = own or ("guidance_scale" in options and guidance_scale != 1.0)
         if negative is not None and twice:
             raise ValueError(
                 "negative=... steers the branch without a condition too, so it does not go with guidance that runs "

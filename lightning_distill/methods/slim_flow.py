@@ -108,7 +108,7 @@ class SlimFlowDistillation(InstaFlow):
         n = batch.size
         z = self.draws.normal("fresh", (n, *self.sample_shape))
         start = torch.full((n,), self.student_times[0], dtype=torch.float64, device=z.device)
-        scale = self.pair_scale(batch, start)
+        scale = self.told_scale(start)  # that of the guided teacher below, not the pairs'
         made = self.student(self.process.prior(z, self.student_times[0]), start, batch.cond, guidance=scale).x0
         t = 0.2 + 0.6 * self.draws.uniform("t", n).double()
         x = FlowMatching().add_noise(made.detach(), z, t)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_distill.batch import Batch
+from lightning_distill.batch import Batch, as_batch
 from lightning_distill.generation import draw_noise
 from lightning_distill.losses.leaps import leap_grid
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation, Pair
@@ -123,6 +123,11 @@ class VideoScene(ConsistencyDistillation):
         told = replace(batch, cond=self.seen(self.require_teacher(), batch.cond))
         own = replace(batch, cond=self.seen(self.student, batch.cond))
         return Pair(x_t, t, self.earlier(x_t, t, r, told, eps), r, own, self.told_scale(t))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Samples from the renderings of a batch."""
+        batch = as_batch(batch)
+        return self.leap_from(self.renderings(batch), batch.cond)
 
     @torch.no_grad()
     def leap_from(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.batch import Batch
+from lightning_distill.ema import renew_copy
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.guards import check_schedule
@@ -123,8 +124,7 @@ class YONOS(TrajectoryMethod):
         super().after_phase(phase)
         done, ends = divmod(self.draws.update + 1, self.stage_updates)
         if self.source is not None and ends == 0 and done < len(self.easier):
-            for kept, now in zip(self.source.parameters(), self.sampling_network().parameters()):
-                kept.copy_(now)
+            renew_copy(self.source, self.sampling_network())
 
     def conditions(self, batch: Batch, stage: int) -> dict[str, Any]:
         """What the teacher of a stage sees; for the number of stages: what the last student does.

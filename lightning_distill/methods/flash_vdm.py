@@ -4,14 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.end_game import Ends
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.pcm import PCM
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Copy
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.parameterisations import segment_end
 from lightning_distill.times import bounded
@@ -66,6 +69,16 @@ class FlashVDM(PCM):
         if not skips or min(skips) < 1 or max(skips) > self.intervals:
             raise ValueError(f"skips={list(skips)}: pairs are 1 to intervals={self.intervals} solver steps long.")
         self.guidance_updates, self.gan_from, self.skips = guidance_updates, gan_from, list(skips)
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends in the first stage, and where that has nothing to teach."""
+        super().on_fit_start()
+        check_schedule(self, "guidance_updates", self.guidance_updates + 1, "the student has not learned long steps")
+        if self.guidance_updates and not self.guidance.needs_null and isinstance(self._student_role, Copy):
+            rank_zero_warn(
+                f"the first {self.guidance_updates} updates teach a guidance scale, and guidance is 1, which a copy of "
+                "the teacher has already; give guidance=Guidance(scale), or guidance_updates=0."
+            )
 
     def stage(self) -> int:
         """Stage of this update, 1 to 3."""

@@ -80,10 +80,14 @@ class StudentSampling:
         Raises:
             ValueError: the student is not sampled in so many steps, or not from noise and conditions alone.
         """
-        own = self.student_times
-        times = own if num_steps is None or num_steps == len(own) else self.times_in(num_steps)
+        times = self.own_times_or(num_steps)
         self.check_times(times)
         return times
+
+    def own_times_or(self, num_steps: int | None) -> list[float]:
+        """The student's own times for None or as many as it has, else ``times_in``."""
+        own = self.student_times
+        return own if num_steps is None or num_steps == len(own) else self.times_in(num_steps)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -130,7 +134,7 @@ class StudentSampling:
         Args:
             n: number of samples.
             cond: conditions, tensors of n rows; None cycles through the classes (or nothing when there are none).
-            num_steps: steps on the trailing grid; None is the student's own time list.
+            num_steps: the student's own time list is taken where it has as many, or for None; else the trailing grid.
             generator: source of the starting noise and of the fresh noise, in that order, as in diffusers.
             noise: starting noise (n, *shape) instead of the generator's.
             weights: which network; see ``sampling_network``.
@@ -151,7 +155,7 @@ class StudentSampling:
             ValueError: conditions or a null condition are missing, or the student is not sampled in this way.
         """
         network = self.sampling_network(weights)
-        times = self.student_times if num_steps is None else self.times_in(num_steps)
+        times = self.own_times_or(num_steps)
         self.check_times(times)
         start = draw_noise((n, *self.sample_shape), generator) if noise is None else noise
         conditions = given_cond(network, n, cond)

@@ -252,7 +252,8 @@ def test_a_leap_is_one_step_of_the_noised_rendering():
 
 def test_a_leap_is_made_from_the_leap_time_alone(tmp_path):
     module = exact_module(VideoScene)
-    for steps in (1, 3):
+    assert module.sample(4, num_steps=1).shape == (4, 2)  # its own step
+    for steps in (2, 3):
         with pytest.raises(ValueError, match=f"num_steps={steps} begins at t=1, and .* from its leap time, 0.6"):
             module.sample(4, num_steps=steps)
     assert exact_module(VideoScene, leap=1.0).sample(4, num_steps=1).shape == (4, 2)

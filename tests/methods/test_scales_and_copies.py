@@ -10,9 +10,10 @@ from own_methods import Normed, prior, teacher, trainer
 from small_problems import mlp, ready
 
 from lightning_distill.batch import Batch
+from lightning_distill.data.toy import Toy2D
 from lightning_distill.ema import renew_copy
 from lightning_distill.guidance import Guidance, RandomGuidance
-from lightning_distill.methods import DMD, OFTSR, LearnedSolver, SlimFlowDistillation, VideoScene
+from lightning_distill.methods import DMD, OFTSR, FlashVDM, LearnedSolver, SlimFlowDistillation, VideoScene
 from lightning_distill.methods.solved_pairs import SolvedPairs
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.roles import averaged_copy
@@ -75,6 +76,24 @@ def test_no_guidance_can_be_asked_for():
     assert (own - plain).abs().max() > 1e-2
     module.sampling_network().sampling_guidance = None
     torch.testing.assert_close(module.sample(6, noise=noise), plain)
+
+
+def test_as_many_steps_as_were_learned_are_those_that_were_learned():
+    module = ready(LearnedSolver(guided_mlp(), num_steps=3, solver_steps=6))
+    with torch.no_grad():
+        module.schedule.logits.add_(torch.tensor([1.0, 0.0, -1.0]))
+    noise = torch.randn(6, 2)
+    assert torch.equal(module.sample(6, noise=noise, num_steps=3), module.sample(6, noise=noise))
+    assert not torch.equal(module.sample(6, noise=noise, num_steps=4), module.sample(6, noise=noise))
+
+
+def test_a_first_stage_without_a_scale_to_teach_is_told_of(tmp_path):
+    module = FlashVDM(guided_mlp(), guidance_updates=2, gan_from=8, check_data=False, ema=[])
+    with pytest.warns(UserWarning) as told:
+        trainer(tmp_path, 1).fit(module, Toy2D("ring", batch_size=8))
+    texts = " ".join(str(warning.message) for warning in told)
+    assert "teach a guidance scale, and guidance is 1" in texts
+    assert "guidance_updates asks for 3 student updates" in texts
 
 
 def test_the_correction_is_of_the_scale_that_the_student_is_told(monkeypatch):

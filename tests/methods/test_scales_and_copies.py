@@ -89,7 +89,7 @@ def test_as_many_steps_as_were_learned_are_those_that_were_learned():
 
 def test_a_first_stage_without_a_scale_to_teach_is_told_of(tmp_path):
     module = FlashVDM(guided_mlp(), guidance_updates=2, gan_from=8, check_data=False, ema=[])
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="teach a guidance scale") as told:
         trainer(tmp_path, 1).fit(module, Toy2D("ring", batch_size=8))
     texts = " ".join(str(warning.message) for warning in told)
     assert "teach a guidance scale, and guidance is 1" in texts

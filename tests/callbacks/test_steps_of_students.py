@@ -86,6 +86,9 @@ def test_as_many_steps_as_the_students_own_are_its_own():
     times = [1.0, 0.9, 0.3]
     module = ready(KnowledgeDistillation(mlp(), student_times=times, solver_steps=10, shape=[2]))
     assert module.evaluation_times(3) == times
+    noise = torch.randn(2, 2)
+    own, as_many = (module.sample(2, num_steps=n, noise=noise) for n in (None, 3))
+    assert torch.equal(own, as_many)
     with pytest.raises(ValueError, match=r"use sampler 'ode' with \[1.0, 0.9, 0.3\]"):
-        module.sample(2, num_steps=3)
+        module.sample(2, num_steps=2)
     assert torch.isfinite(module.sample(2, num_steps=1)).all()

@@ -91,6 +91,8 @@ def settings_of(method: type[DistillationModule], tiny: Tiny, lora: bool) -> dic
     if name in ("DCM", "MLCM", "TSCD", "VideoScene"):
         frames = tiny.shape[1] if len(tiny.shape) == 4 else 1
         return {"num_steps": LEFT_OUT} | ({"frame_lag": 1 if frames > 1 else None} if name == "DCM" else {})
+    if name == "FlashVDM":
+        return {"guidance_updates": 0}
     if name == "GuidanceDistillation":
         return {"guidance": Guidance(2.0)}
     if name == "RewardedDMD":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from family_runs import build, train_once
 from family_settings import settings_of
+from frozen import frozen
 from safetensors.torch import load_file
 from tiny_pipelines import MAKERS, Tiny, random_network
 
@@ -68,12 +69,12 @@ def test_lora_student_of_dmd2(name, tmp_path):
     assert {id(p) for p in module.parameters() if p.requires_grad} == own
     assert all(p.grad is None for p in module.parameters() if id(p) not in own)
     x, t, cond = torch.randn(2, *tiny.shape), torch.tensor(0.6), tiny.cond(2)
-    # the network as it was read; torch multiplies a weight that requires gradients in another order
+    # the network as it was read
     plain = PretrainedDenoiser(str(tmp_path / "base"), guidance=tiny.guidance, shape=list(tiny.shape)).build()
-    plain.requires_grad_(False).eval()
+    plain.eval()
     if suits_channels_last(plain):
         lay_out_convolutions(plain)
-    with torch.no_grad():
+    with torch.no_grad(), frozen(plain):
         assert torch.equal(module.teacher(x, t, cond).raw, plain(x, t, cond).raw)
         assert not torch.allclose(module.student(x, t, cond).raw, plain(x, t, cond).raw, atol=1e-4)
     _, difference = export_module(module, tmp_path / "pipeline", fresh=False)

@@ -1,13 +1,13 @@
 """rCM: continuous-time consistency with a score regulariser (arXiv:2510.08431)."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.score_matching import checked_weight
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.fake_score import FakeScoreMethod
-from lightning_distill.methods.scm import ContinuousConsistency
+from lightning_distill.methods.scm import ContinuousConsistency, LogVariance, PriorWeight
 from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
@@ -29,7 +29,9 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         tangent_step: step of differences, None for the default.
         warmup_updates: H of the tangent's warm-up.
         matching_from: student update from which the score term counts.
-        prior_weight: weight of a time in sCM: ``one``, or ``trig``, 1 / tan(tau).
+        prior_weight: weight of a time in sCM: ``one``, ``trig``, 1 / tan(tau), or ``unit``, see ``ContinuousConsistency``.
+        adaptive: learn the weights of times against each other as ``SCM`` does, which rCM does not; ``prior_weight``
+            should be ``unit`` then, and the weight of ``student/consistency`` 1.
         weight: factor on the score direction, see ``matching_weight``.
         **kwargs: see ``FakeScoreMethod`` and ``TrajectoryMethod``. Default weights: ``student/consistency`` 100,
             ``student/matching`` 1.
@@ -43,6 +45,7 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         which is ``critic_space="edm"`` with unit data.
     """
 
+    phases = {"student": ("student", "log_variance"), "fake_score": ("fake_score",)}
     paper = "2510.08431"
     learns_from = "teacher, data"
     default_loss_weights: ClassVar[Mapping[str, float]] = {"student/consistency": 100.0, "student/matching": 1.0}
@@ -56,7 +59,8 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         tangent_step: float | None = None,
         warmup_updates: int = 1000,
         matching_from: int = 1000,
-        prior_weight: Literal["one", "trig"] = "one",
+        prior_weight: PriorWeight = "one",
+        adaptive: bool = False,
         weight: str = "dmd",
         **kwargs: Any,
     ) -> None:
@@ -66,12 +70,13 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         )
         if matching_from < 0:
             raise ValueError(f"matching_from={matching_from}: give a student update, 0 for the first.")
+        self.log_variance = LogVariance() if adaptive else None
         self.matching_from = matching_from
         self.weight = checked_weight(weight)
 
     def student_loss(self, batch: Batch) -> Terms:
         """The tangent's term and, after the start, the score difference."""
-        loss, diagnostics = self.consistency(self, batch)
+        loss, diagnostics = self.consistency(self, batch, self.log_variance)
         terms = Terms({"consistency": loss}, diagnostics)
         if self.draws.update >= self.matching_from:
             self.add_matching(terms, batch, self.weight)

@@ -29,7 +29,8 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         tangent_step: step of differences, None for the default.
         warmup_updates: H of the tangent's warm-up.
         matching_from: student update from which the score term counts.
-        prior_weight: weight of a time in sCM: ``one``, ``trig``, 1 / tan(tau), or ``unit``, see ``ContinuousConsistency``.
+        prior_weight: weight of a time in sCM: ``one``, ``trig``, 1 / tan(tau), or ``unit``, see
+            ``ContinuousConsistency``.
         adaptive: learn the weights of times against each other as ``SCM`` does, which rCM does not; ``prior_weight``
             should be ``unit`` then, and the weight of ``student/consistency`` 1.
         weight: factor on the score direction, see ``matching_weight``.

@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help install quickstart smoke test quant check matrix bench docs
+.PHONY: help install quickstart smoke test long quant check matrix bench docs
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   distil the shipped teacher, show images and a table (about four minutes)"
 	@echo "make test         the tests of every change"
+	@echo "make long         tests that take seconds each, which CI runs too"
 	@echo "make quant        the tests of quantised weights, with torchao"
 	@echo "make check        lint, formatting, types"
 	@echo "make matrix       all tests, the slow ones included (goes on where it stopped)"
@@ -37,11 +38,16 @@ quickstart: $(STAMP)
 smoke: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/lightning-distill quickstart --smoke
 
-# two workers with one thread each: the fastest that two cores do, and the same numbers everywhere
-PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# as many workers as cores, 2 to 8, with one thread each: the same numbers everywhere
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(max(os.cpu_count() or 2, 2), 8))')
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not long and not gpu"
+
+# what make test leaves to CI
+long: $(STAMP)
+	$(PYTEST) -m "long and not slow and not gpu"
 
 # weights in 8 and 4 bits; torchao lies apart, since diffusers would load it at every import
 quant: $(STAMP)

@@ -11,7 +11,7 @@ os.environ["LIGHTNING_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="cache_")  # not
 
 import pytest
 import torch
-from sampling_of_cases import mark_the_rest_slow
+from sampling_of_cases import mark_the_rest
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["LIGHTNING_DISTILL_CACHE"], ignore_errors=True)
@@ -19,7 +19,7 @@ atexit.register(shutil.rmtree, os.environ["LIGHTNING_DISTILL_CACHE"], ignore_err
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are deselected
 def pytest_collection_modifyitems(items):
-    mark_the_rest_slow(items)
+    mark_the_rest(items)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
-"""Which cases ``make test`` runs; the others are ``slow``, so that ``make matrix`` runs every one.
+"""Which cases ``make test`` runs; CI runs the ``long`` ones too, and ``make matrix`` the ``slow`` ones, thus every one.
 
-Of a test with ``@pytest.mark.sparse(n)``, every nth case runs by default, by its position (``mark_the_rest_slow``).
+Of a test with ``@pytest.mark.sparse(n, test=m)``, CI runs every nth case, by its position, and ``make test`` every mth
+of these, by default all (``mark_the_rest``).
 Contracts are parametrised over all methods: a contract sees a share of the methods, another one from contract to
 contract (``sampled``), so that every method meets several contracts and every case is met by some. Positions alone
 decide, which are the same in every process.
@@ -26,7 +27,12 @@ def slow(case: Any) -> Any:
     return pytest.param(*given.values, marks=[*given.marks, pytest.mark.slow], id=given.id)
 
 
-def mark_the_rest_slow(items: Iterable[pytest.Item]) -> None:
+def long(*values: Any) -> Any:
+    """The case of these values for ``parametrize``, marked long."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
+def mark_the_rest(items: Iterable[pytest.Item]) -> None:
     """Keep every nth case of each test that is ``sparse(n)``; with stacked lists, let n share no factor with them."""
     place: Counter[tuple[str, str]] = Counter()
     for item in items:
@@ -34,8 +40,11 @@ def mark_the_rest_slow(items: Iterable[pytest.Item]) -> None:
         if sparse is None or "contracts" in item.path.parts:
             continue
         key = (str(item.path), getattr(item, "originalname", item.name))
-        if place[key] % sparse.args[0]:
+        nth, other = divmod(place[key], sparse.args[0])
+        if other:
             item.add_marker(pytest.mark.slow)
+        elif nth % sparse.kwargs.get("test", 1):
+            item.add_marker(pytest.mark.long)
         place[key] += 1
 
 

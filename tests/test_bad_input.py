@@ -336,7 +336,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.sparse(4)
+@pytest.mark.sparse(4, test=2)
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_checkpoints(refused, write, run, how):
     file = run / "checkpoints" / "last.ckpt"
@@ -353,6 +353,7 @@ def test_damaged_checkpoints(refused, write, run, how):
     assert not Path("out").exists()
 
 
+@pytest.mark.long
 def test_resuming_with_another_configuration(refused, write, run):
     resume = {"ckpt_path": str(run / "checkpoints" / "last.ckpt"), "trainer.max_steps": 4}
     before = contents(run)

@@ -172,6 +172,7 @@ def test_a_damaged_shard_is_written_again(capsys):
     assert "to encode" not in capsys.readouterr().err  # nothing is left to do
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_share_the_work():
     prompts(out="whole")
@@ -403,6 +404,7 @@ def teacher(pipelines):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.sparse(2)
 @pytest.mark.parametrize("kind", ["CachedConditions", "CachedLatents"])
 def test_a_guided_student_is_distilled_from_a_store(teacher, kind, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from sampling_of_cases import long
 
 from lightning_distill import __version__
 from lightning_distill.cli import main, trainer_cli
@@ -189,11 +190,13 @@ def test_the_last_checkpoint_is_the_end_of_the_run(tmp_path, max_steps):
         assert torch.equal(value, checkpoint["state_dict"][key])
 
 
+@pytest.mark.long
 def test_a_run_of_epochs_ends_with_a_checkpoint(tmp_path):
     cli = fit(ring4(), tmp_path, "--trainer.max_steps=-1", "--trainer.max_epochs=1")
     assert {p.name for p in (find_run(cli.trainer.log_dir) / "checkpoints").iterdir()} == {"last.ckpt", "step10.ckpt"}
 
 
+@pytest.mark.long
 def test_runs_go_where_the_trainer_is_told(tmp_path):
     file = tmp_path / "toy.yaml"
     file.write_text(yaml.safe_dump(ring4(), sort_keys=False))
@@ -203,6 +206,7 @@ def test_runs_go_where_the_trainer_is_told(tmp_path):
     assert Path(cli.trainer.log_dir) == tmp_path / "there/toy/version_0"
 
 
+@pytest.mark.long
 def test_a_second_run_gets_its_own_folder_and_run_names_find_the_newest(tmp_path):
     first = fit(ring4(), tmp_path, "--trainer.max_steps=1")
     before = (Path(first.trainer.log_dir) / "checkpoints" / "last.ckpt").read_bytes()
@@ -250,7 +254,7 @@ def test_resuming_within_the_same_folder(tmp_path):
     assert all(torch.equal(v, newest[k]) for k, v in states(module).items())
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [False, long(True)])
 def test_a_run_keeps_its_last_state_beside_what_the_user_keeps(tmp_path, last):
     own = spec("lightning.pytorch.callbacks.ModelCheckpoint", filename="mine", every_n_train_steps=3, save_last=last)
     config = ring4()
@@ -261,6 +265,7 @@ def test_a_run_keeps_its_last_state_beside_what_the_user_keeps(tmp_path, last):
     assert any(name.startswith("step") for name in names) != last
 
 
+@pytest.mark.long
 def test_a_figure_that_nothing_measures_is_told(tmp_path):
     config = ring4()
     monitored = {"monitor": "val/sw2/nfe3", "every_n_train_steps": 2}
@@ -281,6 +286,7 @@ def test_predict_makes_samples_for_a_batch(tmp_path, monkeypatch):
     assert [x.shape[1:] for x in made] == [(2,)]
 
 
+@pytest.mark.long
 def test_a_class_of_this_folder_can_be_named_and_its_run_needs_no_compiler(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
@@ -361,6 +367,7 @@ def picture_run(tmp_path_factory):
     return Path(fit(pictures(folder), folder).trainer.log_dir)
 
 
+@pytest.mark.long
 def test_a_run_is_loaded_as_it_was(tmp_path):
     cli = fit(ring4(), tmp_path)
     module = load_run(cli.trainer.log_dir)
@@ -407,6 +414,7 @@ def test_sample(picture_run, tmp_path, capsys):
     assert np.array_equal(np.load(tmp_path / "samples.npz")["x0"], first)
 
 
+@pytest.mark.long
 def test_sample_of_points(tmp_path):
     run = fit(ring4(), tmp_path).trainer.log_dir
     assert main(["sample", str(run), "--n", "50"]) == 0

@@ -47,6 +47,7 @@ def test_rows_are_added(run, capsys):
     assert "metrics.json" in out
 
 
+@pytest.mark.long
 def test_earlier_rows_of_the_teacher_stay(run, capsys):
     words = ["evaluate", str(run), "--measures", "fd", "--n"]
     assert main([*words, "60", "--teacher-steps", "8"]) == 0
@@ -62,6 +63,7 @@ def test_earlier_rows_of_the_teacher_stay(run, capsys):
     assert "held_out" in {row.half for row in log.teacher}
 
 
+@pytest.mark.long
 def test_each_extractor_has_its_reference(run, tmp_path, capsys, monkeypatch):
     import numpy as np
 
@@ -146,6 +148,7 @@ def test_another_extractor_with_the_data_of_the_run(run, capsys):
     assert EvaluationLog.load(run).rows[-1].metrics.keys() >= {"fd_second"}
 
 
+@pytest.mark.long
 def test_runs_without_an_average_measure_the_student(tmp_path, capsys):
     words = [
         "fit",
@@ -164,6 +167,7 @@ def test_runs_without_an_average_measure_the_student(tmp_path, capsys):
     assert "use --weights student" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_measures_with_models_of_their_own(run, tmp_path, monkeypatch, capsys):
     """The options reach the models; what these compute is tested beside them."""
     seen = {}

@@ -14,6 +14,7 @@ from family_runs import build, train_once
 from family_settings import settings_of
 from frozen import frozen
 from safetensors.torch import load_file
+from sampling_of_cases import long, slow
 from tiny_pipelines import MAKERS, Tiny, random_network
 
 from lightning_distill.commands.export import export_module
@@ -44,9 +45,9 @@ pytestmark = pytest.mark.filterwarnings(
 #: pipelines of diffusers that read LoRA files, and those that read flattened names
 LORA = [name for name in MAKERS if not name.startswith("pixart")]
 KOHYA = ("sd15", "sd21", "lcm", "sdxl", "qwen_image", "z_image")
-#: kinds of pipeline that every test sees; the others join in ``make matrix``
-FAST = ("sd15", "sdxl", "pixart_alpha", "sd3", "flux", "wan", "anyflow")
-SOME = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in MAKERS]
+#: kinds of pipeline that every test sees, by itself and in CI; the others join in ``make matrix``
+FAST, LONG = ("sd15", "pixart_alpha", "flux", "wan"), ("sdxl", "sd3", "anyflow")
+SOME = [name if name in FAST else long(name) if name in LONG else slow(name) for name in MAKERS]
 
 
 def trained(method: type, name: str, folder: Path, lora: bool, **settings: object) -> tuple[Tiny, object]:
@@ -161,7 +162,7 @@ def test_fresh_process(name, tmp_path):
         assert export_module(module, tmp_path / "lora", lora="diffusers")[1] <= 1e-5
 
 
-@pytest.mark.parametrize("sampler", ["renoise", "ode"])
+@pytest.mark.parametrize("sampler", ["renoise", long("ode")])
 @pytest.mark.parametrize(
     "name", ["sd15", "pixart_alpha", "sd3", "sana_sprint", "z_image", "qwen_image", "cogvideox", "ltx"]
 )

@@ -161,8 +161,17 @@ class SigmaStart(VariancePreserving):
         return float(self.sigma(torch.tensor(t_init, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("process", [VariancePreserving(), SigmaStart()], ids=["unit", "sigma"])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("process", "kind"),
+    [
+        pytest.param(VariancePreserving(), "epsilon", marks=pytest.mark.long, id="epsilon-unit"),  # a fresh process
+        pytest.param(SigmaStart(), "epsilon", id="epsilon-sigma"),
+        pytest.param(VariancePreserving(), "v_prediction", id="v_prediction-unit"),
+        pytest.param(SigmaStart(), "v_prediction", id="v_prediction-sigma"),
+        pytest.param(VariancePreserving(), "sample", id="sample-unit"),
+        pytest.param(SigmaStart(), "sample", id="sample-sigma"),
+    ],
+)
 def test_any_timesteps_go_through_the_call(process, kind, tmp_path):
     torch.manual_seed(0)
     network: UNet2DModel = small_unet(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sampling_of_cases import long
 from tiny_pipelines import MAKERS
 from torch import nn
 
@@ -60,7 +61,12 @@ def samples(
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize(
     ("kind", "input", "steps"),
-    [("zero_init", "r", 4), ("zero_init", "difference", 1), ("scaled_difference", "r", 2), ("gated_copy", "r", 4)],
+    [
+        ("zero_init", "r", 4),
+        long("zero_init", "difference", 1),
+        long("scaled_difference", "r", 2),
+        ("gated_copy", "r", 4),
+    ],
 )
 def test_flow_maps_of_every_family(name, kind, input, steps, tmp_path):
     student, shape = read(name, tmp_path / "base")
@@ -80,7 +86,7 @@ def test_flow_maps_of_every_family(name, kind, input, steps, tmp_path):
     assert second_time_of(student.network) is not None  # and stays in the student
 
 
-@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+@pytest.mark.parametrize("style", ["diffusers", long("kohya")])
 @pytest.mark.parametrize(("steps", "rank"), [(1, 2), (4, 2), (2, 4)])
 def test_lora_files_hold_the_target_times(style, steps, rank, tmp_path):
     """Also where they need more ranks than the adapter has."""

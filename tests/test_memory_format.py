@@ -81,6 +81,7 @@ def test_a_run_is_the_same_run(tmp_path):
     assert (ends[0] - start).abs().max() > 1e-4
 
 
+@pytest.mark.long
 def test_a_checkpoint_goes_on_in_the_other_format(tmp_path):
     straight = method(channels_last=False)
     trainer(tmp_path, 6).fit(straight, prior())
@@ -144,6 +145,7 @@ def test_messages_keep_the_order_of_elements(one_process):
     assert [v.stride() for v in views] == [t.stride() for t in tensors]
 
 
+@pytest.mark.long
 def test_sharding_wants_the_usual_order(one_process, tmp_path):
     with pytest.raises(ValueError, match="cannot shard weights with channels_last: true"):
         trainer(tmp_path, strategy=RoleFSDP2()).fit(method(channels_last=True), prior())

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
+from sampling_of_cases import long, slow
 from tiny_pipelines import MAKERS
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -71,9 +72,9 @@ CASES = {
 }
 
 
-def mostly_slow(*fast):
-    """All cases; of those not named only ``make matrix`` has the time."""
-    return [pytest.param(case, marks=[] if case in fast else [pytest.mark.slow]) for case in CASES]
+def mostly_slow(*fast, later=()):
+    """All cases; of those not named only ``make matrix`` has the time, of ``later`` CI."""
+    return [case if case in fast else long(case) if case in later else slow(case) for case in CASES]
 
 
 def make(case, **more):
@@ -135,7 +136,7 @@ def compare_activations(case, precision):
         assert phase.peak > phase.kept > 10_000
 
 
-@pytest.mark.parametrize("case", mostly_slow("mlp", "dit_gan", "dit_dora"))
+@pytest.mark.parametrize("case", mostly_slow("mlp", "dit_dora", later=["dit_gan"]))
 def test_weights_gradients_and_states_are_exact(case):
     planned = plan(lambda: make(case), CASES[case][1], "32-true", device="cpu")
     module = make(case)
@@ -461,6 +462,7 @@ def test_processes_share_what_the_strategy_shards(config):
         planned(replicas=3)
 
 
+@pytest.mark.long
 def test_terms_that_begin_late_are_planned():
     def build(matching_from=10):
         return RCM(spec(mlp), matching_from=matching_from)
@@ -502,7 +504,7 @@ def test_suggestions_save_memory_one_after_the_other(config):
 
 
 # ------------------------------------------------------------------------------------------------ what a cycle adds
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, long(True)])
 def test_gradients_of_earlier_micro_batches_are_alive_in_later_ones(checkpointing):
     def make(parts):
         module = DMD2(spec(unet), ema=[], fake_score_steps=1, accumulate_grad_batches=parts)
@@ -539,12 +541,12 @@ def test_a_game_that_is_played_now_and_then_is_planned():
 @pytest.mark.parametrize(
     ("config", "roles"),
     [
-        ("accvideo_ring", {"discriminator"}),
-        ("reflow_ring", {"student"}),
-        ("slim_flow_ring", {"student"}),
+        long("accvideo_ring", {"discriminator"}),
+        long("reflow_ring", {"student"}),
+        long("slim_flow_ring", {"student"}),
         ("video_scene_ring", {"student"}),
-        ("dcm_ring", {"discriminator"}),
-        ("boss_fashion", {"student"}),
+        long("dcm_ring", {"discriminator"}),
+        long("boss_fashion", {"student"}),
     ],
 )
 def test_configurations_of_stored_trajectories_and_experts_are_planned(config, roles):
@@ -571,6 +573,7 @@ def test_settings_that_are_switched_off_stay_off(config):
     assert read["model"]["init_args"]["gradient_clip_val"] is None
 
 
+@pytest.mark.long
 def test_a_step_on_cuda_updates_all_tensors_at_once():
     def make(**settings):
         return DMD2(spec(unet), ema=[], student_optimizer=partial(torch.optim.AdamW, lr=1e-4, **settings))
@@ -590,6 +593,7 @@ def test_copies_of_a_quantised_teacher_are_planned_in_full(pipeline):
     assert role("fake_score", quantize="int8").weights == role("fake_score").weights
 
 
+@pytest.mark.long
 def test_a_plan_of_derivatives_follows_few_chunks_of_attention(monkeypatch):
     """The others would need the same memory one after the other."""
     monkeypatch.setattr(attention, "CHUNK_ELEMENTS", 1)

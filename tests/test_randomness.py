@@ -90,6 +90,7 @@ def test_global_generators_are_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.long
 def test_seeds_do_not_depend_on_the_process():
     code = "from lightning_distill.randomness import derive_seed; print(derive_seed(3, 'student0/noise', 17, 2))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=".")

@@ -19,6 +19,7 @@ from fault_runs import NAME, UPDATES, Runs
 from faults import equal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from method_cases import CASES, Batches, trainer
+from sampling_of_cases import long
 
 from lightning_distill.checkpoint_files import last_good
 from lightning_distill.checkpoints import read_checkpoint
@@ -124,7 +125,9 @@ def hurried(monkeypatch):
     monkeypatch.setattr(claims, "_LOOK_SECONDS", 0.05)
 
 
-@pytest.mark.parametrize("elsewhere", [{"host": "another"}, {"pids": "pid:[1]"}, {"boot": "an earlier one"}])
+@pytest.mark.parametrize(
+    "elsewhere", [{"host": "another"}, long({"pids": "pid:[1]"}), long({"boot": "an earlier one"})]
+)
 def test_a_requeued_job_waits_for_the_lock_of_its_earlier_life(tmp_path, hurried, capfd, elsewhere):
     file = owned(tmp_path / "run", **elsewhere)
     started = time.monotonic()
@@ -286,6 +289,7 @@ def whole(runs):
     return runs.final("whole")
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_a_second_one_does_not_wait(runs, whole):
     assert runs.asked("interrupted", [signals_in(4, signal.SIGINT)], without=DEFAULT) == 128 + signal.SIGINT
     log = runs.log("interrupted")
@@ -319,6 +323,7 @@ def test_a_longer_run_replaces_the_last_checkpoint(runs, whole):
     assert read_checkpoint(runs.checkpoints("longer") / "last.ckpt")["global_step"] == UPDATES + 2
 
 
+@pytest.mark.long
 def test_last_without_a_version_continues_the_newest_run(runs, whole):
     assert runs.run("newest", updates=3) == 0
     assert runs.asked("newest", without=VERSION) == 0

@@ -11,6 +11,7 @@ from contract_cases import CASES, Synchronisations, differences, trainer
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+from sampling_of_cases import long
 from small_problems import Affine, Gaussian, Given
 
 from lightning_distill.batch import Batch
@@ -243,8 +244,8 @@ def test_lag_and_gap_of_an_exact_critic_in_closed_form():
     assert health.latest["fake_score_lag"] == pytest.approx(math.exp(sum(map(math.log, lags[-1])) / 3), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [TDM, PhasedDMD])
-@pytest.mark.parametrize("sampler", ["ode", "renoise"])
+@pytest.mark.parametrize("method", [TDM, long(PhasedDMD)])
+@pytest.mark.parametrize("sampler", ["ode", long("renoise")])
 def test_a_critic_that_is_exact_where_a_step_ends_is_exact_here(method, sampler, monkeypatch):
     """x_u = (1 - u) x0 + u eps of a deterministic step, with the noise that x0 was made of, has another variance."""
     monkeypatch.setattr(method, "stops", lambda self: [0])
@@ -265,6 +266,7 @@ def test_a_critic_that_is_exact_where_a_step_ends_is_exact_here(method, sampler,
     assert float(residual.mean()) == pytest.approx(0.0, abs=0.03)
 
 
+@pytest.mark.long
 def test_a_healthy_run_has_a_lag_of_one_and_raises_no_alarm(recwarn):
     health, alarm = TrainingHealth(every_n_steps=25, num_samples=256), CollapseAlarm()
     module = gaussian_run(200, 0.1, 0.1, health, alarm)

@@ -91,7 +91,7 @@ def test_guided_text_models_say_where_the_unconditional_embedding_goes(name):
     assert ("guidance" in config) == (tiny.guidance is None and bool(tiny.cond_shapes))
 
 
-@pytest.mark.sparse(4)
+@pytest.mark.sparse(4, test=2)
 @pytest.mark.parametrize("name", [name for name in RECIPES if pairs_of(load(name)) is not None])
 def test_the_teacher_of_the_pairs_is_that_of_the_recipe(name, tmp_path, monkeypatch):
     """The command of the comment makes pairs that the recipe takes: its teacher, its conditions, its guidance."""

@@ -79,6 +79,7 @@ def check(folder: Path, strategy: str, name: str) -> None:
                 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "name"), FAST)
 def test_two_processes_train_the_experts_that_one_does(fast, strategy, name):
     check(fast, strategy, name)

@@ -228,6 +228,7 @@ def test_gradients_of_earlier_micro_batches_are_averaged(tmp_path):
     assert first == {label: [[3.0, 3.0], [early, early], None] for label, early in want.items()}
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_start_skipping_and_refusals(tmp_path):
     script = tmp_path / "script.py"

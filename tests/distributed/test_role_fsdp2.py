@@ -165,7 +165,7 @@ def far(got, want):
     return max(float((got[k] - v).abs().max()) for k, v in want.items())
 
 
-@pytest.mark.sparse(3)
+@pytest.mark.sparse(3, test=3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -220,6 +220,7 @@ def test_bfloat16_computes_with_float32_weights_and_times(mesh, alone, tmp_path,
     assert 1e-6 < far(got, alone[name]) < 0.1
 
 
+@pytest.mark.long
 def test_checkpointed_blocks_train_alike(mesh, alone, tmp_path):
     module, _, got = run("unet_gan", tmp_path, activation_checkpointing=True)
     assert module.student.network.is_gradient_checkpointing

@@ -189,6 +189,7 @@ class Gaussians(nn.Module):
         return self.block((x - x0) / t)
 
 
+@pytest.mark.long
 @pytest.mark.learn
 def test_adapters_reach_zero_where_the_guided_velocity_is_linear_in_the_scale():
     teacher = Denoiser(Gaussians(), FlowMatching(), "flow_prediction", null_class=3)

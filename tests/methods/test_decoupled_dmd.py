@@ -108,6 +108,7 @@ def means_on_the_way(module, problem, rounds=4, updates=12):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:this DecoupledDMD has been trained")
 def test_the_engine_alone_moves_on_and_matching_alone_stays(ring4_problem):
     engine = means_on_the_way(guided_gaussians(loss_weights={"student/matching": 0.0}), ring4_problem)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sampling_of_cases import long
 from small_problems import Exact, distil, gaussian_problem, learns_soon, mlp, posterior, ready, shift
 from torch.optim.lr_scheduler import StepLR
 
@@ -425,7 +426,7 @@ def test_a_one_step_student_beats_two_teacher_steps(ring4_problem, trained_teach
 @pytest.mark.learn
 @pytest.mark.parametrize(
     ("control", "updates", "limit"),
-    [(SignFlipped, 120, 1.0), pytest.param(WithoutCritic, 150, 0.7, marks=pytest.mark.slow)],
+    [long(SignFlipped, 120, 1.0), pytest.param(WithoutCritic, 150, 0.7, marks=pytest.mark.slow)],
 )
 def test_controls_do_not_learn_it(control, updates, limit, ring4_problem, trained_teacher):
     assert distil(ring4_problem, trained_teacher.denoiser, updates, method=control).distance > limit

@@ -42,7 +42,7 @@ def weighted_problem(name, time):
     )
 
 
-@pytest.mark.sparse(3)
+@pytest.mark.sparse(3, test=2)
 @pytest.mark.parametrize("name", ["rkl", "kl", "js", "hellinger", "jeffreys"])
 def test_with_the_exact_ratio_the_gradient_is_that_of_the_divergence(name, monkeypatch):
     """Student N(.3, 1.1^2), teacher N(1, .7^2), flow time .6; the discriminator answers with the exact log ratio."""

@@ -254,6 +254,7 @@ def learned(problem, updates=UPDATES, **settings):
     return found, module
 
 
+@pytest.mark.long
 @pytest.mark.learn
 def test_one_step_beats_the_teachers_two_in_both_streams_and_keeps_them_together(problem):
     mixture, noise, reference = problem

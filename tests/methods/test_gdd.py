@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sampling_of_cases import long
 from small_problems import ready
 from torch import nn
 
@@ -142,7 +143,7 @@ def play(problem, teacher, method, updates=100, **settings):
 
 
 @pytest.mark.learn
-@pytest.mark.parametrize(("method", "frozen"), [(GDD, []), (GDDI, ["^blocks.0", "^input"])])
+@pytest.mark.parametrize(("method", "frozen"), [(GDD, []), long(GDDI, ["^blocks.0", "^input"])])
 def test_it_learns_four_modes_from_data(method, frozen, ring4_problem, trained_teacher):
     distance, shares, changed = play(ring4_problem, trained_teacher.denoiser, method, freeze=frozen)
     print(f"{method.__name__}: {distance:.3f} {shares}")

@@ -207,6 +207,7 @@ def test_it_learns_four_modes(ring4_problem, trained_teacher):
     assert all(0.12 < share < 0.4 for share in shares), shares
 
 
+@pytest.mark.long
 @pytest.mark.learn
 def test_the_distance_to_the_teacher_helps_the_game(ring4_problem, trained_teacher):
     """ADD, with a weight for two dimensions; the distance alone draws every sample to the teacher's mean."""

@@ -378,6 +378,7 @@ def test_skips_end_with_their_phase():
 
 
 # ------------------------------------------------------------------------------------------------ learning
+@pytest.mark.long
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 def test_a_random_start_learns_as_well(ring_problem):  # noqa: F811
@@ -390,6 +391,7 @@ def test_a_random_start_learns_as_well(ring_problem):  # noqa: F811
     assert found < two
 
 
+@pytest.mark.long
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 def test_one_leap_is_near_the_end_of_the_trajectory(ring_problem):  # noqa: F811
@@ -407,6 +409,7 @@ def test_one_leap_is_near_the_end_of_the_trajectory(ring_problem):  # noqa: F811
     assert found < 0.6 * one
 
 
+@pytest.mark.long
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 def test_three_stages_make_two_good_steps(ring_problem):  # noqa: F811

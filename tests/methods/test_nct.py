@@ -211,6 +211,7 @@ def learned(boundary, updates):
     return (made.sign() == sign).float().mean().item(), along, error
 
 
+@pytest.mark.long
 @pytest.mark.learn
 def test_signs_are_obeyed():
     """E |N(0, 1)| is .80; the generator itself obeys half of the signs, with an error of 0."""

@@ -309,6 +309,7 @@ def test_bad_batches_and_teachers_are_named():
         exact_module(OFTSR, two_times=True).sample(3)
 
 
+@pytest.mark.long
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 def test_one_step_is_near_the_end_and_the_knob_moves_towards_the_mean(ring_problem):  # noqa: F811

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from sampling_of_cases import long
 from small_problems import mlp, ready, shift
 from test_trajectory_learning import distilled, error, ring_problem  # noqa: F401  (a fixture)
 from torch import nn
@@ -281,7 +282,7 @@ LEARNED = {
 
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", [long(n) if n == "mixture" else n for n in LEARNED])
 def test_two_calls_are_near_the_end_of_the_trajectory(name, ring_problem):  # noqa: F811
     method, settings, limit = LEARNED[name]
     mixture, _, noise, ends = ring_problem

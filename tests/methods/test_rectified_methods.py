@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fit
+from sampling_of_cases import long, slow
 from small_problems import Exact, Given, mlp, ready
 
 from lightning_distill.batch import Batch
@@ -609,12 +610,13 @@ LEARNS = {
         0.9,
     ),
 }
-FAST = ("boss", "insta_flow", "reflow")
+#: run by ``make test`` and by CI; the others by ``make matrix``
+FAST, LONG = ("boss", "insta_flow"), ("reflow",)
 
 
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in LEARNS])
+@pytest.mark.parametrize("name", [n if n in FAST else long(n) if n in LONG else slow(n) for n in LEARNS])
 def test_students_beat_the_teacher_s_own_steps(name, ring_problem, ring_pairs):
     teacher, noise, ends = ring_problem
     method, settings, steps, share = LEARNS[name]
@@ -626,6 +628,7 @@ def test_students_beat_the_teacher_s_own_steps(name, ring_problem, ring_pairs):
     assert found < share * twice
 
 
+@pytest.mark.long
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:.*eval mode")
 def test_learned_times_are_better_than_even_ones_wherever_learning_starts(ring_problem, ring_pairs):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact_students import COV, F64, FLOW, MEAN, MIXTURE, Exact, ExactEnd, data, exact_module, loss_and_slope
+from sampling_of_cases import long, slow
 from small_problems import mlp, ready, shift
 from test_trajectory_learning import distilled, error, ring_problem, two_times  # noqa: F401
 from torch import nn
@@ -439,7 +440,7 @@ def scott(process, network, fault=0.0, **settings):
     return ready(SCott(analytic_denoiser(MIXTURE, process), student=role, shape=[2], ema=[], **settings))
 
 
-@pytest.mark.sparse(2)
+@pytest.mark.sparse(2, test=2)
 @by_process
 def test_without_noise_the_fixed_point_is_the_end_and_with_it_the_posterior_mean(process):
     def slope(network, strength, fault=0.0):
@@ -624,8 +625,8 @@ def test_bad_settings_of_experts_are_named():
 
 
 # ------------------------------------------------------------------------------------------------ learning
-#: run by ``make test``; the others by ``make matrix``
-FAST = ("ctm", "tscd")
+#: run by ``make test`` and by CI; the others by ``make matrix``
+FAST, LONG = ("tscd",), ("ctm",)
 #: method, settings, largest error (about 1.4 times what it was)
 LEARN = {
     "tscd": (
@@ -654,7 +655,7 @@ LEARN = {
         0.16,
     ),
 }
-fast_or_slow = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in LEARN]
+fast_or_slow = [name if name in FAST else long(name) if name in LONG else slow(name) for name in LEARN]
 
 
 def backwards(method):

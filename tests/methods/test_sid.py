@@ -51,6 +51,7 @@ def test_the_loss_and_its_gradient_are_those_written_out(alpha, weight):
     torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.long
 def test_one_half_descends_the_fisher_divergence():
     """Expected gradient at one noise level against the closed form of E |score_F - score_T|^2."""
     times = Uniform(0.6, 0.6 + 1e-6)

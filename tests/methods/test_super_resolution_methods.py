@@ -301,6 +301,7 @@ def optimiser(updates):
     }
 
 
+@pytest.mark.long
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:.*eval mode")
 def test_scale_distillation_restores_digits_in_one_step():
@@ -346,6 +347,7 @@ def test_consistency_training_restores_digits_in_one_step():
     assert figures[2] < figures[0] - 3.0
 
 
+@pytest.mark.long
 @pytest.mark.learn
 @pytest.mark.filterwarnings("ignore:.*eval mode")
 def test_one_step_near_the_teacher_s_sample_of_the_same_noise():

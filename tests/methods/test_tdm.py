@@ -178,6 +178,7 @@ def test_intervals_are_trained_one_after_the_other():
     assert PhasedDMD(mlp(), num_steps=2).stops() is None
 
 
+@pytest.mark.long
 @pytest.mark.sparse(2)
 @pytest.mark.parametrize(
     ("method", "sampler"),

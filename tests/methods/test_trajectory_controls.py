@@ -56,6 +56,7 @@ def sprint(ring_problem, **weights):  # noqa: F811
     return found
 
 
+@pytest.mark.long
 def test_a_sprint_of_one_step_beats_two_of_the_teacher(ring_problem):  # noqa: F811
     mixture, _, noise, ends = ring_problem
     two = generate(analytic_denoiser(mixture, PROCESS), noise, {}, [1.0, 0.5], "ode")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import fit
+from sampling_of_cases import long, slow
 
 from lightning_distill.batch import Batch
 from lightning_distill.ema import PowerEMA
@@ -52,8 +53,8 @@ def two_times(**settings):
 #: of pairs on even grids, see ``losses.consistency.pair_weight``
 EVEN = {"weight": "inverse_c_out2", "metric": "mse"}
 ONE_SIDED = {"tangent": "one_sided"}
-#: run by ``make test``; the others by ``make matrix``
-FAST = ("ect", "scm", "semigroup", "shortcut")
+#: run by ``make test`` and by CI; the others by ``make matrix``
+FAST, LONG = ("ect",), ("scm", "semigroup", "shortcut")
 #: method, settings, learning rate, largest error (about 1.4 times what it was)
 CASES = {
     "consistency_distillation": (ConsistencyDistillation, {"intervals": 12, **EVEN}, 2e-3, 0.24),
@@ -129,7 +130,7 @@ def learned(name, ring_problem):
     return error(module.sample(len(noise), noise=noise), ends), module
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in CASES])
+@pytest.mark.parametrize("name", [n if n in FAST else long(n) if n in LONG else slow(n) for n in CASES])
 def test_one_step_is_near_the_end_of_the_trajectory(name, ring_problem):
     found, module = learned(name, ring_problem)
     print(f"{name}: {found:.3f}")

@@ -22,7 +22,7 @@ def log_normal(x, mean, variance):
     return -0.5 * (x - mean) ** 2 / variance - 0.5 * variance.log()
 
 
-@pytest.mark.sparse(2)
+@pytest.mark.sparse(2, test=2)
 @pytest.mark.parametrize("name", ["rkl", "kl", "js", "hellinger"])
 def test_with_the_exact_ratio_the_gradient_is_that_of_the_expansion(name, monkeypatch):
     """Student N(.3, 1.1^2), teacher N(1, .7^2), flow time .6: E[h |score_F - score_T|^2] by quadrature."""

@@ -1,6 +1,6 @@
 """Every variant of distribution matching beats the teacher in two steps on four modes.
 
-By default after 70 updates, near which the average of the weights is; ``slow``, after 100 or 200.
+By default after 70 updates, near which the average of the weights is; ``long`` and ``slow``, after 100 or 200.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from copy import copy
 
 import pytest
 import torch
-from sampling_of_cases import slow
+from sampling_of_cases import long, slow
 from small_problems import distil, learns_soon
 
 from lightning_distill.batch import Batch
@@ -41,7 +41,7 @@ def heads(**settings):
     return Adversary(**{"taps": ("blocks.2",), "width": 64, **settings})
 
 
-LONG = ("adm", "flash")
+SLOW = ("adm", "flash")
 SOON = ("ac_dmd", "sc_dmd")
 #: largest distance after 70 updates (about 1.6 times what it was with three seeds)
 SOON_LEARNT = {
@@ -112,6 +112,7 @@ class Labelled(Role):
         return Denoiser(network, source.process, "v_prediction", network_process=TrigFlow(), sigma_data=1.12)
 
 
+@pytest.mark.long
 @pytest.mark.learn
 def test_every_student_learns_its_own_classes(ring4_problem, trained_teacher):
     """Two students for one class each, of an exact teacher that makes a mode of two of either."""
@@ -143,7 +144,7 @@ def settings_of(name):
 
 
 @pytest.mark.learn
-@pytest.mark.parametrize("name", SOON_LEARNT)
+@pytest.mark.parametrize("name", [long(n) if n == "gndm_rewarded" else n for n in SOON_LEARNT])
 def test_it_soon_learns_four_modes(name, ring4_problem, trained_teacher):
     settings = settings_of(name)
     if name == "disback":  # the stages of its teacher are shortened like the run
@@ -154,7 +155,7 @@ def test_it_soon_learns_four_modes(name, ring4_problem, trained_teacher):
 
 
 @pytest.mark.learn
-@pytest.mark.parametrize("name", [slow(name) if name in SOON_LEARNT or name in LONG else name for name in CASES])
+@pytest.mark.parametrize("name", [slow(name) if name in SOON_LEARNT or name in SLOW else long(name) for name in CASES])
 def test_it_learns_four_modes(name, ring4_problem, trained_teacher):
     method, _, limit = CASES[name]
     updates = 100 if name in SOON else 200

@@ -61,6 +61,7 @@ def random_inception(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_inception_is_torch_fidelitys(random_inception):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.metric_fid import fid_statistics_to_metric
@@ -111,6 +112,7 @@ def test_inception_takes_grey_pictures_and_safetensors(random_inception, tmp_pat
     torch.testing.assert_close(safe(grey[:1]), features[:1])
 
 
+@pytest.mark.long
 def test_antialiasing_works_on_the_saved_picture(random_inception):
     plain, smooth = (Inception(str(random_inception), antialias=a, published=False).build() for a in (False, True))
     stripes = torch.ones(1, 3, 598, 598)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from frozen import frozen
+from sampling_of_cases import long
 from tiny_pipelines import pixart_sigma, sd3, sd15, wan
 from torch import nn
 from torch.nn import functional as F
@@ -242,7 +243,7 @@ def taught(name="sd15", **settings):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("role", [Copy(), Lora(rank=2), Lora(rank=2, dora=True)], ids=["copy", "lora", "dora"])
+@pytest.mark.parametrize("role", [Copy(), Lora(rank=2), long(Lora(rank=2, dora=True))], ids=["copy", "lora", "dora"])
 @pytest.mark.parametrize("name", ["mlp", "unet", "sd15", "sd3"])
 def test_a_student_of_a_guided_teacher_is_that_teacher_at_first(name, role, kind):
     teacher, at = taught(name, kind=kind)

@@ -397,6 +397,7 @@ def own_pairs(tmp_path):
     return Denoiser(network, VariancePreserving(zero_terminal_snr=True), "v_prediction").eval(), pair_file(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.sparse(2)
 @pytest.mark.parametrize("crop", [None, 6])
 def test_a_run_with_a_loss_of_decoded_latents(own_pairs, trunk, tmp_path, crop):

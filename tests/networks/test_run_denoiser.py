@@ -1,5 +1,6 @@
 import pytest
 import torch
+from sampling_of_cases import long
 
 from lightning_distill.cli import main
 from lightning_distill.commands.run_folder import load_run
@@ -70,6 +71,7 @@ model:
 """
 
 
+@pytest.mark.long
 @pytest.mark.sparse(3)
 @pytest.mark.parametrize(
     "second",
@@ -170,9 +172,9 @@ def test_a_one_step_student_is_its_guided_teacher_at_first(guided_run, role, met
     "second",
     [
         ["--model=DMD2", "--model.student=Copy", "--model.fake_score_steps=1"],
-        ["--model=DMD2", "--model.student=Lora", *SMALL, "--model.fake_score_steps=1"],
-        ["--model=ConsistencyDistillation", "--model.guidance=Guidance", "--model.guidance.scale=4"],
-        ["--model=MeanFlow", "--model.student=TwoTime", "--model.student.role=Copy"],
+        long(["--model=DMD2", "--model.student=Lora", *SMALL, "--model.fake_score_steps=1"]),
+        long(["--model=ConsistencyDistillation", "--model.guidance=Guidance", "--model.guidance.scale=4"]),
+        long(["--model=MeanFlow", "--model.student=TwoTime", "--model.student.role=Copy"]),
     ],
     ids=["dmd2", "dmd2-lora", "consistency", "mean-flow"],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import budget_table
+import cost_tables
 import dials_table
 import methods_table
 import plane_table
@@ -373,7 +374,9 @@ def main() -> None:
         ROOT / "docs" / "flow_maps.md": {"tangents": tangents}
         | {"capabilities": methods_table.capabilities}
         | {"ring": lambda: ring_table.table(_load("compare_ring"))},
-        ROOT / "docs" / "fastgen.md": {"fastgen": fastgen, "quality": fastgen_quality} | {"tangents": fastgen_tangents},
+        ROOT / "docs" / "fastgen.md": {"fastgen": fastgen, "quality": fastgen_quality}
+        | {"tangents": fastgen_tangents, "cheaper": lambda: cost_tables.cheaper(_load("compare_fashion"))},
+        ROOT / "docs" / "memory.md": {"peaks": lambda: cost_tables.peaks(_load("plan_peaks"))},
         ROOT / "docs" / "recipes.md": {"recipes": lambda: recipes_table.table(_load("recipes"))},
     }
     written = {ROOT / "docs" / "support_matrix.md": support_table.page(_load("support"))}

@@ -6,8 +6,8 @@ import pytest
 ROW = {"config": cost_tables.CONFIG, "recall": 0.5, "student_updates": 200}
 
 
-def row(seed, progress, seconds, **more):
-    return {**ROW, "seed": seed, "progress": progress, "cpu_seconds": seconds, **more}
+def row(seed, progress, cpu, **more):
+    return {**ROW, "seed": seed, "progress": progress, "cpu_seconds": cpu, **more}
 
 
 def test_seeds_are_paired():

@@ -118,8 +118,13 @@ def train(module: DistillationModule, batch: int) -> None:
 def child(case: Case) -> None:
     """Print the resident memory that a run added at its highest, in bytes."""
     torch.manual_seed(0)
-    tiny = NewDenoiser(partial(small_dit, 8, 1, 2, num_layers=1), FlowMatching(), "flow_prediction", null_class=2)
-    train(case.build(tiny) if "gan" not in getattr(case.build, "keywords", {}) else _dmd2(tiny), 1)
+    small = (
+        partial(small_unet, 8, 1, 2, (8, 8), norm_num_groups=4, attention_head_dim=4)
+        if case.teacher is unet
+        else partial(small_dit, 8, 1, 2, num_layers=1)
+    )
+    tiny = NewDenoiser(small, FlowMatching(), "flow_prediction", null_class=2)
+    train(case.build(tiny), 1)
     before = resident()
     train(case.module(), case.batch)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
@@ -129,7 +134,7 @@ def measure(case: Case) -> dict[str, Any]:
     """The row of a case."""
     made = plan(case.module, case.batch, "32-true", device="cpu", updates=UPDATES)
     words = [sys.executable, __file__, "--child", str(CASES.index(case))]
-    done = subprocess.run(words, env={**os.environ, **ALLOCATOR}, check=True, capture_output=True, text=True)
+    done = subprocess.run(words, env={**os.environ, **ALLOCATOR}, check=True, stdout=subprocess.PIPE, text=True)
     planned, measured = made.need - RESERVE, int(done.stdout.split()[-1])
     row = {"what": case.name, "planned": planned, "measured": measured, "ratio": planned / measured}
     return {**row, "resident": made.resident, "batch": case.batch}

@@ -2,21 +2,23 @@
 
     git clone https://github.com/NVlabs/FastGen
     python benchmarks/fastgen.py --fastgen FastGen             # about a quarter of an hour on one idle core
+    python benchmarks/fastgen.py --fastgen FastGen --threads 1 2 --dtypes float32 bfloat16
     python benchmarks/fastgen.py --fastgen FastGen --tangents  # updates of sCM and MeanFlow, as long
     python benchmarks/fastgen.py --fastgen FastGen --quality   # seconds until a student is good, hours
 
 The network is FastGen's EDM SongUNet (3.5 M parameters, 32x32, ten classes), taken through the door for plain modules.
 FastGen runs its own model class, optimizers, schedules, clipping and averaging callbacks in the order of its trainer;
 this library runs in Lightning's Trainer. A cycle is one student and four critic updates; blocks of cycles of the two
-sides alternate, and CPU seconds of one thread are compared. Rows of implementation ``lightning_distill`` have FastGen's
-mathematics, which ``check`` proves on identical draws; ``lightning_distill, cheaper settings`` have
-the same fixed point. Nothing of FastGen is shipped here: its code is read from the folder given.
+sides alternate, and CPU seconds of one thread, or seconds of several, are compared. Rows of implementation
+``lightning_distill`` have FastGen's mathematics, which ``check`` proves on identical draws; ``..., cheaper settings``
+have the same fixed point. Nothing of FastGen is shipped here: its code is read from the folder given.
 """
 
 import argparse
 import logging
 import warnings
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,13 +172,16 @@ def check(library: SimpleNamespace, guidance: float = 2.0, batch: int = 2) -> di
     return differences
 
 
-def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both sides of one comparison."""
+def measure(
+    library: SimpleNamespace, variant: str, equal: bool, args: argparse.Namespace, dtype: str = "float32"
+) -> list[dict[str, Any]]:
+    """Both sides of one comparison; in bfloat16 both under autocast."""
     gan, guidance = VARIANTS[variant]
     state = network(library).state_dict()
     weights = dict.fromkeys(("teacher", "net", "fake_score"), state)
     data = examples(args.batch)
-    peer = Peer(library, weights, gan, None if guidance == 1.0 else guidance, peer_data(data))
+    autocast = {} if dtype == "float32" else {"precision_amp": dtype}
+    peer = Peer(library, weights, gan, None if guidance == 1.0 else guidance, peer_data(data), **autocast)
     module = method(library, weights, gan, guidance, equal)
     slices = module.slices_per_cycle
     batch = Batch(
@@ -188,6 +193,7 @@ def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.
     trainer = bare_trainer(
         max_steps=2 + args.block * args.repeats,
         callbacks=[probe],
+        precision="bf16-mixed" if autocast else "32-true",
     )
     trainer.fit(module, DataLoader(Repeated(batch), batch_size=None))
     sides = {
@@ -197,7 +203,7 @@ def measure(library: SimpleNamespace, variant: str, equal: bool, args: argparse.
     rows = []
     for side, (name, model, optimizers) in sides.items():
         floor = floor_bytes((*model.parameters(), *model.buffers()), optimizers)
-        rows.append(row(variant, name, probe.seconds[side], probe.counted[side], floor, args.batch))
+        rows.append(row(variant, name, probe.seconds[side], probe.counted[side], floor, args.batch, dtype=dtype))
     compare(*rows)
     return rows
 
@@ -214,6 +220,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--fastgen", required=True, metavar="FOLDER", help="checkout of FastGen")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *TANGENT_VARIANTS], help="all by default")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of torch, one table after the other")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of autocast")
     parser.add_argument("--repeats", type=int, default=7, help="blocks per side")
     parser.add_argument("--block", type=int, default=1, help="cycles per block")
     parser.add_argument("--tangents", action="store_true", help="measure updates of sCM and MeanFlow instead")
@@ -230,7 +238,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--points", type=point, nargs="+", default=list(POINTS), metavar="RATE:RATIO", help="of the grid"
     )
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads[0])
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     known = list(TANGENT_VARIANTS if args.tangents else VARIANTS)
@@ -245,12 +253,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if (worst := max(differences.values())) > 1e-4:
         raise SystemExit(f"the two sides differ by {worst:.1e} on equal draws, so their speeds cannot be compared.")
     rows = []
-    for variant in args.variants:
-        for equal in (True, False):
-            rows += measure(library, variant, equal, args)
-            for entry in rows[-2:]:
-                print(line(entry), flush=True)
-    figures = {"rows": rows, "equality": differences, "threads": 1, "repeats": args.repeats}
+    for threads, dtype, variant, equal in product(args.threads, args.dtypes, args.variants, (True, False)):
+        torch.set_num_threads(threads)
+        rows += measure(library, variant, equal, args, dtype)
+        for entry in rows[-2:]:
+            print(line(entry), flush=True)
+    figures = {"rows": rows, "equality": differences, "repeats": args.repeats}
     write_result("throughput_fastgen", figures, seeds=[0])
     return figures
 

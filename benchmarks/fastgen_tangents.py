@@ -228,6 +228,6 @@ def tangents(library: SimpleNamespace, args: argparse.Namespace) -> dict[str, An
             rows += measure(library, variant, side, args)
             for entry in rows[-2:]:
                 print(line(entry), flush=True)
-    figures = {"rows": rows, "equality": differences, "threads": 1, "repeats": args.repeats}
+    figures = {"rows": rows, "equality": differences, "repeats": args.repeats}
     write_result("tangents_fastgen", figures, seeds=[0])
     return figures

@@ -289,10 +289,10 @@ def fastgen(what: str = "throughput_fastgen", option: str = "") -> str:
     result = _load(what)
     if result is None:
         return f"(run `python benchmarks/fastgen.py --fastgen FOLDER{option}` to fill this table)"
-    lines = [
-        "| setting | implementation | CPU s, least | CPU s, median | passes | GFLOP | MiB for backward | host reads |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    several = len({(row.get("threads"), row["dtype"]) for row in result["rows"]}) > 1
+    head = ["setting", *["threads"] * several, "implementation", "s, least", "s, median"]
+    head += ["passes", "GFLOP", "MiB for backward", "host reads"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in result["rows"]:
         seconds = [f"{row['seconds_per_cycle'][key]:.2f}" for key in ("min", "median")]
         counts = [f"{row['passes']:g}", f"{row['gflop']:.0f}", f"{row['saved_activation_bytes'] / 2**20:.0f}"]
@@ -302,13 +302,16 @@ def fastgen(what: str = "throughput_fastgen", option: str = "") -> str:
             counts[2] += f" (x {row['saved_activation_bytes_ratio']:.2f})"
         cells = [*seconds, *counts, f"{row['host_syncs']:,}"]
         who = RENAMED.get(row["implementation"], row["implementation"])
-        lines.append(f"| {row['what']} | {who} | {' | '.join(cells)} |")
+        place = [f"{row['threads']}, {row['dtype']}"] if several else []
+        lines.append(f"| {' | '.join([row['what'], *place, who, *cells])} |")
     worst = max(result["equality"].values())
     machine = result["meta"]["machine"]
+    kind = "" if several else f"{result['rows'][0]['dtype']}, one thread of "
+    time = "CPU seconds of one thread, seconds on the wall of several" if several else "CPU seconds"
     lines += [
         "",
-        f"Batch {result['rows'][0]['batch']}, {result['rows'][0]['dtype']}, one thread of {machine['cpu']}, "
-        f"{result['repeats']} blocks a side. On equal draws losses and gradients differ by {worst:.0e} at most.",
+        f"Batch {result['rows'][0]['batch']}, {kind}{machine['cpu']}, {result['repeats']} blocks a side, {time}. "
+        f"On equal draws losses and gradients differ by {worst:.0e} at most.",
     ]
     return "\n".join(lines)
 

@@ -22,8 +22,14 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def suits_channels_last(module: nn.Module) -> bool:
-    """Whether a UNet of diffusers is among the parts: small ones gain by it on the CPU, and large ones lose nothing."""
-    return any(type(part).__name__.startswith("UNet") for part in module.modules())
+    """Whether a UNet of diffusers is among the parts: in float32 small ones gain by it on the CPU, others lose nothing.
+
+    Other networks may change the order of their values between layers and lose more by copies than they gain.
+    """
+    return any(
+        cls.__module__.startswith("diffusers.") and cls.__name__.startswith("UNet") and cls.__name__.endswith("Model")
+        for cls in {base for part in module.modules() for base in type(part).__mro__}
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_distill.export import export_pipeline
 from lightning_distill.forward_rules import forward_rules
-from lightning_distill.memory_format import is_dense, lay_out_convolutions, match_states
+from lightning_distill.memory_format import is_dense, lay_out_convolutions, match_states, suits_channels_last
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.processes import FlowMatching
@@ -68,6 +68,21 @@ def test_plain_networks_keep_their_own():
         module.configure_model()
         innermost = [w.is_contiguous(memory_format=INNERMOST) for w in convolutions(module.student)]
         assert innermost == [channels_last is True] * 2
+
+
+def test_blocks_of_other_networks_that_are_called_like_a_unet_count_for_nothing():
+    assert suits_channels_last(unet())
+    block = type("UNetBlock", (nn.Conv2d,), {})(2, 2, 3)
+    assert not suits_channels_last(nn.Sequential(block))
+
+
+@pytest.mark.parametrize(("precision", "innermost"), [("32-true", True), ("bf16-mixed", False)])
+def test_bfloat16_on_the_cpu_keeps_the_usual_order(tmp_path, precision, innermost):
+    early = method()
+    early.configure_model()  # before anybody knows the precision
+    for module in (method(), early):
+        trainer(tmp_path, 1, precision=precision).fit(module, prior())
+        assert all(w.is_contiguous(memory_format=INNERMOST) == innermost for w in convolutions(module.student))
 
 
 def test_a_run_is_the_same_run(tmp_path):

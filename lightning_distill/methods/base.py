@@ -62,7 +62,8 @@ class DistillationModule(StudentSampling, Probing):
             activations, for about a third more time.
         compile_blocks: compile the blocks of all networks with ``torch.compile``, once per block class and role.
         channels_last: lay the weights of convolutions out with channels innermost, which is faster for small UNets on
-            the CPU and for half precision on GPUs; None for UNets on the CPU alone. Not with ``role_fsdp2``.
+            the CPU and for half precision on GPUs; None for UNets of diffusers in float32 on the CPU alone. Not with
+            ``role_fsdp2``.
         ema: averages of the student, None for one ``PowerEMA()``, an empty list for none; the first is sampled by
             default.
         max_skipped_steps: non-finite steps in a row after which training stops, at least 1.
@@ -156,7 +157,7 @@ class DistillationModule(StudentSampling, Probing):
         self.register_state_dict_post_hook(checkpoints.drop_frozen)
         self.draws = Draws(self.streams, 0, 0, "outside")
         self.clock = PhaseClock()
-        self._built = False
+        self._built = self._laid_out = False
         self._rollouts: dict[tuple[str, int, int], Rollout] = {}
         self.running_phase = None
         self._teacher_fingerprint: str | None = None
@@ -167,6 +168,9 @@ class DistillationModule(StudentSampling, Probing):
     def configure_model(self) -> None:
         """Build every network once: teacher, student, the method's own roles, averages."""
         if self._built:
+            if self._laid_out and self.channels_last is None and not self._gains_by_layout():
+                lay_out_convolutions(self, channels_last=False)  # built before it met a trainer
+                self._laid_out = False
             return
         if self.teacher_source is not None:
             self.teacher = as_denoiser(self.teacher_source).requires_grad_(False).eval()
@@ -177,7 +181,8 @@ class DistillationModule(StudentSampling, Probing):
                     enable_activation_checkpointing(network)
         for profile in self.ema_profiles:
             self.student_ema[profile.name] = averaged_copy(self.student, profile.name)
-        if self.channels_last or (self.channels_last is None and self._gains_by_layout()):
+        self._laid_out = self._gains_by_layout() if self.channels_last is None else self.channels_last
+        if self._laid_out:
             lay_out_convolutions(self)
         if self.compile_blocks:
             compile_roles(self)
@@ -186,9 +191,12 @@ class DistillationModule(StudentSampling, Probing):
         self.check_configuration()
 
     def _gains_by_layout(self) -> bool:
-        strategy = None if self._trainer is None else self.trainer.strategy
-        device = self.device if strategy is None else strategy.root_device
-        return device.type == "cpu" and not isinstance(strategy, ModelParallelStrategy) and suits_channels_last(self)
+        if self._trainer is None:
+            return self.device.type == "cpu" and suits_channels_last(self)
+        strategy, precision = self.trainer.strategy, self.trainer.precision
+        fits = strategy.root_device.type == "cpu" and not isinstance(strategy, ModelParallelStrategy)
+        # kernels of group norm and SiLU in bfloat16 are slower in that order, by more than convolutions gain
+        return fits and precision in ("32-true", "64-true") and suits_channels_last(self)
 
     def build_roles(self) -> None:
         """Create the trained networks; methods with more roles extend this."""

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.flow_maps import balance_weight
-from lightning_distill.losses.score_matching import checked_weight
+from lightning_distill.methods.added_matching import AddedMatching
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.mean_flow import MeanFlow
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.methods.running import RunningMeans
@@ -135,7 +134,7 @@ def flow_map_simulation(
     return prediction, x
 
 
-class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
+class AnyFlowOnPolicy(AnyFlow, AddedMatching):
     """The second stage: distribution matching on what the flow map makes in a random number of steps.
 
         N from a list,  g from 0 .. N - 1,  x = jumps T -> t_g -> t_{g+1} -> 0
@@ -147,16 +146,14 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
     Args:
         teacher: the pretrained model, whose distribution is matched.
         rollout_steps: numbers of steps N to choose from, None for 2, 4, 8, 16 and 50.
-        matching_from: student update from which the score term counts; with the first stage's student
-            (``student=TwoTime(FromCheckpoint(..), kind="gated_copy")``) it is 0.
-        weight: factor on the score direction, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
-        **kwargs: see ``AnyFlow`` (default weight of ``student/mean_flow``: 1) and ``FakeScoreMethod``.
+        **kwargs: see ``AnyFlow`` (default weight of ``student/mean_flow``: 1), ``FakeScoreMethod`` and
+            ``AddedMatching``: ``matching_from=0`` suits the first stage's student,
+            ``student=TwoTime(FromCheckpoint(..), kind="gated_copy")``.
 
     Notes:
         The gradient passes through all jumps, as in the released code.
         ``guidance`` is that of the teacher in the score difference; with ``from_data=False`` also in its velocity.
-        Before ``matching_from`` the fake score is trained already.
     """
 
     learns_from = "teacher, data"
@@ -166,8 +163,6 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
         rollout_steps: list[int] | None = None,
-        matching_from: int = 0,
-        weight: str = "dmd",
         fake_score_steps: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -181,8 +176,6 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
                 "critic_condition_on at none and rollout_step at batch."
             )
         self.rollout_steps = rollout_steps
-        self.matching_from = matching_from
-        self.weight = checked_weight(weight)
         self.asks_teacher = True  # for its score
 
     def simulate_student(self, batch: Batch, grad: bool) -> Rollout:
@@ -201,10 +194,7 @@ class AnyFlowOnPolicy(AnyFlow, FakeScoreMethod):
 
     def student_loss(self, batch: Batch) -> Terms:
         """The flow map's loss on data and, after the start, the score difference on its samples."""
-        terms = super().student_loss(batch)
-        if self.draws.update >= self.matching_from:
-            self.add_matching(terms, batch, self.weight)
-        return terms
+        return self.add_matching(super().student_loss(batch), batch)
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of a cycle with as many jumps as ``rollout_steps`` allow."""

@@ -232,19 +232,6 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         loss = score_difference(x, scores.real, scores.fake, weight)
         return Terms({"matching": loss}, {"score_gap": scores.gap, "sample_std": x.detach().std()})
 
-    def add_matching(self, terms: Terms, batch: Batch, kind: str) -> None:
-        """Put the student term of its own rollout beside what another objective has.
-
-        Args:
-            terms: of the other objective, which get those of ``matching``.
-            batch: conditions and size.
-            kind: lambda, see ``matching_weight``.
-        """
-        x = self.rollout(batch).x0
-        added = self.matching(x, self.scores(x, batch), kind)
-        terms.losses |= added.losses
-        terms.diagnostics |= added.diagnostics
-
     # ------------------------------------------------------------------------------------------------ critic
     def critic_denoising(self, batch: Batch, taps: tuple[str, ...] = ()) -> tuple[Terms, Any]:
         """Denoising loss of the fake score on detached student samples, and the prediction it came from."""

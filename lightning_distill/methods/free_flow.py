@@ -7,10 +7,9 @@ import torch
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.flow_maps import flow_jump, free_flow_target
-from lightning_distill.losses.score_matching import checked_weight
+from lightning_distill.methods.added_matching import AddedMatching
 from lightning_distill.methods.any_flow import flow_map_simulation
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.rollout import Rollout
 from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.denoiser import Denoiser
@@ -72,7 +71,7 @@ class FreeFlow(TwoTimeMethod):
         return {"student": {"student": calls, "teacher": 1}}
 
 
-class CorrectedFreeFlow(FreeFlow, FakeScoreMethod):
+class CorrectedFreeFlow(FreeFlow, AddedMatching):
     """FreeFlow with its correction: the samples' noised distribution is to have the teacher's velocity as well.
 
         L = L_FreeFlow + w L_DMD(X),     X = eps - u(eps, 1, 0)
@@ -82,10 +81,8 @@ class CorrectedFreeFlow(FreeFlow, FakeScoreMethod):
 
     Args:
         teacher: the pretrained model.
-        matching_from: student update from which the correction counts; the fake score is trained before already.
-        weight: factor on the score direction, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
-        **kwargs: see ``FreeFlow`` and ``FakeScoreMethod``. Default weight of ``student/matching``: .1.
+        **kwargs: see ``FreeFlow``, ``AddedMatching``, ``FakeScoreMethod``. Default weight of ``student/matching``: .1.
 
     Notes:
         Velocities at equal x_t differ by the clean samples' difference over t, so that the paper's difference of
@@ -99,14 +96,10 @@ class CorrectedFreeFlow(FreeFlow, FakeScoreMethod):
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        matching_from: int = 0,
-        weight: str = "dmd",
         fake_score_steps: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
-        self.matching_from = matching_from
-        self.weight = checked_weight(weight)
 
     def simulate_student(self, batch: Batch, grad: bool) -> Rollout:
         """The jump from noise to data."""
@@ -119,10 +112,7 @@ class CorrectedFreeFlow(FreeFlow, FakeScoreMethod):
 
     def student_loss(self, batch: Batch) -> Terms:
         """The prediction's loss and, after the start, the score difference."""
-        terms = super().student_loss(batch)
-        if self.draws.update >= self.matching_from:
-            self.add_matching(terms, batch, self.weight)
-        return terms
+        return self.add_matching(super().student_loss(batch), batch)
 
     def forward_counts(self) -> dict[str, dict[str, int]]:
         """Network calls of a cycle."""

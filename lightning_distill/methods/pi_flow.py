@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_distill.batch import Batch
 from lightning_distill.losses.policies import imitate, imitation_intervals, teacher_ratio
 from lightning_distill.methods.base import Terms
+from lightning_distill.methods.guards import check_schedule
 from lightning_distill.methods.rollout import as_in_sampling
 from lightning_distill.methods.trajectory import TwoTimeMethod
 from lightning_distill.networks.denoiser import Denoiser
@@ -124,6 +125,12 @@ class PiFlow(TwoTimeMethod):
         self.points, self.window, self.substeps = points, window, substeps
         self.decay_updates, self.dropout, self.temperature = decay_updates, dropout, temperature
         self.data_free = data_free
+
+    def on_fit_start(self) -> None:
+        """Say so where the run ends before the policy walks alone."""
+        super().on_fit_start()
+        needed = self.decay_updates and self.decay_updates + 1
+        check_schedule(self, "decay_updates", needed, "the student has never walked a whole segment by itself")
 
     def build_roles(self) -> None:
         """The student with its head; its times are the edges of the segments."""

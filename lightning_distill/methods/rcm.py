@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lightning_distill.batch import Batch
-from lightning_distill.losses.score_matching import checked_weight
+from lightning_distill.methods.added_matching import AddedMatching
 from lightning_distill.methods.base import Terms
-from lightning_distill.methods.fake_score import FakeScoreMethod
 from lightning_distill.methods.scm import ContinuousConsistency, LogVariance, PriorWeight
 from lightning_distill.methods.trajectory import TrajectoryMethod
 from lightning_distill.networks.denoiser import Denoiser
@@ -17,7 +16,7 @@ from lightning_distill.times import LogNormal, TimeDistribution
 __all__ = ["RCM"]
 
 
-class RCM(TrajectoryMethod, FakeScoreMethod):
+class RCM(TrajectoryMethod, AddedMatching):
     """sCM on data, which covers all modes, and distribution matching on the student's own samples, which sharpens them.
 
         L = L_sCM(student) + lambda L_DMD(student rollouts)                                                  (Eq. 10)
@@ -28,20 +27,18 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         tangent: ``jvp`` (exact), ``central``, ``one_sided`` or ``semi``.
         tangent_step: step of differences, None for the default.
         warmup_updates: H of the tangent's warm-up.
-        matching_from: student update from which the score term counts.
+        matching_from: student update from which the score term counts; the fake score is trained before already.
         prior_weight: weight of a time in sCM: ``one``, ``trig``, 1 / tan(tau), or ``unit``, see
             ``ContinuousConsistency``.
         adaptive: learn the weights of times against each other as ``SCM`` does, which rCM does not; ``prior_weight``
             should be ``unit`` then, and the weight of ``student/consistency`` 1.
-        weight: factor on the score direction, see ``matching_weight``.
-        **kwargs: see ``FakeScoreMethod`` and ``TrajectoryMethod``. Default weights: ``student/consistency`` 100,
-            ``student/matching`` 1.
+        **kwargs: see ``AddedMatching`` (``weight``), ``FakeScoreMethod`` and ``TrajectoryMethod``. Default weights:
+            ``student/consistency`` 100, ``student/matching`` 1.
 
     Notes:
         The mean over elements takes the place of the released code's sum, in both terms. The tangent is normalised per
         sample and the score difference per element, so that their ratio goes with the number of elements: a 2-D problem
         needs 1 where images have 100.
-        Before ``matching_from`` the fake score is trained already.
         The critic's error counts in its network's own prediction by default; the released code weights it as EDM does,
         which is ``critic_space="edm"`` with unit data.
     """
@@ -62,26 +59,18 @@ class RCM(TrajectoryMethod, FakeScoreMethod):
         matching_from: int = 1000,
         prior_weight: PriorWeight = "one",
         adaptive: bool = False,
-        weight: str = "dmd",
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, **kwargs)
+        super().__init__(teacher, matching_from=matching_from, **kwargs)
         self.consistency = ContinuousConsistency(
             times or LogNormal(0.7, 1.6), False, tangent, tangent_step, warmup_updates, "rcm", weight=prior_weight
         )
-        if matching_from < 0:
-            raise ValueError(f"matching_from={matching_from}: give a student update, 0 for the first.")
         self.log_variance = LogVariance() if adaptive else None
-        self.matching_from = matching_from
-        self.weight = checked_weight(weight)
 
     def student_loss(self, batch: Batch) -> Terms:
         """The tangent's term and, after the start, the score difference."""
         loss, diagnostics = self.consistency(self, batch, self.log_variance)
-        terms = Terms({"consistency": loss}, diagnostics)
-        if self.draws.update >= self.matching_from:
-            self.add_matching(terms, batch, self.weight)
-        return terms
+        return self.add_matching(Terms({"consistency": loss}, diagnostics), batch)
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
         return self.consistency.added_counts(super().forward_counts())

@@ -268,8 +268,7 @@ def test_curves_are_judged_at_every_so_many_seconds(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_all_sides_train_and_go_on(library, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastgen_quality, "PAIRS", 30)
+def test_all_sides_train_and_go_on(library, tmp_path):
     short = fastgen_quality.quality(library, quality_arguments(tmp_path), tmp_path / "results")["rows"]
     assert [row["implementation"] for row in short] == list(fastgen_quality.SIDES)
     assert all(row["points"][-1][0] >= 1.0 for row in short)

@@ -53,6 +53,7 @@ class Cycle(LightningModule):
     #: default factors of loss terms, by "phase/term".
     default_loss_weights: ClassVar[Mapping[str, float]] = {}
     default_lr: ClassVar[float] = 1e-4
+    default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     student: Denoiser
     student_ema: nn.ModuleDict
@@ -118,7 +119,7 @@ class Cycle(LightningModule):
         for phase, roles in self.phases.items():
             parameters = [p for role in roles for p in self.role_parameters(role)]
             factory: Callable[..., Optimizer] = self.optimizer_factories.get(phase) or default_optimizer(
-                self.default_lr
+                self.default_lr, self.default_betas
             )
             entry: dict[str, Any] = {"optimizer": factory(parameters)}
             entry["optimizer"].register_load_state_dict_post_hook(match_states)

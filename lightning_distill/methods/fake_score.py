@@ -63,12 +63,15 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
             ``none``, the ``step`` itself or its time ``interval``. With ``none`` it learns the mixture of all steps,
             and the steps need not have the teacher's distribution one by one (see ``networks.step_condition``).
         rollout_step: whether the random step of a rollout is one per ``batch`` or one per ``sample``.
-        fake_score_optimizer: optimizer of the critic (and of discriminator heads); None for fused AdamW.
+        fake_score_optimizer: optimizer of the critic (and of discriminator heads); None for fused AdamW without
+            momentum, betas (0, .999), the student's default here, too: each is a moving target for the other, and
+            averages of old gradients point at where it was.
         fake_score_scheduler: learning-rate schedule of the critic, stepped once per cycle with critic updates.
         **kwargs: see ``DistillationModule``.
     """
 
     phases = {"student": ("student",), "fake_score": ("fake_score",)}
+    default_betas: ClassVar[tuple[float, float]] = (0.0, 0.999)
     #: the student's loss differentiates teacher and fake score with respect to their inputs
     differentiates_scores: ClassVar[bool] = False
 

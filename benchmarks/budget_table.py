@@ -22,11 +22,17 @@ SECONDS = {"digits": 60, "fashion": 120}
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Mapping[str, Any]]]]:
-    """Rows of all seeds by configuration, best mean progress first within equal steps, by track."""
+    """Rows of all seeds by configuration, best mean progress first within equal steps, by track.
+
+    Of several budgets of a configuration the one that most rows have counts.
+    """
+    rows = [row for row in rows if "seconds" in row and "settings" not in row and "after" not in row]
+    usual = Counter(map(_budget, rows)).most_common(1)
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if "seconds" in row and "settings" not in row and "after" not in row:
-            groups.setdefault(row["config"], []).append(row)
+        groups.setdefault(row["config"], []).append(row)
+    for config, found in groups.items():
+        groups[config] = [row for row in found if _budget(row) == usual[0][0]] or found
     tracks: dict[str, list[list[Mapping[str, Any]]]] = {}
     for config, found in groups.items():
         source = yaml.safe_load((ROOT / "lightning_distill" / config).read_text())["data"]["class_path"]
@@ -93,17 +99,20 @@ def _begun(word: str) -> str:
 
 
 def variants(result: Mapping[str, Any] | None) -> str:
-    """Rows with other settings than the configurations', or with stages before them, beside those as they are.
+    """Rows with other settings than the configurations', stages before them or other times, beside those as they are.
 
     Args:
         result: record ``compare_<problem>``, None where there is none.
     """
     timed = [row for row in (result or {"rows": []})["rows"] if "seconds" in row]
-    varied = {row["config"] for row in timed if "settings" in row or "after" in row}
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in sorted(timed, key=lambda row: row["config"]):
+    kinds = {(row["config"], str(row.get("after")), str(row.get("settings")), row["seconds"]) for row in timed}
+    several = {config for config, count in Counter(kind[0] for kind in kinds).items() if count > 1}
+    varied = {row["config"] for row in timed if "settings" in row or "after" in row} | several
+    groups: dict[tuple[str, str, str, float], list[Mapping[str, Any]]] = {}
+    for row in sorted(timed, key=lambda row: (row["config"], row["seconds"])):
         if row["config"] in varied:
-            groups.setdefault((row["config"], str(row.get("after")), str(row.get("settings"))), []).append(row)
+            kind = (row["config"], str(row.get("after")), str(row.get("settings")), row["seconds"])
+            groups.setdefault(kind, []).append(row)
     if not groups:
         return "(none)"
     lines = [

@@ -36,9 +36,9 @@ from derive import PROBLEMS, derive
 from lightning_distill.environment import machine
 
 
-def identity(row: dict[str, Any]) -> tuple[str, str, str]:
+def identity(row: dict[str, Any]) -> tuple[str, str, str, float | None]:
     """What makes a row of results a configuration of its own."""
-    return row["config"], str(row.get("settings")), str(row.get("after"))
+    return row["config"], str(row.get("settings")), str(row.get("after")), row.get("seconds")
 
 
 @dataclass
@@ -76,10 +76,17 @@ def stages_of(entry: str) -> list[Stage]:
     return stages
 
 
-def parse(entry: str) -> dict[str, Any]:
-    """Configuration, settings and earlier stages of a word of the command line."""
+def parse(entry: str, seconds: float | None = None) -> dict[str, Any]:
+    """Configuration, settings, earlier stages and time of a word of the command line.
+
+    Args:
+        entry: the word.
+        seconds: of the stages of the plane that have none of their own.
+    """
     *before, last = stages_of(entry)
     row: dict[str, Any] = {"config": last.config}
+    if of_the_plane(last.config) and (total := sum(fitted_seconds(stages_of(entry), seconds))):
+        row["seconds"] = total
     if last.settings:
         row["settings"] = last.settings
     if before:
@@ -107,7 +114,7 @@ def fits(entry: str, args: argparse.Namespace) -> bool:
     if not plane:
         return True
     try:
-        if args.seconds is None:
+        if any(stage.seconds is None and stage.config in plane for stage in stages_of(entry)) and args.seconds is None:
             raise ValueError("it is of a problem in the plane, which is rewritten for pictures, with --seconds.")
         for config in plane:
             derive(yaml.safe_load(Path(config).read_text()), PROBLEMS[args.problem], 100)
@@ -117,32 +124,27 @@ def fits(entry: str, args: argparse.Namespace) -> bool:
     return True
 
 
-def recorded(entry: str, seed: int, done: dict[tuple[Any, ...], float | None], seconds: float | None) -> bool:
-    """Whether the record holds a run of the same length."""
-    mine = (*identity(parse(entry)), seed)
-    if mine not in done:
-        return False
-    return done[mine] is None or done[mine] == sum(stage.seconds or seconds or 0.0 for stage in stages_of(entry))
+def fitted_seconds(stages: list[Stage], seconds: float | None) -> list[float]:
+    """Of the stages that are fitted into a time, those of the plane; 0 for the others, which take what they take."""
+    return [(stage.seconds or seconds or 0.0) if of_the_plane(stage.config) else 0.0 for stage in stages]
 
 
 def run(entry: str, seed: int, args: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
     """One training run, of one stage or several, and its figures."""
-    row = parse(entry) | {"seed": seed}
+    row = parse(entry, args.seconds) | {"seed": seed}
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "figures.json")
         stages = []
         parts = stages_of(entry)
-        for part in parts:
+        for part, seconds in zip(parts, fitted_seconds(parts, args.seconds)):
             words = [part.config, f"--seed_everything={seed}", f"--model.init_args.seed={seed}"]
             words += [f"--data.init_args.seed={seed}", f"--trainer.logger.init_args.save_dir={folder}"]
             words += ["--trainer.enable_progress_bar=false"]
             words += [f"--model.init_args.{key}={value}" for key, value in part.settings.items()]
             if args.store and "class_path: Trajectories" in Path(part.config).read_text():
                 words.append(f"--data.init_args.path={args.store}")
-            seconds = (part.seconds or args.seconds) if of_the_plane(part.config) else None
-            stages.append({"words": words, "seconds": seconds, "start": part.start})
+            stages.append({"words": words, "seconds": seconds or None, "start": part.start})
         stages[-1]["words"].append("--trainer.enable_checkpointing=false")
-        seconds = sum(stage["seconds"] for stage in stages) if stages[-1]["seconds"] else None
         job = {"stages": stages, "problem": args.problem, "samples": args.samples, "many": args.many, "folder": folder}
         done = subprocess.run(
             [sys.executable, "benchmarks/compare_run.py", json.dumps(job), out],
@@ -154,7 +156,6 @@ def run(entry: str, seed: int, args: argparse.Namespace, environment: dict[str, 
     if not math.isfinite(figures["fd_cnn"]):
         raise RuntimeError(f"{entry} seed {seed}: the samples are not finite.")
     row |= {"fd": figures.pop("fd_cnn"), **figures, "cpu": machine()["cpu"]}
-    row |= {"seconds": seconds} if seconds else {}
     print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return row
 
@@ -185,9 +186,9 @@ def main() -> None:
     kept = json.loads(latest.read_text())["rows"] if latest.is_file() else []
     entries = [found for entry in args.configs for found in matching(entry) if fits(found, args)]
     wanted = [(entry, seed) for entry in entries for seed in args.seeds]
-    done = {(*identity(row), row["seed"]): row.get("seconds") for row in kept}
+    done = {(*identity(row), row["seed"]) for row in kept}
     if not args.again:
-        wanted = [(entry, seed) for entry, seed in wanted if not recorded(entry, seed, done, args.seconds)]
+        wanted = [job for job in wanted if (*identity(parse(job[0], args.seconds)), job[1]) not in done]
     failed = []
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(run, *job, args, environment): job for job in wanted}
@@ -200,7 +201,7 @@ def main() -> None:
                 continue
             mine = (*identity(row), row["seed"])
             kept = [r for r in kept if (*identity(r), r["seed"]) != mine] + [row]
-            kept.sort(key=lambda r: (r["config"], str(r.get("settings")), str(r.get("after")), r["seed"]))
+            kept.sort(key=lambda r: (*map(str, identity(r)), r["seed"]))
             write_result(f"compare_{args.problem}", {"rows": kept}, seeds=sorted({r["seed"] for r in kept}))
     if failed:
         raise SystemExit(f"{len(failed)} of {len(wanted)} runs failed; the reasons are above.")

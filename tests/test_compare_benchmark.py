@@ -100,10 +100,13 @@ def test_words_and_patterns(monkeypatch):
         compare.Stage("configs/method/a.yaml", {"form": "flow_map"}, 10.0, start=True),
         compare.Stage("configs/method/b.yaml", {}, 20.0),
     ]
-    done = {(*compare.identity(compare.parse(begun)), 0): 30.0}
-    assert compare.recorded(begun, 0, done, 60.0)
-    assert not compare.recorded(begun, 1, done, 60.0)
-    assert not compare.recorded(begun.replace("@20", ""), 0, done, 60.0)
+    plane = "method/cmt_ring.yaml@10~method/scm_ring.yaml"
+    assert [compare.parse(plane + end, 60.0)["seconds"] for end in ("@20", "")] == [30.0, 70.0]
+    # what is no configuration of the plane takes what it takes
+    assert compare.parse("method/dmd2_fashion.yaml~method/scm_ring.yaml@20", 60.0)["seconds"] == 20.0
+    assert "seconds" not in compare.parse("method/cmt_ring.yaml@10~method/dmd2_fashion.yaml", 60.0)
+    assert compare.fits(plane + "@20", Namespace(problem="digits", seconds=None))
+    assert not compare.fits(plane, Namespace(problem="digits", seconds=None))
 
 
 def test_a_student_begins_as_that_of_an_earlier_run():
@@ -149,11 +152,20 @@ def test_rows_are_sorted_by_track_steps_and_progress():
 def test_other_settings_and_starts_have_a_table_of_their_own():
     figures = {"seed": 0, "progress": 0.9, "recall": 0.7, "student_updates": 265, "method": "SCM", "nfe": 1}
     begun = compare.parse("method/cmt_ring.yaml:form=flow_map@20~method/scm_ring.yaml@10")
-    rows = [begun | figures | {"seconds": 30.0}, {"config": "configs/method/dmd2_digits.yaml", "settings": {"a": "1"}}]
+    rows = [begun | figures, {"config": "configs/method/dmd2_digits.yaml", "settings": {"a": "1"}}]
     assert budget_table.grouped(rows) == {}
     lines = budget_table.variants({"rows": rows}).splitlines()
     config = "[`scm_ring`](../configs/method/scm_ring.yaml)"
     assert lines[2:] == [f"| {config} | cmt_ring form=flow_map (20 s) |  | 30 | 0.900 | 0.70 | 265 |"]
+    plain = compare.parse("method/scm_ring.yaml", 60.0) | figures
+    rows += [plain, plain | {"seconds": 300.0, "progress": 0.95}, plain | {"config": "configs/method/ctm_ring.yaml"}]
+    (track,) = budget_table.grouped(rows).values()
+    assert [[row["seconds"] for row in found] for found in track] == [[60.0], [60.0]]
+    assert [line.split(" | ")[3] for line in budget_table.variants({"rows": rows}).splitlines()[2:]] == [
+        "30",
+        "60",
+        "300",
+    ]
 
 
 @pytest.mark.slow

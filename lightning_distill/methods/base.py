@@ -191,12 +191,12 @@ class DistillationModule(StudentSampling, Probing):
         self.check_configuration()
 
     def _gains_by_layout(self) -> bool:
-        if self._trainer is None:
-            return self.device.type == "cpu" and suits_channels_last(self)
-        strategy, precision = self.trainer.strategy, self.trainer.precision
-        fits = strategy.root_device.type == "cpu" and not isinstance(strategy, ModelParallelStrategy)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        device = self.device if strategy is None else strategy.root_device
+        if device.type != "cpu" or isinstance(strategy, ModelParallelStrategy) or not suits_channels_last(self):
+            return False
         # kernels of group norm and SiLU in bfloat16 are slower in that order, by more than convolutions gain
-        return fits and precision in ("32-true", "64-true") and suits_channels_last(self)
+        return strategy is None or self.trainer.precision in ("32-true", "64-true")
 
     def build_roles(self) -> None:
         """Create the trained networks; methods with more roles extend this."""

@@ -368,7 +368,10 @@ def main() -> None:
             "digits": lambda: budget_table.table(_load("compare_digits"), "digits"),
             "variants": lambda: budget_table.variants(_load("compare_digits")),
         },
-        ROOT / "docs" / "fashion.md": {"fashion": lambda: budget_table.table(_load("compare_fashion"), "fashion")},
+        ROOT / "docs" / "fashion.md": {
+            "fashion": lambda: budget_table.table(_load("compare_fashion"), "fashion"),
+            "variants": lambda: budget_table.variants(_load("compare_fashion")),
+        },
         ROOT / "docs" / "dials.md": {"dials": lambda: dials_table.table(_load("dials"))},
         ROOT / "docs" / "plane.md": {
             "modes": lambda: plane_table.modes(_load("compare_ring4")),

@@ -15,20 +15,18 @@ __all__ = ["Batch", "as_batch", "pack_streams", "slice_cond"]
 _STREAMS = ("x0", "noise")
 
 
-def slice_cond(cond: Mapping[str, Any], rows: slice | Tensor, size: int | None = None) -> dict[str, Any]:
+def slice_cond(cond: Mapping[str, Any], rows: slice | Tensor, size: int) -> dict[str, Any]:
     """The given rows of every tensor in a conditioning mapping, and of lists with an entry for each sample.
 
     Args:
         cond: by name.
-        rows: which samples; indices may repeat some.
-        size: number of samples, None for the length of the first tensor.
+        rows: which samples; indices, on any device, may repeat some.
+        size: number of samples.
     """
-    if size is None:
-        size = next((len(v) for v in cond.values() if isinstance(v, Tensor) and v.ndim > 0), None)
 
     def pick(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[rows] if value.ndim > 0 else value
+            return value if value.ndim == 0 else value[rows if isinstance(rows, slice) else rows.to(value.device)]
         if isinstance(value, list | tuple) and len(value) == size:
             return list(value[rows] if isinstance(rows, slice) else (value[i] for i in rows.tolist()))
         return value
@@ -86,16 +84,20 @@ class Batch:
                 raise ValueError("a Batch without x0 and without conditions needs its size: Batch(size=B).")
             self.size = len(tensors[0])
 
+    def cond_of(self, rows: slice | Tensor) -> dict[str, Any]:
+        """Conditions of some samples, as ``slice_cond``."""
+        return slice_cond(self.cond, rows, self.size)
+
     def rows(self, start: int, stop: int) -> Batch:
         """Samples ``start:stop`` of this batch."""
         rows = slice(start, stop)
         return Batch(
-            cond=slice_cond(self.cond, rows, self.size),
+            cond=self.cond_of(rows),
             x0=None if self.x0 is None else self.x0[rows],
             noise=None if self.noise is None else self.noise[rows],
             states=None if self.states is None else self.states[rows],
             times=self.times,
-            predictions=slice_cond(self.predictions, rows),
+            predictions=slice_cond(self.predictions, rows, self.size),
             size=len(range(*rows.indices(self.size))),
         )
 

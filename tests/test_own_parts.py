@@ -113,9 +113,11 @@ def test_lists_of_conditions_are_cut_like_tensors():
     assert part.cond["caption"] == captions[2:4]
     assert part.cond["size"] == (16, 16)
     assert part.cond["labels"].tolist() == [2, 3]
-    picked = slice_cond(cond, torch.tensor([5, 0, 5]))
+    picked = slice_cond(cond, torch.tensor([5, 0, 5]), 6)
     assert picked["caption"] == [captions[5], captions[0], captions[5]]
-    assert Batch(cond={"caption": captions}, size=6).rows(4, 6).cond["caption"] == captions[4:]
+    alone = Batch(cond={"caption": captions}, size=6)
+    assert alone.rows(4, 6).cond["caption"] == captions[4:]
+    assert alone.cond_of(torch.tensor([1, 1]))["caption"] == [captions[1]] * 2
 
 
 def test_a_loss_outside_of_an_update_leaves_targets_alone():

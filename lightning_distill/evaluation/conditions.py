@@ -214,8 +214,4 @@ def _first_batch(loader: Any) -> tuple[Callable[[Tensor], Batch], int]:
         with isolate_rng():
             first = next(iter(loader), None)
     batch = Batch(size=0) if first is None else as_batch(first)
-    return lambda rows: Batch(cond=_picked(batch, rows), size=len(rows)), batch.size
-
-
-def _picked(batch: Batch, rows: Tensor) -> dict[str, Any]:
-    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
+    return lambda rows: Batch(cond=batch.cond_of(rows), size=len(rows)), batch.size

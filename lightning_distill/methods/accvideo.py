@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_distill.batch import Batch, slice_cond
+from lightning_distill.batch import Batch
 from lightning_distill.losses.adversarial import discriminator_loss, generator_loss
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
@@ -88,7 +88,7 @@ class AccVideo(Straightening):
         """
         steps, n = states.shape[:2]
         t = times.clamp_min(t_min(self.process)).repeat_interleave(n)
-        cond = slice_cond(batch.cond, torch.arange(n, device=t.device).remainder(batch.size).repeat(steps))
+        cond = batch.cond_of(torch.arange(n, device=t.device).remainder(batch.size).repeat(steps))
         features = self.gan.tapped(self.require_teacher(), states.flatten(0, 1), t, cond)
         parts = [{name: f.unflatten(0, (steps, n))[i] for name, f in features.items()} for i in range(steps)]
         return torch.cat([heads(part) for heads, part in zip(self.discriminator, parts)])

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_distill.batch import Batch, slice_cond
+from lightning_distill.batch import Batch
 from lightning_distill.collectives import mean_over_processes
 from lightning_distill.losses.consistency import distance
 from lightning_distill.losses.rectified import best_knots, jump_costs
@@ -73,7 +73,7 @@ class Straightening(TeacherPaths):
         scale = self.pair_scale(batch, t[:n])
         scale = None if scale is None else scale[row]
         x = states[:-1].flatten(0, 1)
-        made = self.student(x, t, slice_cond(batch.cond, row), guidance=scale).flow_prediction
+        made = self.student(x, t, batch.cond_of(row), guidance=scale).flow_prediction
         return made, self.chord(x, states[1:].flatten(0, 1), t, r)
 
     def student_loss(self, batch: Batch) -> Terms:

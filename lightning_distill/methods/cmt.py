@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_distill.batch import Batch, slice_cond
+from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.consistency_distillation import Metric
@@ -84,7 +84,7 @@ class CMT(TeacherPaths):
             u = torch.stack([self.draws.uniform(f"end{i}", n) for i in range(steps)], dim=1).flatten()
             end = (start + 1 + (u * (steps - start)).floor().long()).clamp_max(steps)
         x, t, goal, r = states[start, row], times[start], states[end, row], times[end]
-        cond = slice_cond(batch.cond, row)
+        cond = batch.cond_of(row)
         scale = self.pair_scale(batch, times[:1].expand(n))
         scale = None if scale is None else scale[row]
         if self.form == "consistency":

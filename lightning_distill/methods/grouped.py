@@ -63,10 +63,8 @@ class Grouped(_Base):
         """The batch with common conditions in every group."""
         if self.group_size == 1:
             return batch
-        cond: dict[str, Any] = {
-            k: self.first_of_group(v) if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in batch.cond.items()
-        }
-        return GroupedBatch(cond=cond, x0=batch.x0, size=batch.size, own=batch.cond)
+        leaders = self.first_of_group(torch.arange(batch.size, device=self.device))
+        return GroupedBatch(cond=batch.cond_of(leaders), x0=batch.x0, size=batch.size, own=batch.cond)
 
     def real_logits(self, batch: Batch, t: Tensor) -> Tensor:
         """Logits of the batch's data, told the conditions that are theirs."""

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_distill.batch import Batch, slice_cond
+from lightning_distill.batch import Batch
 from lightning_distill.guidance import RandomGuidance
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
@@ -108,7 +108,7 @@ class GuidanceDistillation(TeacherPaths):
             t = batch.times.to(stored.device).double().repeat(n)
             row = torch.arange(n, device=t.device).repeat_interleave(count)
             scale = self.pair_scale(batch, batch.times.to(t)[:1].expand(n))
-            cond = slice_cond(batch.cond, row)
+            cond = batch.cond_of(row)
             told = None if scale is None else scale[row]
             return batch.states.flatten(0, 1), t, stored.flatten(0, 1), cond, told
         if batch.x0 is not None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_distill.batch import Batch, slice_cond
+from lightning_distill.batch import Batch
 from lightning_distill.losses.consistency import distance
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.perceiving import Perceptual, perceived, perceiving_calls
@@ -91,7 +91,7 @@ class KnowledgeDistillation(TeacherPaths):
         row = torch.arange(n, device=t.device).repeat(steps)
         scale = self.pair_scale(batch, t[:n])
         scale = None if scale is None else scale[row]
-        cond = slice_cond(batch.cond, row)
+        cond = batch.cond_of(row)
         made = self.student(inputs.flatten(0, 1), t, cond, guidance=scale).x0
         goal = x0[row]
         return Terms(self.terms_of(made, goal, cond, n), {"mse": (made.detach() - goal).square().mean()})

@@ -88,7 +88,7 @@ class MLCM(TSCD):
         n = batch.size
         row = torch.arange(n, device=times.device).repeat_interleave(self.trajectory_pairs)
         late = (self.uniform_rows("interval", len(row)) * self.intervals).long().clamp_max(self.intervals - 1)
-        cond = {k: v[row] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
+        cond = batch.cond_of(row)
         of = Batch(cond=cond, x0=None if batch.x0 is None else batch.x0[row], size=len(row))
         first = times[:1].expand(n)
         scale = self.told_scale(first) if batch.states is None else pair_scale(self, batch, first)

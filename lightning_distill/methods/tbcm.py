@@ -93,7 +93,7 @@ class BackwardConsistency(ContinuousConsistency):
             if i + 1 < len(native):
                 x = transport(prediction, native[i + 1])
         rows = torch.arange(n, device=tau.device).repeat_interleave(len(tau))
-        cond = {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.cond.items()}
+        cond = batch.cond_of(rows)
 
         def by_sample(parts: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(parts), dim=1).flatten(0, 1)

@@ -110,7 +110,17 @@ class TeacherPaths(TrajectoryMethod):
     # ------------------------------------------------------------------------------------------------ trajectories
     @torch.no_grad()
     def trajectory(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """States (N + 1, B, ...) from noise to clean data, and their times (N + 1,), float64."""
+        """States (N + 1, B, ...) from noise to clean data, and their times (N + 1,), float64.
+
+        Raises:
+            ValueError: the batch holds stored pairs, which have no states on the way.
+        """
+        if batch.noise is not None and batch.states is None:
+            raise ValueError(
+                f"{type(self).__name__} learns from states on the way from noise to data, and the loader yields pairs "
+                "without them; store states with 'lightning-distill trajectories --records points', or give Prior for "
+                "trajectories that are solved in training."
+            )
         if batch.states is not None and batch.times is not None:
             clean = self.data(batch)
             times = torch.cat([batch.times.double(), batch.times.new_zeros(1).double()])

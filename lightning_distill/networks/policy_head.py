@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.batch import slice_cond
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.extended_role import ExtendedRole
 from lightning_distill.networks.families import example_cond
@@ -85,7 +86,7 @@ class PolicyHead(nn.Module):
         """
         key = tuple(x.shape[1:])
         if key not in self._order:
-            one = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in cond.items()}
+            one = slice_cond(cond, slice(0, 1), len(x))
             found = _through_the_tail(denoiser, self.last, x[:1], t.expand(len(x))[:1], one).flatten()
             order = found.abs().round().long() - 1
             if len(order.unique()) != len(order) or not torch.equal(found.abs(), order + 1.0):

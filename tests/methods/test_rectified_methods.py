@@ -22,6 +22,7 @@ from lightning_distill.generation import generate
 from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance, guided
 from lightning_distill.methods import (
     BOSS,
+    CMT,
     AccVideo,
     GuidanceDistillation,
     HiPA,
@@ -176,6 +177,14 @@ def test_stored_states_must_be_at_the_students_times():
         module.student_loss(stored)
     with pytest.raises(ValueError, match="no states at the student's 2 times"):
         module.student_loss(exact_pairs())
+
+
+@pytest.mark.parametrize("method", [CMT, BOSS, Straightening])
+def test_pairs_have_no_states_to_learn_from(method):
+    """They were set aside without a word, and trajectories solved in training in their place."""
+    module = straight(method, num_steps=2)
+    with pytest.raises(ValueError, match=f"{method.__name__} learns from states on the way"):
+        module.trajectory(exact_pairs())
 
 
 def test_insta_flow_is_for_one_step():

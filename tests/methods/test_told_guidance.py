@@ -341,6 +341,17 @@ def test_the_game_at_the_scores_of_a_told_teacher_judges_at_its_default_scale(to
 
 
 @pytest.mark.parametrize("method", [VDOT, GNDM])
+def test_groups_share_conditions_that_are_lists(method):
+    module = method(mlp(classes=3), group_size=2, ema=[])
+    module = ready(module)
+    captions = list("abcd")
+    common = module.grouped(Batch(cond={"caption": captions, "class_labels": torch.arange(4) % 3}))
+    assert common.cond["caption"] == ["a", "a", "c", "c"]
+    assert common.cond["class_labels"].tolist() == [0, 0, 2, 2]
+    assert common.own["caption"] == captions
+
+
+@pytest.mark.parametrize("method", [VDOT, GNDM])
 def test_groups_have_one_scale(method):
     """Samples of a group are compared with each other, so that the teacher must be guided alike."""
     role = TwoTime(kind=None, guidance=True)

@@ -110,10 +110,15 @@ def check_horizon(profiles: Iterable[EMAProfile], max_steps: int) -> None:
     """
     for profile in profiles:
         if isinstance(profile, ConstantEMA) and 0 < max_steps < 10.0 / (1.0 - profile.decay):
+            horizon, left = 1 / (1 - profile.decay), 100 * profile.memory(max_steps, 1)
+            effect = (
+                f"{left:.0f} % of the average will still be the teacher's weights"
+                if left >= 1
+                else f"the average will lag {horizon:.0f} updates behind the student"
+            )
             warnings.warn(
-                f"ConstantEMA(decay={profile.decay:g}) averages over {1 / (1 - profile.decay):.0f} updates, but the "
-                f"run has {max_steps}: {100 * profile.memory(max_steps, 1):.0f} % of the average will still be the "
-                "teacher's weights. Use PowerEMA(0.1), or a smaller decay.",
+                f"ConstantEMA(decay={profile.decay:g}) averages over {horizon:.0f} updates, but the run has "
+                f"{max_steps}: {effect}. Use PowerEMA(0.1), or a smaller decay.",
                 stacklevel=2,
             )
 

@@ -142,6 +142,10 @@ CONFIGURATIONS = {
         {f"{MODEL}.student_scheduler": spec("lightning.pytorch.cli.ReduceLROnPlateau", monitor="train/student/total")},
         ["student_scheduler", "ReduceLROnPlateau", "WarmupDecay"],
     ),
+    "repeated_losses": (
+        {f"{MODEL}.student_optimizer": spec("torch.optim.LBFGS")},
+        ["student_optimizer", "LBFGS computes the loss several times", "torch.optim.AdamW"],
+    ),
     "unknown_loss_weight": ({f"{MODEL}.loss_weights": {"gan": 1.0}}, ["'gan'", "phase/term", "fake_score"]),
     # times
     "ascending_times": ({f"{MODEL}.student_times": [0.5, 1.0]}, ["[0.5, 1.0]", "fall strictly"]),

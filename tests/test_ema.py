@@ -102,6 +102,8 @@ def test_an_update_needs_the_memory_of_a_portion(monkeypatch, skipped, dtype):
 def test_a_long_horizon_warns_with_the_share_of_the_teacher():
     with pytest.warns(UserWarning, match="averages over 1000 updates, but the run has 300: 74 %"):
         check_horizon([ConstantEMA(0.999)], 300)
+    with pytest.warns(UserWarning, match="has 9000: the average will lag 1000 updates behind the student"):
+        check_horizon([ConstantEMA(0.999)], 9_000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_horizon([ConstantEMA(0.999), PowerEMA(0.1), HalfLifeEMA()], 10_001)

@@ -24,6 +24,7 @@ from lightning_distill.methods.guards import (
     check_examples,
     check_fitted_before,
     check_last_batch,
+    check_optimizer,
     check_same_update,
     check_scheduler,
     check_trainer,
@@ -113,7 +114,8 @@ class Cycle(LightningModule):
         """One optimizer, and its schedule if there is one, per phase.
 
         Raises:
-            ValueError: a schedule that follows a figure, ``ReduceLROnPlateau``.
+            ValueError: a schedule that follows a figure, ``ReduceLROnPlateau``, or an optimizer that wants a closure,
+                ``LBFGS``.
         """
         configured = []
         for phase, roles in self.phases.items():
@@ -122,6 +124,7 @@ class Cycle(LightningModule):
                 self.default_lr, self.default_betas
             )
             entry: dict[str, Any] = {"optimizer": factory(parameters)}
+            check_optimizer(entry["optimizer"], phase)
             entry["optimizer"].register_load_state_dict_post_hook(match_states)
             if (factory_of_schedule := self.scheduler_factories.get(phase)) is not None:
                 schedule = factory_of_schedule(entry["optimizer"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
@@ -28,6 +30,7 @@ __all__ = [
     "check_batch",
     "check_examples",
     "check_null_class",
+    "check_optimizer",
     "check_precision",
     "check_same_update",
     "check_schedule",
@@ -253,6 +256,24 @@ def check_schedule(module: DistillationModule, name: str, updates: int, conseque
         rank_zero_warn(
             f"{name} asks for {updates} student updates, and the run ends after {module.trainer.max_steps}: "
             f"{consequence}; lower {name}, or raise max_steps."
+        )
+
+
+def check_optimizer(optimizer: Optimizer, phase: str) -> None:
+    """Refuse an optimizer that evaluates the loss itself.
+
+    Args:
+        optimizer: of the phase.
+        phase: its name.
+
+    Raises:
+        ValueError: its ``step`` cannot do without a closure, as that of ``LBFGS``.
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{phase}_optimizer: {type(optimizer).__name__} computes the loss several times in a step, and a loss of "
+            "distillation has other noise each time; use an optimizer of one gradient, such as torch.optim.AdamW."
         )
 
 

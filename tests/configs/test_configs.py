@@ -77,6 +77,8 @@ def files(tmp_path, tmp_path_factory, stand_ins, monkeypatch, request):
         FITTING.extend(stand_in(load(name)))
     if name and "class_path: SolvedPairs" in config_path(name).read_text():
         FITTING.append("--model.init_args.regression_pairs.init_args.num=8")
+    if name and "class_path: VDOT" in config_path(name).read_text():
+        FITTING.append("--model.init_args.group_size=4")  # of the four samples of these runs
     if name and "class_path: RunDenoiser" in config_path(name).read_text():
         path = load(name)["model"]["init_args"]["teacher"]["init_args"]["path"]
         folder = next(f for f in ("teacher", "method") if f"{f}/{Path(path).name}.yaml" in FILES)

@@ -26,7 +26,10 @@ from torch.overrides import TorchFunctionMode
 from lightning_distill.attention import attention
 from lightning_distill.memory_format import is_dense
 
-__all__ = ["forward_rules"]
+__all__ = ["CHECKPOINTS_SEEN", "forward_rules"]
+
+#: whether torch tells of checkpointed layers, which a derivative beside a graph must not meet; torch 2.6 does not
+CHECKPOINTS_SEEN = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 _CHECKPOINTING = (
     "activation checkpointing recomputes values without their tangents, so that both cannot come out of one pass; "
@@ -52,7 +55,7 @@ class forward_rules(TorchFunctionMode):
         super().__init__()
         self.rules = _RULES | {F.scaled_dot_product_attention: _attention} if beside_graph else _RULES
         self.beside_graph = beside_graph
-        self.hooks = _hooks()
+        self.hooks = _hooks() if beside_graph else None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -31,7 +31,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_distill.attention import differentiable_attention
-from lightning_distill.forward_rules import forward_rules
+from lightning_distill.forward_rules import CHECKPOINTS_SEEN, forward_rules
 from lightning_distill.networks.compiling import eager_blocks
 from lightning_distill.randomness import replayed
 
@@ -132,7 +132,7 @@ def value_and_tangent(
             their values are the same.
         one_pass: the exact tangent comes out of the pass of the value, which has a graph and the tangent has none: a
             forward pass less, for a peak of memory 1.3 to 1.7 times as high. Not where the network is checkpointed or
-            sharded; under autocast there are two passes all the same.
+            sharded; under autocast, and with torch 2.6, there are two passes all the same.
 
     Returns:
         the value, in the caller's precision and with graph where the caller keeps one; the tangent without graph.
@@ -141,7 +141,8 @@ def value_and_tangent(
     h = _step(mode, step, primals, autocast=False)
     if one_pass and mode != "jvp":
         raise ValueError(f"one_pass=True is for the exact derivative; leave it out with mode={mode!r}.")
-    if one_pass and forward is None and not _autocasting(primals) and not torch.compiler.is_compiling():
+    alone = forward is None and not _autocasting(primals) and not torch.compiler.is_compiling()
+    if one_pass and alone and CHECKPOINTS_SEEN:
         return _beside_graph(f, primals, directions)
     forward = forward or f
     # a value under autocast is too coarse to take a difference of

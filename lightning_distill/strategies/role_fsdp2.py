@@ -120,7 +120,15 @@ class RoleFSDP2(ModelParallelStrategy):
 
     # ------------------------------------------------------------------------------------------------ processes
     def setup_environment(self) -> None:
-        """Start the processes as one data-parallel dimension, cut into replicas where asked for."""
+        """Start the processes as one data-parallel dimension, cut into replicas where asked for.
+
+        Raises:
+            ValueError: replicas that do not divide the processes, or a torch that shards on a GPU only.
+        """
+        if self.root_device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise ValueError(
+                f"torch {torch.__version__} shards on a GPU only; use strategy=role_ddp, a GPU, or a newer torch."
+            )
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
         replicas = self.num_nodes if self.replicas == "nodes" else int(self.replicas)

@@ -12,6 +12,7 @@ so either form can be made from the other (``lightning-distill convert``) and be
 from __future__ import annotations
 
 import hashlib
+import inspect
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -47,6 +48,9 @@ __all__ = [
 META = "meta.pt"
 #: what torch writes about the pieces of tensors, and where ``meta.pt`` keeps its SHA-256
 _INDEX, _DIGEST = ".metadata", "index_sha256"
+
+#: whether torch's functions take ``no_dist``; those of torch 2.6 that do are deprecated
+_ALONE = "no_dist" in inspect.signature(dcp.save).parameters
 
 
 def is_sharded(path: str | Path) -> bool:
@@ -230,7 +234,10 @@ def from_single(checkpoint: Mapping[str, Any], folder: Path) -> None:
     tensors, meta = split(checkpoint)
     folder.mkdir(parents=True)
     try:
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+        if _ALONE:
+            dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+        else:
+            dcp.save_state_dict(dict(tensors), dcp.FileSystemWriter(folder), no_dist=True)
         write_meta(meta, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -241,5 +248,8 @@ def to_single(folder: Path) -> dict[str, Any]:
     """What a single file would hold, from a sharded checkpoint, in one process."""
     meta = read_meta(folder)
     tensors = {name: torch.empty_like(entry, device="cpu") for name, entry in stored_tensors(folder).items()}
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    if _ALONE:
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    else:
+        dcp.load_state_dict(tensors, dcp.FileSystemReader(folder), no_dist=True)
     return assemble(tensors, meta)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_distill.methods.base import DistillationModule
@@ -207,6 +207,8 @@ def distribute_like(whole: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return whole.to(like.device)
-    mesh = like.device_mesh
-    placed = distribute_tensor(whole.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
-    return placed.to(like.device)
+    mesh, (cut, rows) = like.device_mesh, layout(like)
+    first = min(mesh.get_local_rank(cut) * rows, whole.shape[0])
+    # a copy: a slice of a tensor on the device would keep the whole alive
+    own = whole[first : first + rows].to(like.device, copy=True)
+    return DTensor.from_local(own, mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride())

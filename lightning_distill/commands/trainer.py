@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import warnings
@@ -201,8 +200,7 @@ def run_trainer(words: Sequence[str]) -> TrainerCLI:
     from lightning_distill.cli import import_everything
 
     import_everything()
-    with contextlib.suppress(TypeError, ValueError):  # older jsonargparse: interpolation works within one file only
-        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()
     options = {"parser_mode": "omegaconf+", "exit_on_error": False, "prog": "lightning-distill"}
     logger = {

@@ -11,6 +11,7 @@ os.environ["LIGHTNING_DISTILL_CACHE"] = tempfile.mkdtemp(prefix="cache_")  # not
 
 import pytest
 import torch
+from old_torch import skip_what_old_torch_cannot
 from sampling_of_cases import mark_the_rest
 
 torch.set_num_threads(1)
@@ -20,6 +21,7 @@ atexit.register(shutil.rmtree, os.environ["LIGHTNING_DISTILL_CACHE"], ignore_err
 @pytest.hookimpl(tryfirst=True)  # before slow tests are deselected
 def pytest_collection_modifyitems(items):
     mark_the_rest(items)
+    skip_what_old_torch_cannot(items)
 
 
 @pytest.fixture(autouse=True)

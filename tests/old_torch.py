@@ -1,0 +1,29 @@
+"""Tests that torch 2.6 cannot pass, and why."""
+
+import pytest
+import torch
+
+OLD = not hasattr(torch.cpu.Stream, "record_event")
+
+SHARDS = "torch 2.6 shards on a GPU only"
+CHECKPOINTS = "torch 2.6 does not tell of checkpointed layers, so that values and tangents take two passes"
+#: part of a test's name: reason
+REASONS = {
+    "fsdp2": SHARDS,
+    "distributed/test_meta_device": SHARDS,
+    "distributed/test_restoring_ranks": SHARDS,
+    "distributed/test_resume_ranks": SHARDS,
+    "test_one_pass_calls_the_network_once": CHECKPOINTS,
+    "test_methods_have_the_same_update_in_one_pass": CHECKPOINTS,
+    "test_derivatives_of_norms_and_sums_in_this_format[True]": CHECKPOINTS,
+    "test_updates_with_tangents_are_measured": CHECKPOINTS,
+    "clean_images_frozen": "torch 2.6 crashes in second derivatives of convolutions whose weights are frozen",
+}
+
+
+def skip_what_old_torch_cannot(items):
+    """Skip them, with the reason, where this is torch 2.6."""
+    for item in items if OLD else []:
+        for part, reason in REASONS.items():
+            if part in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -7,6 +7,7 @@ OLD = not hasattr(torch.cpu.Stream, "record_event")
 
 SHARDS = "torch 2.6 shards on a GPU only"
 CHECKPOINTS = "torch 2.6 does not tell of checkpointed layers, so that values and tangents take two passes"
+NORMS = "torch 2.6 has no derivative of group norm with a graph for some orders of elements"
 #: part of a test's name: reason
 REASONS = {
     "fsdp2": SHARDS,
@@ -17,6 +18,9 @@ REASONS = {
     "test_methods_have_the_same_update_in_one_pass": CHECKPOINTS,
     "test_derivatives_of_norms_and_sums_in_this_format[True]": CHECKPOINTS,
     "test_updates_with_tangents_are_measured": CHECKPOINTS,
+    "test_exact_tangents_of_unet2d_and_dit[network0]": NORMS,
+    "test_autocast_is_off_inside_and_comes_back": NORMS,
+    "test_tangents.py::test_activation_checkpointing": "torch 2.6 refuses checkpointing here in words of its own",
     "clean_images_frozen": "torch 2.6 crashes in second derivatives of convolutions whose weights are frozen",
 }
 

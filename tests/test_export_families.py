@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sampling_of_cases import long, slow
 from tiny_pipelines import MAKERS, Tiny, random_network
 
+from lightning_distill.commands import export
 from lightning_distill.commands.export import export_module
 from lightning_distill.commands.methods import method_classes
 from lightning_distill.export import adapters, export_denoiser, export_lora, export_pipeline, probe_cond, verify_export
@@ -112,6 +113,20 @@ def test_the_check_sees_an_adapter_of_a_half_precision_backbone(tmp_path, monkey
     )
     with pytest.raises(RuntimeError, match="makes other images than the student"):
         export_module(module, tmp_path / "zeros", lora="diffusers", fresh=False)
+
+
+def test_the_check_rounds_the_base_as_training_did(tmp_path, monkeypatch):
+    """The folder has float32, the run bfloat16 of it, and the adapter is added to the folder's weights."""
+    tiny = MAKERS["sd15"]()
+    base = tiny.save(tmp_path / "base")
+    module = DMD2(PretrainedDenoiser(str(base), dtype="bfloat16"), student=Lora(rank=2), num_steps=2, check_data=False)
+    module.configure_model()
+    module.eval()
+    _, difference = export_module(module, tmp_path / "lora", lora="diffusers", fresh=False)
+    assert difference <= 1e-5
+    monkeypatch.setattr(export, "verify_export", lambda *args, rounded, **named: verify_export(*args, **named))
+    with pytest.raises(RuntimeError, match="makes other images than the student"):
+        export_module(module, tmp_path / "as_it_is", lora="diffusers", fresh=False)
 
 
 @pytest.mark.parametrize("name", SOME)

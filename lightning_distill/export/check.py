@@ -35,6 +35,7 @@ def verify_export(
     class_labels: Sequence[int] | Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
     base: str | Path | None = None,
+    rounded: torch.dtype | None = None,
     fresh: bool = False,
     tolerance: float = 1e-5,
 ) -> float:
@@ -48,6 +49,8 @@ def verify_export(
         class_labels: labels of the N samples; None for networks without.
         cond: embeddings of the N samples under our names, for text-conditioned networks.
         base: pipeline folder of the base model, for LoRA files.
+        rounded: dtype to which the samples' network has rounded the weights of ``base``, which are rounded for the
+            comparison as well; None for not at all.
         fresh: run the pipeline in a new process that knows nothing of this package.
         tolerance: largest accepted difference: on images in [0, 1]; of latents relative to the largest value above 1.
             Guidance in two passes multiplies rounding, hence this, by 2 w - 1.
@@ -69,6 +72,7 @@ def verify_export(
         "seed": seed,
         "generator": config["takes_generator"],
         "dtype": config["dtype"],
+        "rounded": None if rounded is None else str(rounded).removeprefix("torch."),
         "output_type": "pt" if entry is None else "latent",
     }
     if "lora_file" in config:

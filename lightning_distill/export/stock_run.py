@@ -42,7 +42,8 @@ def run(job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
     Args:
         job: ``folder``; ``keep``, the components to load; ``call``; ``seed``; ``generator``, whether the call takes
-            one; ``dtype``; ``output_type``; for LoRA files ``lora`` and ``scheduler`` (class and folder).
+            one; ``dtype``; ``output_type``; for LoRA files ``lora`` and ``scheduler`` (class and folder); ``rounded``,
+            the dtype that the weights are brought to before ``dtype``, None for none.
         tensors: ``input.<argument>`` or ``input.<argument>.<row>`` of the call.
 
     Returns:
@@ -59,7 +60,10 @@ def run(job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
             name, folder = job["scheduler"]
             given["scheduler"] = getattr(diffusers, name).from_pretrained(folder)
         dtype = getattr(torch, job["dtype"])
-        pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], torch_dtype=dtype, **given)
+        loaded = getattr(torch, job.get("rounded") or job["dtype"])
+        pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], torch_dtype=loaded, **given)
+        if loaded != dtype:
+            pipe.to(dtype)
         if "lora" in job:
             pipe.load_lora_weights(job["lora"][0], weight_name=job["lora"][1])
     pipe.set_progress_bar_config(disable=True)

@@ -36,9 +36,9 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
     """Base of the distribution-matching family: roles, the two time-scale cycle and the critic's denoising loss.
 
     A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update uses the
-    samples of the student phase, detached, as DMD2 does (one student forward less); with ``updates_per_sample`` u, u
-    critic updates in a row share samples and draw only new times and noise, which stays on-policy because the student
-    does not move.
+    samples of the student phase, detached, as DMD2 does (one student forward less; ``fresh_samples`` makes them again);
+    with ``updates_per_sample`` u, u critic updates in a row share samples and draw only new times and noise, which
+    stays on-policy because the student does not move.
 
     Args:
         teacher: the pretrained model.
@@ -48,6 +48,9 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         fake_score_steps: critic updates per student update.
         critic_schedule: sets that number from the critic's measured lag instead; None for a fixed one.
         updates_per_sample: critic updates that share one batch of student samples.
+        fresh_samples: the critic's first samples are those that the student makes of the same noise after its update,
+            which costs a student forward. Otherwise the fake score is one update behind the student when it is asked,
+            which few critic updates per cycle do not make up for.
         matching_times: distribution of the times at which scores are compared; None is uniform on [.02, .98] of
             t_max, on the Karras scale for EDM.
         critic_times: distribution of the critic's training times; must cover ``matching_times``; None is the
@@ -84,6 +87,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         fake_score_steps: int = 5,
         critic_schedule: UpdateSchedule | None = None,
         updates_per_sample: int = 1,
+        fresh_samples: bool = False,
         matching_times: TimeDistribution | None = None,
         critic_times: TimeDistribution | None = None,
         critic_space: str | None = None,
@@ -114,6 +118,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         self.fake_score_steps = fake_score_steps
         self.add_schedule(critic_schedule)
         self.updates_per_sample = updates_per_sample
+        self.fresh_samples = fresh_samples
         self._given_matching_times = matching_times
         self._given_critic_times = critic_times
         self.critic_space = checked_space(critic_space)
@@ -187,6 +192,12 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         """Student first; its slice is the critic's first."""
         critic = [("fake_score", k // self.updates_per_sample) for k in range(self.critic_updates)]
         return [("student", 0), *critic]
+
+    def after_phase(self, phase: str) -> None:
+        """As usual; samples of the student before its update are forgotten where the critic is to have fresh ones."""
+        super().after_phase(phase)
+        if phase == "student" and self.fresh_samples:
+            self._rollouts.clear()
 
     # ------------------------------------------------------------------------------------------------ student
     def real_score(self) -> Denoiser:
@@ -309,5 +320,5 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         """Network calls per phase of a one-step student (first critic update); early-exit feature calls included."""
         return {
             "student": {"student": 1, "teacher": 1, "fake_score": 1},
-            "fake_score": {"student": 0, "teacher": 0, "fake_score": 1},
+            "fake_score": {"student": int(self.fresh_samples), "teacher": 0, "fake_score": 1},
         }

@@ -365,6 +365,7 @@ def coupled(batch: Batch) -> Batch:
 
 CASES: list[Case] = [
     Case("one_step", DMD2, flow_mlp, lambda: without_data(points()), dmd2(ema=lambda: [ConstantEMA(0.5)])),
+    Case("fresh_samples", DMD2, flow_mlp, lambda: without_data(points()), dmd2(fresh_samples=True)),
     Case("edm", DMD2, edm_mlp, lambda: without_data(points()), dmd2(
         student_times=[2.5], matching_times=Karras(0.02, 10.0), critic_times=Karras(0.02, 10.0)
     )),

@@ -386,6 +386,28 @@ def test_critics_that_share_samples_draw_new_times_and_noise():
     assert not torch.isclose(inputs[0][0], inputs[1][0]).any()
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_fresh_samples_are_those_of_the_moved_student(fresh):
+    """Of the same noise: the critic sees what the student made of it before its update, or makes of it after."""
+    module = ready(DMD2(mlp(), fake_score_steps=1, fresh_samples=fresh))
+    batch, weights = Batch(size=8), list(module.student.parameters())
+
+    def samples(phase, move):
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(move)
+        module.draws = Draws(module.streams, 0, 0, phase, 0)
+        return module.rollout(batch, grad=phase == "student0").x0.detach()
+
+    before = samples("student0", 0.0)
+    module.after_phase("student")
+    after = samples("fake_score0", 0.125)
+    assert torch.equal(before, after) is not fresh
+    module._rollouts.clear()
+    torch.testing.assert_close(samples("student0", -0.125), before)  # it is the noise that they share
+    assert module.forward_counts()["fake_score"]["student"] == int(fresh)
+
+
 # ------------------------------------------------------------------------------------------------ learning
 class SignFlipped(DMD2):
     """Negative control: away from the teacher."""

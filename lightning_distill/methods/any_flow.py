@@ -202,5 +202,5 @@ class AnyFlowOnPolicy(AnyFlow, AddedMatching):
         jumps = min(3, max(self.rollout_steps))
         return {
             "student": {"student": own["student"] + jumps, "teacher": own["teacher"] + 1, "fake_score": 1},
-            "fake_score": {"student": 0, "teacher": 0, "fake_score": 1},
+            "fake_score": {"student": jumps * self.fresh_samples, "teacher": 0, "fake_score": 1},
         }

@@ -35,6 +35,7 @@ class DMD(FakeScoreMethod):
             the distance of the teacher's own features; None is the mean squared error alone.
         weight: lambda, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
+        fresh_samples: see ``FakeScoreMethod``; the paper's critic gets the samples of the student's update (Algorithm 1).
         **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``. The default weight of ``student/regression`` is
             .25.
 
@@ -59,9 +60,10 @@ class DMD(FakeScoreMethod):
         regression_distance: Perceptual | None = None,
         weight: str = "dmd_v1",
         fake_score_steps: int = 1,
+        fresh_samples: bool | None = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
+        super().__init__(teacher, fake_score_steps=fake_score_steps, fresh_samples=fresh_samples, **kwargs)
         if regression_pairs is None:
             raise ValueError(
                 "DMD learns from stored pairs; give regression_pairs=PATH, a store or safetensors file with noise and "

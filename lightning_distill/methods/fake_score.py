@@ -35,10 +35,10 @@ __all__ = ["FakeScoreMethod", "Scores"]
 class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule):
     """Base of the distribution-matching family: roles, the two time-scale cycle and the critic's denoising loss.
 
-    A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update uses the
-    samples of the student phase, detached, as DMD2 does (one student forward less; ``fresh_samples`` makes them again);
-    with ``updates_per_sample`` u, u critic updates in a row share samples and draw only new times and noise, which
-    stays on-policy because the student does not move.
+    A cycle is one student update followed by ``fake_score_steps`` critic updates. The first critic update of several
+    uses the samples of the student phase, detached, as DMD2 does (one student forward less); the only one has
+    ``fresh_samples``. With ``updates_per_sample`` u, u critic updates in a row share samples and draw only new times
+    and noise, which stays on-policy because the student does not move.
 
     Args:
         teacher: the pretrained model.
@@ -50,7 +50,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         updates_per_sample: critic updates that share one batch of student samples.
         fresh_samples: the critic's first samples are those that the student makes of the same noise after its update,
             which costs a student forward. Otherwise the fake score is one update behind the student when it is asked,
-            which few critic updates per cycle do not make up for.
+            which a single critic update per cycle does not make up for. None is True there, and False with several.
         matching_times: distribution of the times at which scores are compared; None is uniform on [.02, .98] of
             t_max, on the Karras scale for EDM.
         critic_times: distribution of the critic's training times; must cover ``matching_times``; None is the
@@ -87,7 +87,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         fake_score_steps: int = 5,
         critic_schedule: UpdateSchedule | None = None,
         updates_per_sample: int = 1,
-        fresh_samples: bool = False,
+        fresh_samples: bool | None = None,
         matching_times: TimeDistribution | None = None,
         critic_times: TimeDistribution | None = None,
         critic_space: str | None = None,
@@ -118,7 +118,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         self.fake_score_steps = fake_score_steps
         self.add_schedule(critic_schedule)
         self.updates_per_sample = updates_per_sample
-        self.fresh_samples = fresh_samples
+        self.fresh_samples = self.fake_score_steps == 1 if fresh_samples is None else fresh_samples
         self._given_matching_times = matching_times
         self._given_critic_times = critic_times
         self.critic_space = checked_space(critic_space)

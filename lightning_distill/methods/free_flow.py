@@ -119,5 +119,5 @@ class CorrectedFreeFlow(FreeFlow, AddedMatching):
         own = super().forward_counts()["student"]
         return {
             "student": {"student": own["student"] + 1, "teacher": own["teacher"] + 1, "fake_score": 1},
-            "fake_score": {"student": 0, "teacher": 0, "fake_score": 1},
+            "fake_score": {"student": int(self.fresh_samples), "teacher": 0, "fake_score": 1},
         }

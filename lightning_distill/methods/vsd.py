@@ -25,6 +25,7 @@ class VSD(FakeScoreMethod):
         fake_score: None for ``Lora(rank=8)`` on the teacher's backbone.
         weight: lambda, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
+        fresh_samples: see ``FakeScoreMethod``; the paper's critic gets the samples of the student's update (Algorithm 1).
         critic_space: space of the critic's squared error.
         **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``. The paper's teacher has ``guidance`` 7.5.
 
@@ -44,6 +45,7 @@ class VSD(FakeScoreMethod):
         fake_score: Role | None = None,
         weight: str = "vsd",
         fake_score_steps: int = 1,
+        fresh_samples: bool | None = False,
         critic_space: str | None = "epsilon",
         **kwargs: Any,
     ) -> None:
@@ -51,6 +53,7 @@ class VSD(FakeScoreMethod):
             teacher,
             fake_score=fake_score or Lora(rank=8),
             fake_score_steps=fake_score_steps,
+            fresh_samples=fresh_samples,
             critic_space=critic_space,
             **kwargs,
         )

@@ -234,6 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     group.add_argument("--every", type=float, default=30.0, help="CPU seconds between two looks at the student")
     group.add_argument("--samples", type=int, default=2560, help="samples of a look")
+    group.add_argument("--seeds", type=int, default=1, help="of each side's best point; all others have one")
     group.add_argument(
         "--points", type=point, nargs="+", default=list(POINTS), metavar="RATE:RATIO", help="of the grid"
     )

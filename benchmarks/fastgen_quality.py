@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +145,7 @@ class Curve:
 
 
 def train_peer(
-    library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int, momentum: bool = True
+    library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int, seed: int = 0, momentum: bool = True
 ) -> None:
     """FastGen with its defaults and these two settings."""
     make = fashion(library)
@@ -156,7 +157,7 @@ def train_peer(
     if not momentum:
         for group in (group for optimizer in peer.optimizers for group in optimizer.param_groups):
             group["betas"] = DMD2.default_betas
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if curve.points:
         kept = torch.load(curve.weights, weights_only=False)  # FastGen's schedules hold numbers of numpy
         peer.load_state_dict(kept)
@@ -196,16 +197,18 @@ class _Watch(Callback):
         trainer.should_stop = self.curve.finished
 
 
-def train_ours(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int) -> None:
+def train_ours(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int, seed: int = 0) -> None:
     """This library with its defaults and these two settings."""
     teacher = Denoiser(fashion(library)(), EDM(), "sample", sigma_data=0.664)
-    _fit(curve, judge, DMD2(teacher, shape=list(SHAPE), **_settings(rate, ratio)), BATCH, "condition")
+    _fit(curve, judge, DMD2(teacher, shape=list(SHAPE), seed=seed, **_settings(rate, ratio)), BATCH, "condition")
 
 
-def train_quick_start(library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int) -> None:
+def train_quick_start(
+    library: SimpleNamespace, curve: Curve, judge: Judge, rate: float, ratio: int, seed: int = 0
+) -> None:
     """The optimizers of this library's quick start, at this rate of the student."""
     short = {"betas": (0.0, 0.99), "weight_decay": 0.0}
-    module = DMD2(ZooDenoiser("fashion"), **_settings(rate, ratio, 2.0, **short))
+    module = DMD2(ZooDenoiser("fashion"), seed=seed, **_settings(rate, ratio, 2.0, **short))
     _fit(curve, judge, module, BATCH, "class_labels", precision="bf16-mixed" if bfloat16_pays() else "32-true")
 
 
@@ -238,23 +241,25 @@ SIDES: dict[str, Callable[..., None]] = {
 def quality(library: SimpleNamespace, args: argparse.Namespace, results: Path = RESULTS) -> dict[str, Any]:
     """Run the grid on all sides and write ``quality_fastgen``.
 
-    Every point of the grid has ``first`` seconds; the one of each side that is best by then has the whole budget.
+    Every point of the grid has ``first`` seconds; the one of each side that is best by then has the whole budget, and
+    other seeds.
     """
     judge = Judge(args.samples)
 
-    def run(name: str, point: tuple[float, int], budget: float) -> Curve:
-        curve = Curve(args.out, f"{name}_{point[0]:g}_{point[1]}".replace(", ", "_"), budget, args.every)
+    def run(name: str, point: tuple[float, int], budget: float, seed: int = 0) -> Curve:
+        file = f"{name}_{point[0]:g}_{point[1]}".replace(", ", "_") + (f"_seed{seed}" if seed else "")
+        curve = Curve(args.out, file, budget, args.every)
         if not curve.finished:
-            SIDES[name](library, curve, judge, *point)
-        rows[name, point] = row = {"implementation": name, "rate": point[0], "fake_score_steps": point[1]}
-        row |= {"points": curve.points, "best": max(done for _, done in curve.points)}
+            SIDES[name](library, curve, judge, *point, seed=seed)
+        rows[name, point, seed] = row = {"implementation": name, "rate": point[0], "fake_score_steps": point[1]}
+        row |= {"seed": seed, "points": curve.points, "best": max(done for _, done in curve.points)}
         row |= {f"seconds_to_{goal}": curve.reached(goal) for goal in GOALS}
         print({k: v for k, v in row.items() if k != "points"}, flush=True)
         figures = {"rows": list(rows.values()), "samples": args.samples, "budget": args.budget, "first": args.first}
-        write_result("quality_fastgen", figures, results=results, seeds=[0])
+        write_result("quality_fastgen", figures, results=results, seeds=sorted({row["seed"] for row in rows.values()}))
         return curve
 
-    rows: dict[tuple[str, tuple[float, int]], dict[str, Any]] = {}
+    rows: dict[tuple[str, tuple[float, int], int], dict[str, Any]] = {}
     by_then: dict[str, dict[tuple[float, int], tuple[float, float]]] = {}
     # point by point, so that the sides meet the same moods of the machine
     for point in args.points:
@@ -264,6 +269,6 @@ def quality(library: SimpleNamespace, args: argparse.Namespace, results: Path = 
             by_then.setdefault(name, {})[point] = max(
                 (min(done, max(GOALS)), -seconds) for seconds, done in found if seconds <= args.first + args.every
             )
-    for name, reached in by_then.items():
-        run(name, max(reached, key=reached.__getitem__), args.budget)
+    for seed, (name, reached) in product(range(args.seeds), by_then.items()):
+        run(name, max(reached, key=reached.__getitem__), args.budget, seed)
     return {"rows": list(rows.values()), "samples": args.samples, "budget": args.budget, "first": args.first}

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import budget_table
@@ -321,6 +322,15 @@ def fastgen_tangents() -> str:
     return fastgen("tangents_fastgen", " --tangents")
 
 
+def _seconds_to(rows: list[dict[str, Any]], goal: float) -> str:
+    """Seconds until a progress, of one seed or the median, least and most of several; empty where one never came."""
+    seconds = [row[f"seconds_to_{goal}"] for row in rows]
+    if None in seconds:
+        return ""
+    spread = f" ({min(seconds):.0f} to {max(seconds):.0f})" if len(seconds) > 1 else ""
+    return f"{median(seconds):.0f}{spread}"
+
+
 def fastgen_quality() -> str:
     """Seconds until a student is good here and in FastGen, for docs/fastgen.md."""
     result = _load("quality_fastgen")
@@ -330,17 +340,32 @@ def fastgen_quality() -> str:
         "| implementation | learning rate | critic updates | CPU s to .8 | CPU s to .9 | best progress | at CPU s |",
         "|---|---|---|---|---|---|---|",
     ]
+    sides: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        reached = [row[f"seconds_to_{goal}"] for goal in (0.8, 0.9)]
-        at, best = max(row["points"], key=lambda point: point[1])
-        cells = [row["implementation"], f"{row['rate']:g}", str(row["fake_score_steps"])]
-        cells += ["" if seconds is None else f"{seconds:.0f}" for seconds in reached]
-        lines.append(f"| {' | '.join([*cells, f'{best:.2f}', f'{at:.0f}'])} |")
+        sides.setdefault((row["implementation"], row["rate"], row["fake_score_steps"]), []).append(row)
+    several = []
+    for (name, rate, updates), rows in sides.items():
+        point = [name, f"{rate:g}", str(updates)]
+        at, best = max(rows[0]["points"], key=lambda point: point[1])
+        cells = [*point, *(_seconds_to(rows[:1], goal) for goal in (0.8, 0.9)), f"{best:.2f}", f"{at:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        if len(rows) > 1:
+            cells = [*point, str(len(rows)), *(_seconds_to(rows, goal) for goal in (0.8, 0.9))]
+            several.append(f"| {' | '.join(cells)} |")
+    if several:
+        lines += [
+            "",
+            "Over seeds, the best setting of each side: median (least to most).",
+            "",
+            "| implementation | learning rate | critic updates | seeds | CPU s to .8 | CPU s to .9 |",
+            "|---|---|---|---|---|---|",
+            *several,
+        ]
     machine = result["meta"]["machine"]
     lines += [
         "",
         f"At least {result['first']:.0f} CPU seconds of one thread of {machine['cpu']} for every point, up to "
-        f"{result['budget']:.0f} for the one of each side that was best by then, fewer where .9 came before; one seed, "
+        f"{result['budget']:.0f} for the one of each side that was best by then, fewer where .9 came before; "
         f"{result['samples']:,} samples.",
     ]
     return "\n".join(lines)

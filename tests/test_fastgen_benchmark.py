@@ -234,7 +234,7 @@ def test_updates_with_tangents_are_measured_and_written(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ quality
 def quality_arguments(folder, **changes):
-    words = {"budget": 1.0, "first": 240.0, "every": 0.5, "samples": 80, "points": [(1e-3, 1)], "out": folder / "runs"}
+    words = {"budget": 1.0, "first": 240.0, "every": 0.5, "samples": 80, "points": [(1e-3, 1)], "out": folder / "runs", "seeds": 1}
     return Namespace(**{**words, **changes})
 
 
@@ -273,8 +273,12 @@ def test_all_sides_train_and_go_on(library, tmp_path):
     assert [row["implementation"] for row in short] == list(fastgen_quality.SIDES)
     assert all(row["points"][-1][0] >= 1.0 for row in short)
     budget = 1.0 + max(row["points"][-1][0] for row in short)  # a step may take long
-    more = quality_arguments(tmp_path, budget=budget)
+    more = quality_arguments(tmp_path, budget=budget, seeds=2)
     rows = fastgen_quality.quality(library, more, tmp_path / "results")["rows"]
+    assert [row["seed"] for row in rows] == [0] * len(short) + [1] * len(short)
+    for first, second in zip(rows[: len(short)], rows[len(short) :]):
+        assert first["implementation"] == second["implementation"]
+        assert first["points"][0][1] != second["points"][0][1]
     for before, after in zip(short, rows):
         assert after["points"][: len(before["points"])] == before["points"]
         assert after["points"][-1][0] >= budget

@@ -234,7 +234,15 @@ def test_updates_with_tangents_are_measured_and_written(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ quality
 def quality_arguments(folder, **changes):
-    words = {"budget": 1.0, "first": 240.0, "every": 0.5, "samples": 80, "points": [(1e-3, 1)], "out": folder / "runs", "seeds": 1}
+    words = {
+        "budget": 1.0,
+        "first": 240.0,
+        "every": 0.5,
+        "samples": 80,
+        "points": [(1e-3, 1)],
+        "out": folder / "runs",
+        "seeds": 1,
+    }
     return Namespace(**{**words, **changes})
 
 

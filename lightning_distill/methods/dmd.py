@@ -35,7 +35,7 @@ class DMD(FakeScoreMethod):
             the distance of the teacher's own features; None is the mean squared error alone.
         weight: lambda, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
-        fresh_samples: see ``FakeScoreMethod``; the paper's critic gets the samples of the student's update (Algorithm 1).
+        fresh_samples: see ``FakeScoreMethod``; in the paper the critic gets the student's samples (Algorithm 1).
         **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``. The default weight of ``student/regression`` is
             .25.
 

@@ -25,7 +25,7 @@ class VSD(FakeScoreMethod):
         fake_score: None for ``Lora(rank=8)`` on the teacher's backbone.
         weight: lambda, see ``matching_weight``.
         fake_score_steps: critic updates per student update.
-        fresh_samples: see ``FakeScoreMethod``; the paper's critic gets the samples of the student's update (Algorithm 1).
+        fresh_samples: see ``FakeScoreMethod``; in the paper the critic gets the student's samples (Algorithm 1).
         critic_space: space of the critic's squared error.
         **kwargs: see ``FakeScoreMethod`` and ``DistillationModule``. The paper's teacher has ``guidance`` 7.5.
 

@@ -116,8 +116,8 @@ def variants(result: Mapping[str, Any] | None) -> str:
     if not groups:
         return "(none)"
     lines = [
-        "| configuration | begins as | settings | CPU s | progress | recall | updates |",
-        "|---|---|---|---|---|---|---|",
+        "| configuration | begins as | settings | CPU s | of all stages | progress | recall | class accuracy | updates |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for rows in groups.values():
         row = rows[0]
@@ -126,7 +126,8 @@ def variants(result: Mapping[str, Any] | None) -> str:
             f"{key.replace('.init_args', '')} {value}" for key, value in row.get("settings", {}).items()
         )
         cells = [f"[`{Path(row['config']).stem}`](../{row['config']})", begins, settings, f"{row['seconds']:.0f}"]
-        cells += [cell(rows, key, COLUMNS[key]) for key in ("progress", "recall", "student_updates")]
+        cells.append(cell(rows, "cpu_seconds", 0) if begins else "")
+        cells += [cell(rows, key, COLUMNS[key]) for key in ("progress", "recall", "class_accuracy", "student_updates")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

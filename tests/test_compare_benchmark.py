@@ -151,12 +151,13 @@ def test_rows_are_sorted_by_track_steps_and_progress():
 
 def test_other_settings_and_starts_have_a_table_of_their_own():
     figures = {"seed": 0, "progress": 0.9, "recall": 0.7, "student_updates": 265, "method": "SCM", "nfe": 1}
+    figures |= {"class_accuracy": 0.95, "cpu_seconds": 32.1}
     begun = compare.parse("method/cmt_ring.yaml:form=flow_map@20~method/scm_ring.yaml@10")
     rows = [begun | figures, {"config": "configs/method/dmd2_digits.yaml", "settings": {"a": "1"}}]
     assert budget_table.grouped(rows) == {}
     lines = budget_table.variants({"rows": rows}).splitlines()
     config = "[`scm_ring`](../configs/method/scm_ring.yaml)"
-    assert lines[2:] == [f"| {config} | cmt_ring form=flow_map (20 s) |  | 30 | 0.900 | 0.70 | 265 |"]
+    assert lines[2:] == [f"| {config} | cmt_ring form=flow_map (20 s) |  | 30 | 32 | 0.900 | 0.70 | 0.950 | 265 |"]
     plain = compare.parse("method/scm_ring.yaml", 60.0) | figures
     rows += [plain, plain | {"seconds": 300.0, "progress": 0.95}, plain | {"config": "configs/method/ctm_ring.yaml"}]
     (track,) = budget_table.grouped(rows).values()

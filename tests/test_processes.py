@@ -268,3 +268,26 @@ def test_differences_may_step_beyond_the_noisiest_sample(target):
     slope = torch.func.jvp(lambda t: change_process(t, FlowMatching(), target)[0], (end,), (torch.ones_like(end),))[1]
     torch.testing.assert_close((t[1:] - t[:1]) / 2e-6, slope, rtol=1e-4, atol=0)
     assert float(change_process(around[1:], FlowMatching(), target)[0]) == target.t_max
+
+
+@pytest.mark.parametrize(
+    ("start", "far"), [(FlowMatching(), 0.999), (TrigFlow(), 1.569), (EDM(), 79.0)], ids=["flow", "trig", "edm"]
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_times_beyond_the_end_stand_still(start, far, terminal):
+    """Where no timestep is as noisy, time is the last one's and has no derivative; at the last one it has."""
+    process = VariancePreserving(zero_terminal_snr=terminal)
+    t = torch.tensor([0.4 * start.t_max, far], dtype=F64, requires_grad=True)
+    native = change_process(t, start, process)[0]
+    (slope,) = torch.autograd.grad(native.sum(), t)
+    with torch.no_grad():
+        step = 1e-7
+        differences = (change_process(t + step, start, process)[0] - change_process(t - step, start, process)[0]) / step
+    torch.testing.assert_close(slope, differences / 2, rtol=1e-5, atol=1e-6)
+    if not terminal:
+        assert float(native[1].detach()) == 1.0
+        assert float(slope[1]) == 0.0
+    end = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    again = process.t_from_coefficients(process.alpha(end), process.sigma(end))
+    (slope,) = torch.autograd.grad(again, end)
+    assert float(slope) == pytest.approx(1.0, rel=1e-6)

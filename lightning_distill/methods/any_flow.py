@@ -147,6 +147,7 @@ class AnyFlowOnPolicy(AnyFlow, AddedMatching):
         teacher: the pretrained model, whose distribution is matched.
         rollout_steps: numbers of steps N to choose from, None for 2, 4, 8, 16 and 50.
         fake_score_steps: critic updates per student update.
+        fresh_samples: see ``FakeScoreMethod``; a sample takes several jumps here, which are made once.
         **kwargs: see ``AnyFlow`` (default weight of ``student/mean_flow``: 1), ``FakeScoreMethod`` and
             ``AddedMatching``: ``matching_from=0`` suits the first stage's student,
             ``student=TwoTime(FromCheckpoint(..), kind="gated_copy")``.
@@ -164,9 +165,10 @@ class AnyFlowOnPolicy(AnyFlow, AddedMatching):
         *,
         rollout_steps: list[int] | None = None,
         fake_score_steps: int = 1,
+        fresh_samples: bool | None = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, fake_score_steps=fake_score_steps, **kwargs)
+        super().__init__(teacher, fake_score_steps=fake_score_steps, fresh_samples=fresh_samples, **kwargs)
         rollout_steps = [2, 4, 8, 16, 50] if rollout_steps is None else list(rollout_steps)
         if not rollout_steps or min(rollout_steps) < 1:
             raise ValueError(f"rollout_steps={rollout_steps}: give at least one number of steps, each 1 or more.")

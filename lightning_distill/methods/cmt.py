@@ -64,6 +64,11 @@ class CMT(TeacherPaths):
         self.metric, self.huber = metric, huber
         self.__dict__["capability"] = "two_time" if form == "flow_map" else "any_step"
 
+    def build_roles(self) -> None:
+        """As usual; a flow map jumps."""
+        super().build_roles()
+        self.student.jumps = self.form == "flow_map"
+
     def check_configuration(self) -> None:
         """A flow map takes a target time."""
         super().check_configuration()

@@ -167,6 +167,8 @@ class LearnedSolver(BOSS):
         """The teacher's network, and the step sizes."""
         source = self.require_teacher()
         self.student = with_network(source, source.network)
+        # times are learned through the network's, which a rounded one has no derivative in
+        self.student.family = replace(self.student.family, integer_time=False)
         self._tells_scale = False
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
         self._flow_max = float(change_process(end, self.process, FlowMatching())[0])

@@ -210,7 +210,7 @@ class PiFlow(TwoTimeMethod):
         found = imitate(
             policy,
             rolled,
-            lambda x, t: guided(*self.native(x, t)).flow_prediction,
+            lambda x, t: guided(*self.native(x, t.clamp_min(self._flow_min))).flow_prediction,
             expand(factor, x) * x,
             t,
             steps,

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_distill.batch import Batch
 from lightning_distill.losses.flow_maps import euler_slope
@@ -73,7 +74,12 @@ class SnapFlow(TwoTimeMethod):
         if not self.from_data:
             velocity = self.teacher_velocity(batch, x, t)
         average = self.average(self.student, batch, self.told_scale(self.native(x, t)[1]))
-        slope = euler_slope(lambda x, t: average(x, t, t), x, t, self.euler_steps)
+
+        def own(x: Tensor, t: Tensor) -> Tensor:
+            t = t.clamp_min(self._flow_min)
+            return average(x, t, t)
+
+        slope = euler_slope(own, x, t, self.euler_steps)
         error = (average(x, t, r) - torch.where(expand(far, x).bool(), slope, velocity)).square()
         share = expand(far, error)
         return Terms({"flow": ((1.0 - share) * error).mean(), "shortcut": (share * error).mean()})

@@ -77,6 +77,7 @@ class AdapterDenoiser(Denoiser):
         self.data_scale = source.data_scale
         self.null_class = source.null_class
         self.family = source.family
+        self.jumps = source.jumps
         self.adapter_name = name
         self.adapter = nn.Module()
         for path, layer in bank.layers.items():

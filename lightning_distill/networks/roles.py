@@ -352,7 +352,7 @@ def with_network(source: Denoiser, network: nn.Module, family: Family | None = N
         made = copy.deepcopy(source, {id(source.network): network, **{id(part): part for part in same}})
         made.family = family or source.family
         return made
-    return Denoiser(
+    made = Denoiser(
         network,
         source.process,
         source.prediction_type,
@@ -361,7 +361,9 @@ def with_network(source: Denoiser, network: nn.Module, family: Family | None = N
         data_scale=source.data_scale,
         null_class=source.null_class,
         family=family or source.family,
-    ).eval()
+    )
+    made.jumps = source.jumps
+    return made.eval()
 
 
 def _guided(denoiser: Denoiser) -> TypeGuard[GuidedDenoiser]:

@@ -108,8 +108,9 @@ class VariancePreserving(NoiseProcess):
 
     def t_from_coefficients(self, alpha: Tensor, sigma: Tensor) -> Tensor:  # noqa: D102
         t = self.t_beyond(alpha, sigma)
+        inside = t.clamp(0.0, 1.0)
         # rounding puts t_max beyond 1, where a clamp would have no derivative
-        return t + (t.clamp(0.0, 1.0) - t).detach()
+        return torch.where((t - inside).abs() < 1e-9, t + (inside - t).detach(), inside)
 
     def t_beyond(self, alpha: Tensor, sigma: Tensor) -> Tensor:  # noqa: D102
         return self._t_from_angle(torch.atan2(sigma, alpha))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from exact_students import F64, FLOW, MIXTURE, Exact, ExactAverage
@@ -11,9 +13,11 @@ from lightning_distill.evaluation.sampling import sample_many
 from lightning_distill.export.cards import student_config
 from lightning_distill.export.stock import stock_parts
 from lightning_distill.generation import bound, generate
-from lightning_distill.methods import DMD2, FlowMapDistillation, MeanFlow
+from lightning_distill.methods import CMT, DMD2, FlowMapDistillation, MeanFlow, SnapFlow
 from lightning_distill.networks.analytic import analytic_denoiser
-from lightning_distill.networks.roles import Copy
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.families.base import PLAIN
+from lightning_distill.networks.roles import Copy, Lora
 from lightning_distill.networks.second_time import add_second_time
 from lightning_distill.networks.small import small_unet
 from lightning_distill.networks.two_time import TwoTime
@@ -95,3 +99,35 @@ def test_the_teacher_of_a_shared_backbone_is_sampled_as_before():
     torch.testing.assert_close(generate(teacher, noise, {}, [1.0, 0.5], "ode"), want, rtol=0, atol=0)
     module = ready(FlowMapDistillation(mlp()))
     assert not takes_target(module.teacher)
+
+
+class OfTwoTimes(torch.nn.Module):
+    """A network that is made to take a target time, and of one time where that is the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(4, 32), torch.nn.Linear(32, 2)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+
+    def forward(self, x, t, r):
+        return self.outer(self.inner(torch.cat([x, torch.stack([t, t - r], 1).to(x)], 1)).tanh())
+
+
+@pytest.mark.parametrize("role", [Copy(), Lora(rank=2)], ids=["copy", "lora"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(SnapFlow, {}), (MeanFlow, {"sampler": "renoise"}), (CMT, {"form": "flow_map", "sampler": "renoise"})],
+    ids=["snap_flow", "mean_flow", "cmt"],
+)
+def test_averages_jump_as_students_do(method, settings, role):
+    """Also adapters' averages, on networks that have a target time of their own."""
+    family = replace(PLAIN, target_time="r", needs_target=True)
+    torch.manual_seed(0)
+    teacher = Denoiser(OfTwoTimes(), FLOW, "flow_prediction", family=family)
+    module = ready(method(teacher, student=role, shape=[2], **settings))
+    noise, ones = torch.randn(16, 2), torch.ones(16, dtype=F64)
+    with torch.no_grad():
+        jump = noise - module.student(noise, ones, r=torch.zeros_like(ones)).flow_prediction
+    for weights in (None, "student"):
+        torch.testing.assert_close(module.sample(16, noise=noise, weights=weights), jump)

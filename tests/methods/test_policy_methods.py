@@ -15,7 +15,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.ema import ConstantEMA
 from lightning_distill.export.pipeline import export_denoiser
 from lightning_distill.generation import generate
-from lightning_distill.methods import ArcFlow, PiFlow
+from lightning_distill.methods import ArcFlow, PiFlow, SnapFlow
 from lightning_distill.networks.analytic import analytic_denoiser, ring
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.policy_head import add_policy_head, policy_head_of, policy_prediction
@@ -24,7 +24,7 @@ from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
 from lightning_distill.policies import groups_of
 from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
 from lightning_distill.samplers import transport
-from lightning_distill.times import Uniform
+from lightning_distill.times import Uniform, t_min
 
 FLOW = FlowMatching()
 
@@ -182,6 +182,18 @@ def test_other_processes_have_the_losses_of_flow_matching(process):
         shift(module.student)
         losses.append(float(module.student_loss(Batch(x0=torch.randn(16, 2).sign())).losses["imitation"]))
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("method", [PiFlow, ArcFlow, SnapFlow])
+def test_no_network_is_asked_below_its_least_time(method):
+    process = VariancePreserving()
+    teacher, least = Denoiser(randomised(ResidualMLP((2,), 8, 2)), process, "epsilon"), t_min(process)
+    module, asked = ready(method(teacher, shape=[2])), []
+    for network in (module.teacher, module.student):
+        network.register_forward_pre_hook(lambda _m, args: asked.append(float(args[1].min())))
+    module.student_loss(Batch(x0=torch.randn(2048, 2)))
+    assert len(asked) > 1
+    assert min(asked) >= least * (1 - 1e-6)
 
 
 class Given(Copy):

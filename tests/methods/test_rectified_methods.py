@@ -285,8 +285,13 @@ def test_learning_starts_at_the_knots_and_the_loss_is_that_of_the_sampler():
     assert loss.item() == pytest.approx((sampled - x0).square().mean().item(), rel=1e-4)
 
 
-def test_the_gradient_is_that_of_the_end_point_in_the_times():
-    module, batch = solver(), Batch(size=64)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_gradient_is_that_of_the_end_point_in_the_times(rounded):
+    """Also for networks that are otherwise told whole numbers, as DiT is."""
+    torch.manual_seed(0)
+    teacher, batch = gaussian(VariancePreserving(zero_terminal_snr=True) if rounded else None), Batch(size=64)
+    teacher.family = replace(teacher.family, integer_time=rounded)
+    module = ready(LearnedSolver(teacher, shape=[1], num_steps=3, solver_steps=48))
     module.student_loss(batch)
     logits = module.schedule.logits
     logits.grad = None

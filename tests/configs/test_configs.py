@@ -79,17 +79,22 @@ def files(tmp_path, tmp_path_factory, stand_ins, monkeypatch, request):
         FITTING.append("--model.init_args.regression_pairs.init_args.num=8")
     if name and "class_path: VDOT" in config_path(name).read_text():
         FITTING.append("--model.init_args.group_size=4")  # of the four samples of these runs
-    if name and "class_path: RunDenoiser" in config_path(name).read_text():
-        path = load(name)["model"]["init_args"]["teacher"]["init_args"]["path"]
-        folder = next(f for f in ("teacher", "method") if f"{f}/{Path(path).name}.yaml" in FILES)
-        before = config_path(f"{folder}/{Path(path).name}.yaml")
-        if "# Trajectories:" in before.read_text():
-            link_store(before.read_text(), tmp_path_factory)
-        teacher = ["-c", str(before), "--data.init_args.batch_size=4"]
-        trainer_cli(["fit", *teacher, "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"])
-        assert Path(path).is_dir(), "the teacher is the run of the configuration of that name"
+    for role, spec in (("teacher", "RunDenoiser"), ("student", "FromCheckpoint")):
+        if name and not name.startswith("recipe/") and f"class_path: {spec}" in config_path(name).read_text():
+            run_before(load(name)["model"]["init_args"][role]["init_args"]["path"], tmp_path_factory)
     if name and "# Trajectories:" in config_path(name).read_text():
         link_store(config_path(name).read_text(), tmp_path_factory)
+
+
+def run_before(path, folders):
+    """One update of the configuration whose run another one names."""
+    folder = next(f for f in ("teacher", "method") if f"{f}/{Path(path).name}.yaml" in FILES)
+    before = config_path(f"{folder}/{Path(path).name}.yaml")
+    if "# Trajectories:" in before.read_text():
+        link_store(before.read_text(), folders)
+    words = ["fit", "-c", str(before), "--data.init_args.batch_size=4", "--trainer.max_steps=1"]
+    trainer_cli([*words, "--trainer.enable_progress_bar=false"])
+    assert Path(path).is_dir(), "the run of the configuration of that name"
 
 
 def link_store(text, folders):

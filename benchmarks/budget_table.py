@@ -116,7 +116,8 @@ def variants(result: Mapping[str, Any] | None) -> str:
     if not groups:
         return "(none)"
     lines = [
-        "| configuration | begins as | settings | CPU s | of all stages | progress | recall | class accuracy | updates |",
+        "| configuration | begins as | settings | CPU s "
+        "| of all stages | progress | recall | class accuracy | updates |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for rows in groups.values():

@@ -90,7 +90,7 @@ def sample_mlp():
 
 def run(folder, steps, *callbacks, name="one_step", logger=True, **settings):
     case = BY_NAME[name] if isinstance(name, str) else name
-    settings = {"log_every_n_steps": 1, **settings}
+    settings = {"log_every_n_steps": 1, "default_root_dir": str(folder), **settings}
     overrides = settings.pop("overrides", {})
     ckpt_path = settings.pop("ckpt_path", None)
     module = case.build(folder, **overrides)

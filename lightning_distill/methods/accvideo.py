@@ -91,7 +91,8 @@ class AccVideo(Straightening):
         cond = batch.cond_of(torch.arange(n, device=t.device).remainder(batch.size).repeat(steps))
         features = self.gan.tapped(self.require_teacher(), states.flatten(0, 1), t, cond)
         parts = [{name: f.unflatten(0, (steps, n))[i] for name, f in features.items()} for i in range(steps)]
-        return torch.cat([heads(part) for heads, part in zip(self.discriminator, parts)])
+        labels = cond["class_labels"].chunk(steps) if "class_labels" in cond else [None] * steps
+        return torch.cat([heads(*of_step) for heads, *of_step in zip(self.discriminator, parts, labels)])
 
     def student_loss(self, batch: Batch) -> Terms:
         """Chords, and the generator's side at the ends of the student's steps."""

@@ -95,7 +95,7 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
             scores = self.scores(x, batch)
             return scores, self.logits(scores.x_t, scores.t, batch.cond)
         scores = self.scores(x, batch, self.gan.network_taps, tapped=self.gan.features)
-        return scores, self.heads(self.gan.in_passing(scores.x_t, scores.features))
+        return scores, self.heads(self.gan.in_passing(scores.x_t, scores.features), batch.cond)
 
     # ------------------------------------------------------------------------------------------------ critic
     def gan_weight(self, batch: Batch) -> Tensor | None:
@@ -127,7 +127,8 @@ class AdversarialMethod(Discriminating, FakeScoreMethod):
             return terms
         terms, prediction = self.critic_denoising(batch, self.gan.network_taps if self.shares_forward else ())
         if self.shares_forward:
-            fake, t = self.heads(self.gan.in_passing(prediction.x_t, prediction.features)), prediction.t
+            features, t = self.gan.in_passing(prediction.x_t, prediction.features), prediction.t
+            fake = self.heads(features, batch.cond)
         else:
             x_s, t, _ = self.renoise(self.rollout(batch, grad=False).x0, self.gan_times, "gan")
             fake = self.logits(x_s, t, batch.cond)

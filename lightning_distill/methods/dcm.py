@@ -200,8 +200,8 @@ class DCM(PCM):
         fake = self.seen(ends.fake, ends, t, "gan/noise")
         with torch.no_grad():
             real = self.seen(ends.real, ends, t, "gan/noise")
-        logits = self.heads(real) if self.gan.kind == "relativistic" else None
-        game = self.game_loss("student", self.heads(fake), logits)
+        logits = self.heads(real, ends.batch.cond) if self.gan.kind == "relativistic" else None
+        game = self.game_loss("student", self.heads(fake, ends.batch.cond), logits)
         return {"gan": game, "features": feature_distance(fake, real).mean()}
 
     def discriminator_loss(self, batch: Batch) -> Terms:

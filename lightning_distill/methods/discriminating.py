@@ -110,22 +110,29 @@ class Discriminating(_Base):
         assert self.gan.times is not None
         return self.gan.times
 
-    def heads(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Logits of the discriminator heads, (B, n)."""
+    def heads(self, features: Mapping[str, Tensor], cond: Mapping[str, Any]) -> Tensor:
+        """Logits of the discriminator heads, (B, n).
+
+        Args:
+            features: by tap, each (B, ...).
+            cond: conditioning by keyword, of which heads may be told the class.
+        """
         assert self.discriminator is not None
-        return self.discriminator(features)
+        told = getattr(self.discriminator, "num_classes", None) is not None  # heads of a subclass may know of none
+        return self.discriminator(features, cond.get("class_labels")) if told else self.discriminator(features)
 
     def idle_heads(self) -> Tensor:
         """Zero, with zero gradients for the heads: their optimizer steps alike on one process and on many."""
         assert self.discriminator is not None
         like = next(self.discriminator.parameters())
         shapes = self.discriminator.shapes.items()
-        return 0.0 * self.heads({tap: torch.zeros(1, *shape).to(like) for tap, shape in shapes}).sum()
+        features = {tap: torch.zeros(1, *shape).to(like) for tap, shape in shapes}
+        return 0.0 * self.heads(features, {"class_labels": torch.zeros(1, dtype=torch.long, device=like.device)}).sum()
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         """Logits at noisy samples, (B, n), by a forward of the feature network up to its last tap."""
         assert self.gan is not None
-        return self.heads(self.gan.tapped(self.feature_network, x_t, t, cond))
+        return self.heads(self.gan.tapped(self.feature_network, x_t, t, cond), cond)
 
     def gan_term(self, x: Tensor, batch: Batch, weight: Tensor | None = None) -> dict[str, Tensor]:
         """The generator's side at a noise level of its own; nothing without ``gan``.

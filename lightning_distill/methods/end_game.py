@@ -133,9 +133,10 @@ class EndGame(Discriminating):
         """The generator's side."""
         assert self.gan is not None
         t = self.game_levels(ends)
-        fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"))
-        paired = self.gan.kind == "relativistic"
-        real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise")) if paired else None
+        fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"), ends.batch.cond)
+        real = None
+        if self.gan.kind == "relativistic":
+            real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise"), ends.batch.cond)
         return {"gan": self.game_loss("student", fake, real)}
 
     @property
@@ -150,8 +151,8 @@ class EndGame(Discriminating):
                 self.student_loss(batch)  # type: ignore[operator]
         ends = kept[self._game_key]
         t = self.game_levels(ends)
-        fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"))
-        real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise"))
+        fake = self.heads(self.seen(ends.fake, ends, t, "gan/noise"), ends.batch.cond)
+        real = self.heads(self.seen(ends.real, ends, t, "gan/real_noise"), ends.batch.cond)
         diagnostics = {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
         return Terms({"gan": self.game_loss("heads", fake, real)}, diagnostics)
 

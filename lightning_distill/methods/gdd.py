@@ -16,8 +16,8 @@ __all__ = ["GDD", "GDDI"]
 class GDD(LADD):
     """GAN distillation at the level of distributions: the diffusion model is only where the generator starts from.
 
-        student:         softplus(-D(x)),     x = G(sigma_max z)
-        discriminator:   softplus(-D(real)) + softplus(D(x)) + w_r R1
+        student:         softplus(-D(x, c)),     x = G(sigma_max z, c)
+        discriminator:   softplus(-D(real, c)) + softplus(D(x, c)) + w_r R1
 
     D is a projected discriminator: heads at several depths of a frozen network that was trained on images for something
     else. Neither the teacher's predictions nor its noise levels play a part after initialisation.
@@ -27,6 +27,7 @@ class GDD(LADD):
         features: the frozen network and its taps.
         kind: adversarial loss.
         width: channels inside the heads, None for those of the features.
+        classes: tell D the class; None where the teacher has classes.
         freeze: regular expressions; parameters of the student whose name one of them matches are not trained.
         r1: gradient penalty on real samples, see ``LADD``.
         **kwargs: see ``LADD`` and ``DistillationModule``.
@@ -37,8 +38,9 @@ class GDD(LADD):
         game are means over the batch, of which the released code takes the sum; its penalty is that of the sum of n
         heads' logits, here that of their mean, n^2 times smaller.
         The network of ``features`` must not be one that evaluates the samples.
-        D sees pictures and not their conditions, so that a student of classes or prompts may ignore them: all that is
-        asked of it is the distribution of all pictures together: the method is meant for unconditional teachers.
+        D is told the class, as a projection discriminator is (the released code begins with vectors of the classes that
+        a classifier has learned, here they are random). It cannot be told a prompt: a student of prompts may ignore
+        them, since all that is asked of it is the distribution of all pictures together.
     """
 
     of_samples_alone = True
@@ -53,6 +55,7 @@ class GDD(LADD):
         features: FrozenFeatures | None = None,
         kind: str = "logistic",
         width: int | None = None,
+        classes: bool | None = None,
         freeze: Sequence[str] | None = None,
         r1: Literal["none", "exact", "approximate"] = "exact",
         **kwargs: Any,
@@ -62,7 +65,7 @@ class GDD(LADD):
                 f"{type(self).__name__} needs features=FrozenFeatures(network, taps), a network that was trained on "
                 "images."
             )
-        super().__init__(teacher, gan=ImageAdversary(features, kind, width), r1=r1, **kwargs)
+        super().__init__(teacher, gan=ImageAdversary(features, kind, width, classes), r1=r1, **kwargs)
         self.features = features
         self.frozen_patterns = list(self.default_freeze if freeze is None else freeze)
 
@@ -91,7 +94,11 @@ class GDDI(GDD):
 
     Args:
         teacher: the pretrained model.
-        **kwargs: see ``GDD``; ``freeze`` is all convolutions and projections by default.
+        **kwargs: see ``GDD``; ``freeze`` is the blocks' convolutions and the projections behind attention by default.
+
+    Notes:
+        As in the released code the first and the last convolution, shortcuts, and what brings time and class into a
+        block are trained.
     """
 
-    default_freeze = (r"(^|[._])(conv|proj)",)
+    default_freeze = (r"(^|\.)(conv\d*|proj|to_out)\.",)

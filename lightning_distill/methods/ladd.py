@@ -52,8 +52,8 @@ class LADD(Discriminating, DistillationModule):
     Notes:
         The paper's "real" images are samples of the teacher: give a data module of stored teacher samples, or data.
         The discriminator's first update uses the student's samples of the cycle.
-        Heads know conditions through the teacher's blocks alone: with ``taps=["input"]`` and no distillation term the
-        student may ignore its conditions, of which a warning tells.
+        Heads know conditions through the teacher's blocks, and classes if ``gan`` says so: with ``taps=["input"]``, no
+        ``classes`` and no distillation term the student may ignore its conditions, of which a warning tells.
     """
 
     phases = {"student": ("student",), "discriminator": ("discriminator",)}
@@ -120,12 +120,14 @@ class LADD(Discriminating, DistillationModule):
             )
         alone = type(self).student_loss is LADD.student_loss and not self.loss_weights["student/distillation"]
         known = sorted(default_cond(self.require_teacher(), 1))
-        if alone and known and not self.gan.network_taps and not self.of_samples_alone:
+        assert self.discriminator is not None
+        told = self.gan.network_taps or self.discriminator.num_classes is not None
+        if alone and known and not told and not self.of_samples_alone:
             rank_zero_warn(
                 f"the teacher takes the conditions {known}, but the discriminator of {type(self).__name__} sees samples"
                 " alone: real and student samples are compared as a whole, and the student may ignore its conditions. "
-                "For a conditional student give LADD's gan a block of the teacher among its taps, or a weight to "
-                "student/distillation (ADD)."
+                "For a conditional student give LADD's gan a block of the teacher among its taps, classes=True where "
+                "conditions are classes, or a weight to student/distillation (ADD)."
             )
 
     @property

@@ -20,7 +20,8 @@ class MSD(DMD2):
 
     Args:
         teacher: the pretrained, conditional model.
-        classes: the classes of each student, a partition; None is one student for all, DMD2.
+        classes: the classes of each student, a partition, or the number of students, see ``Experts``; None is one
+            student for all, DMD2.
         prompts: for text models, the store of embeddings that are divided into ``count`` groups, or a file of their
             centres, see ``Experts``.
         count: number of groups of prompts.
@@ -44,7 +45,7 @@ class MSD(DMD2):
         self,
         teacher: DenoiserSpec | Denoiser | None = None,
         *,
-        classes: Sequence[Sequence[int]] | None = None,
+        classes: Sequence[Sequence[int]] | int | None = None,
         prompts: str | None = None,
         count: int = 2,
         student: Role | None = None,
@@ -53,7 +54,7 @@ class MSD(DMD2):
     ) -> None:
         if classes is not None and prompts is not None:
             raise ValueError("MSD divides by classes or by prompts; give one of them.")
-        if classes is not None and len(classes) > 1:
+        if classes is not None and (classes if isinstance(classes, int) else len(classes)) != 1:
             student, fake_score = (Experts(classes=classes, role=role) for role in (student, fake_score))
         elif prompts is not None:
             student, fake_score = (Experts(prompts=prompts, count=count, role=role) for role in (student, fake_score))

@@ -30,6 +30,8 @@ class Adversary:
             critic's own forward for free.
         kind: ``logistic``, ``hinge`` or ``relativistic``.
         width: channels inside the heads, None for those of the feature.
+        classes: tell the heads the class of a sample, for features that do not know it, such as ``input``; None tells
+            them where the network has classes.
         seed: of the heads' initial weights.
     """
 
@@ -40,6 +42,7 @@ class Adversary:
         times: TimeDistribution | None = None,
         kind: str = "logistic",
         width: int | None = None,
+        classes: bool | None = False,
         seed: int = 0,
     ) -> None:
         if features not in ("fake_score", "teacher"):
@@ -51,12 +54,31 @@ class Adversary:
         self.times = times
         self.kind = kind
         self.width = width
+        self.classes = classes
         self.seed = seed
 
     def build(self, network: Denoiser, shape: Sequence[int]) -> DiscriminatorHeads:
         """Heads for the features of ``network`` at samples of ``shape``."""
         cond = {k: v.to(network.device) for k, v in default_cond(network, 1).items()}
-        return DiscriminatorHeads(tap_shapes(network, shape, self.taps, cond), width=self.width, seed=self.seed)
+        return self.heads(tap_shapes(network, shape, self.taps, cond), network)
+
+    def heads(self, shapes: Mapping[str, Sequence[int]], network: Denoiser) -> DiscriminatorHeads:
+        """Heads on features of these shapes.
+
+        Args:
+            shapes: without the batch dimension, by tap.
+            network: whose classes they are told.
+
+        Raises:
+            ValueError: heads that are told classes of a network without.
+        """
+        if self.classes and network.num_classes is None:
+            raise ValueError(
+                f"{type(self).__name__}(classes=True): {type(network.network).__name__} has no classes that heads "
+                "could be told; leave classes out."
+            )
+        told = network.num_classes if self.classes or self.classes is None else None
+        return DiscriminatorHeads(shapes, width=self.width, num_classes=told, seed=self.seed)
 
     def tapped(self, network: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of ``x_t``; blocks behind the last tap are not run."""

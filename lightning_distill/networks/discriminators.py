@@ -2,7 +2,8 @@
 
 For maps (B, C, H, W) the stack of DMD2 (arXiv:2405.14867): strided 4x4 convolutions, GroupNorm and SiLU
 until the map is 4x4, one convolution over what is left, a linear logit. For tokens (B, L, D) an MLP per
-token, averaged over tokens, and for vectors (B, D) the same MLP.
+token, averaged over tokens, and for vectors (B, D) the same MLP. Heads can be told the class, as projection
+discriminators are (arXiv:1802.05637), where the features do not know it.
 
 The pseudo-tap ``input`` stands for x_t itself, which turns a head into an ordinary pixel or latent
 discriminator.
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import seeded
 
-__all__ = ["INPUT_TAP", "DiscriminatorHeads", "tap_shapes", "tapped_features"]
+__all__ = ["CLASS_WIDTH", "INPUT_TAP", "DiscriminatorHeads", "tap_shapes", "tapped_features"]
 
 #: tap name of the noisy sample itself
 INPUT_TAP = "input"
+#: numbers by which a head that is told the class knows it
+CLASS_WIDTH = 64
 
 
 class DiscriminatorHeads(nn.Module):
@@ -31,6 +34,9 @@ class DiscriminatorHeads(nn.Module):
             ``tap_shapes``.
         width: channels inside the heads, None for those of the feature but at least 64.
         num_logits: logits per head.
+        num_classes: heads are told the class: a logit is the inner product of what the head makes of the feature and a
+            vector of the class, of ``CLASS_WIDTH`` numbers and divided by the root of that; the label ``num_classes``
+            means "no class". None for heads that see features alone.
         seed: of the initial weights, equal on every rank.
 
     Raises:
@@ -43,34 +49,42 @@ class DiscriminatorHeads(nn.Module):
         *,
         width: int | None = None,
         num_logits: int = 1,
+        num_classes: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not shapes:
             raise ValueError("a discriminator needs at least one tap; name blocks such as taps=['mid_block'].")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.num_classes = num_classes
+        outputs = num_logits if num_classes is None else num_logits * CLASS_WIDTH
         with seeded(seed):
             self.heads = nn.ModuleDict(
-                {_key(name): _head(name, shape, width, num_logits) for name, shape in self.shapes.items()}
+                {_key(name): _head(name, shape, width, outputs) for name, shape in self.shapes.items()}
             )
+            told = () if num_classes is None else self.heads
+            self.classes = nn.ModuleDict({key: nn.Embedding((num_classes or 0) + 1, CLASS_WIDTH) for key in told})
 
     @property
     def taps(self) -> tuple[str, ...]:
         """Blocks whose features the heads read, in order."""
         return tuple(self.shapes)
 
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, features: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """Logits of all heads, high for real samples.
 
         Args:
             features: activations by tap name, each (B, ...), any floating dtype.
+            labels: classes, (B,) of whole numbers, for heads that are told them.
 
         Returns:
             (B, num_heads * num_logits), in the dtype of the heads.
 
         Raises:
-            ValueError: a feature is missing or its shape is not the one the head was built for.
+            ValueError: a feature is missing or its shape is not the one the head was built for; labels are missing.
         """
+        if self.num_classes is not None and labels is None:
+            raise ValueError("the discriminator is told the class; give class_labels with every batch.")
         logits = []
         for name, shape in self.shapes.items():
             if name not in features:
@@ -84,7 +98,11 @@ class DiscriminatorHeads(nn.Module):
                     f"{tuple(feature.shape[1:])}; build it from tap_shapes at the resolution of training."
                 )
             logit = head(feature.to(next(head.parameters()).dtype))
-            logits.append(logit.mean(1) if logit.ndim == 3 else logit)
+            logit = logit.mean(1) if logit.ndim == 3 else logit
+            if labels is not None and self.num_classes is not None:
+                vectors = self.classes[_key(name)](labels.long())[:, None]
+                logit = (logit.unflatten(1, (-1, CLASS_WIDTH)) * vectors).sum(2) * CLASS_WIDTH**-0.5
+            logits.append(logit)
         return torch.cat(logits, dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -256,7 +257,8 @@ class Experts(Role):
 
     Args:
         boundaries: times between the experts as shares of t_max, falling; K - 1 for K experts.
-        classes: the classes of each expert; together all of them.
+        classes: the classes of each expert, together all of them; or a number of experts, each for as many of the
+            classes in a row as the others, or one less.
         prompts: store of ``lightning-distill cache`` whose embeddings are divided into ``count`` groups by k-means, or
             a safetensors file with their ``centres``.
         count: number of groups of prompts; with a file it is the file's.
@@ -274,14 +276,14 @@ class Experts(Role):
     def __init__(
         self,
         boundaries: Sequence[float] | None = None,
-        classes: Sequence[Sequence[int]] | None = None,
+        classes: Sequence[Sequence[int]] | int | None = None,
         prompts: str | None = None,
         count: int = 2,
         role: Role | None = None,
     ) -> None:
         self.prompts, self.count = prompts, count
         self.boundaries = None if boundaries is None else [float(b) for b in boundaries]
-        self.classes = None if classes is None else [list(group) for group in classes]
+        self.classes = classes if classes is None or isinstance(classes, int) else [list(group) for group in classes]
         self.role = role or Copy()
 
     def check(self) -> None:  # noqa: D102
@@ -295,7 +297,9 @@ class Experts(Role):
             b = self.boundaries
             if any(y >= x for x, y in zip([1.0, *b], [*b, 0.0])):
                 raise ValueError(f"Experts(boundaries={b}): give shares of t_max that fall strictly between 1 and 0.")
-        if self.classes is not None:
+        if isinstance(self.classes, int) and self.classes < 1:
+            raise ValueError(f"Experts(classes={self.classes}): give a number of experts, 1 or more.")
+        if isinstance(self.classes, list):
             listed = sorted(c for group in self.classes for c in group)
             if listed != list(range(len(listed))) or not all(self.classes):
                 raise ValueError(
@@ -309,8 +313,11 @@ class Experts(Role):
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
         self.check()
         middle = None if self.prompts is None else self._centres(self.prompts)
-        count = len(self.boundaries or self.classes or ()) + (self.boundaries is not None)
-        count = count if middle is None else len(middle)
+        groups = None if self.classes is None else self._groups(source)
+        if groups is not None:
+            count = len(groups)
+        else:
+            count = len(self.boundaries or ()) + 1 if middle is None else len(middle)
         made = [self.role.build(source, f"{name}_{k}") for k in range(count)]
         check_alone(made[0], "Experts")
         if any(isinstance(part, AdapterDenoiser) for part in made):
@@ -326,7 +333,7 @@ class Experts(Role):
         elif middle is not None:
             router = PromptExperts(networks, middle)
         else:
-            router = ConditionExperts(networks, self._groups(first))
+            router = ConditionExperts(networks, _owners(groups or []))
         router.shared = first.family.shared
         first.network = router.to(first.device)
         return first
@@ -334,12 +341,20 @@ class Experts(Role):
     def _centres(self, path: str) -> Tensor:
         return read_centres(path) if path.endswith(".safetensors") else centres(path, self.count)
 
-    def _groups(self, denoiser: Denoiser) -> Tensor:
-        assert self.classes is not None
-        known, listed = denoiser.num_classes, sum(map(len, self.classes))
-        if known != listed:
-            raise ValueError(
-                f"Experts(classes=...) names {listed} classes, but {type(denoiser.network).__name__} has {known or 0}."
-            )
-        owner = {c: k for k, group in enumerate(self.classes) for c in group}
-        return torch.tensor([*(owner[c] for c in range(listed)), 0])
+    def _groups(self, denoiser: Denoiser) -> list[list[int]]:
+        known, name = denoiser.num_classes or 0, type(denoiser.network).__name__
+        if isinstance(self.classes, int):
+            if self.classes > known:
+                raise ValueError(f"Experts(classes={self.classes}): {name} has {known} classes, fewer than experts.")
+            bounds = [known * k // self.classes for k in range(self.classes + 1)]
+            return [list(range(first, end)) for first, end in pairwise(bounds)]
+        groups = self.classes or []
+        if known != (listed := sum(map(len, groups))):
+            raise ValueError(f"Experts(classes=...) names {listed} classes, but {name} has {known}.")
+        return groups
+
+
+def _owners(groups: Sequence[Sequence[int]]) -> Tensor:
+    """The expert of each class, and the first for the null class behind them."""
+    owner = {c: k for k, group in enumerate(groups) for c in group}
+    return torch.tensor([*(owner[c] for c in range(len(owner))), 0])

@@ -107,13 +107,19 @@ class ImageAdversary(Adversary):
         features: the frozen network.
         kind: ``logistic``, ``hinge`` or ``relativistic``.
         width: channels inside the heads, None for those of the features.
+        classes: tell the heads the class of an image; None where the teacher has classes.
         seed: of the heads' initial weights.
     """
 
     def __init__(
-        self, features: FrozenFeatures, kind: str = "logistic", width: int | None = None, seed: int = 0
+        self,
+        features: FrozenFeatures,
+        kind: str = "logistic",
+        width: int | None = None,
+        classes: bool | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(features.taps, "teacher", kind=kind, width=width, seed=seed)
+        super().__init__(features.taps, "teacher", kind=kind, width=width, classes=classes, seed=seed)
         self.features = "images"
         self.frozen = features
 
@@ -121,8 +127,7 @@ class ImageAdversary(Adversary):
         """Heads for images of ``shape``."""
         with torch.no_grad():
             found = self.frozen(torch.zeros(1, *shape, device=self.frozen.mean.device))
-        shapes = {tap: tuple(feature.shape[1:]) for tap, feature in found.items()}
-        return DiscriminatorHeads(shapes, width=self.width, seed=self.seed)
+        return self.heads({tap: tuple(feature.shape[1:]) for tap, feature in found.items()}, network)
 
     def tapped(self, network: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of the images."""

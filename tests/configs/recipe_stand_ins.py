@@ -10,6 +10,7 @@ from diffusers import CMStochasticIterativeScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_pipelines import MAKERS, Tiny, random_network
+from torchvision.models import efficientnet_b0
 
 from lightning_distill.data.store import StoreWriter
 from lightning_distill.data.trajectories import StoredConditions
@@ -71,6 +72,9 @@ def stand_in(config: dict[str, Any]) -> list[str]:
     words = ["--model.init_args.accumulate_grad_batches=2"]
     if data["class_path"].endswith("ImageFolder"):
         words += [f"--data.init_args.size={tiny.shape[-1]}", "--data.init_args.num_workers=0"]
+    if "features" in model:
+        torch.save(efficientnet_b0().state_dict(), model["features"]["init_args"]["weights"])
+        words.append("--model.init_args.features.init_args.size=32")
     if "ConstantEMA" in str(model.get("ema")):  # which warns of runs shorter than its memory
         words.append("--model.init_args.ema=[]")
     if "shape" in model:

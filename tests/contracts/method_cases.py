@@ -460,6 +460,9 @@ CASES: list[Case] = [
         guidance=Guidance(2.0), random_steps=0, num_steps=2, critic_pull=0.01
     )),
     Case("teacher_heads", LADD, flow_mlp, points, ladd(gan=heads(features="teacher"), r1="approximate")),
+    Case("told_heads", LADD, lambda: flow_mlp(4), lambda: points(labelled=True), ladd(
+        gan=heads(taps=("input",), features="teacher", classes=True)
+    )),
     Case("distance_and_r1", ADD, flow_mlp, points, ladd(gan=heads(features="teacher", kind="hinge"), r1="exact")),
     Case("back_to_the_step", ACDMD, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),
     Case("next_points", ADM, lambda: flow_mlp(4), lambda: without_data(points(labelled=True)), dmd2(
@@ -477,6 +480,9 @@ CASES: list[Case] = [
     )),
     Case("weighted", RewardedDMD, flow_mlp, points, dmd2(
         reward=lambda: MeanValue(), saliency=0.5, gan=heads(), loss_weights={"student/gan": 0.1}
+    )),
+    Case("told_heads_of_the_critic", DMD2, lambda: flow_mlp(4), lambda: points(labelled=True), dmd2(
+        gan=heads(taps=("blocks.0", "input"), classes=True)
     )),
     Case("halves", FlashDMD, flow_mlp, points, dmd2(gan=heads(taps=("input",)), student_times=[0.5], switch=0.6)),
     Case("endpoints", SCDMD, flow_mlp, lambda: without_data(points()), dmd2(num_steps=2)),

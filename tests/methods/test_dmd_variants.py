@@ -451,8 +451,14 @@ def test_each_class_trains_its_own_student():
     )
     module = ready(MSD(mlp(3), classes=[[0, 2], [1]], student=smaller))
     assert [e.input.out_features for e in module.student.network.experts] == [4, 4]
+    module = ready(MSD(mlp(3), classes=2))
+    assert [len(role.network.experts) for role in (module.student, module.fake_score)] == [2, 2]
     with pytest.raises(ValueError, match="features cannot be read in one call"):
         MSD(mlp(3), classes=[[0, 2], [1]], gan=heads())
+    with pytest.raises(ValueError, match="has 3 classes, fewer than experts"):
+        ready(MSD(mlp(3), classes=4))
+    with pytest.raises(ValueError, match="give a number of experts, 1 or more"):
+        ready(MSD(mlp(3), classes=0))
 
 
 def test_one_fake_score_is_the_unconditional_branch_of_all_classes():

@@ -94,7 +94,11 @@ def test_the_trained_part_is_the_one_asked_for():
     everything = trained(ready(GDD(unet(), features=features())))
     without = trained(ready(GDDI(unet(), features=features())))
     kept = everything - without
-    assert kept == {n for n in everything if "conv" in n or "_proj" in n}
+    parts = ("conv1", "conv2", "conv", "to_out")  # not conv_in, conv_out, conv_shortcut, time_emb_proj
+    assert kept == {n for n in everything if any(part in n.split(".") for part in parts)}
+    assert {name.split(".")[0] for name in without} >= {"conv_in", "conv_out", "time_embedding"}
+    assert any("conv_shortcut" in n for n in without)
+    assert any("time_emb_proj" in n for n in without)
     assert 0 < len(without) < len(everything)
     assert any("norm" in n for n in without)
     assert any("to_q" in n for n in without)
@@ -153,7 +157,48 @@ def test_it_learns_four_modes_from_data(method, frozen, ring4_problem, trained_t
     assert not {name for name in changed if frozen and name.startswith(("blocks.0", "input"))}
 
 
+class Shifted(nn.Module):
+    """Samples around a number for each class, for any noise."""
+
+    def __init__(self, means):
+        super().__init__()
+        self.means = nn.Parameter(torch.tensor(means))
+
+    def forward(self, x_t, t, class_labels):
+        return 0.3 * x_t + self.means[class_labels].view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("classes", [None, False])
+def test_only_heads_that_are_told_the_class_put_classes_where_they_belong(classes, ring4_problem):
+    """Both classes together are right from the start, each in the other's place."""
+    torch.manual_seed(0)
+    teacher = Denoiser(Shifted([1.0, -1.0]), FlowMatching(), "sample", null_class=2)
+    wide = nn.Sequential(nn.Conv2d(1, 32, 1), nn.Tanh())
+    nn.init.normal_(wide[0].weight, std=1.5)
+    module = GDD(
+        teacher,
+        shape=[1, 1, 1],
+        features=FrozenFeatures(wide, ["1"], channels=1),
+        classes=classes,
+        student_optimizer=lambda ps: torch.optim.Adam(ps, lr=0.05, betas=(0.0, 0.9)),
+        discriminator_optimizer=lambda ps: torch.optim.Adam(ps, lr=3e-3, betas=(0.0, 0.99)),
+        ema=[],
+        loss_weights={"discriminator/r1": 0.1},
+    )
+    labels = torch.arange(256) % 2
+    x0 = (2.0 * labels - 1.0).view(-1, 1, 1, 1) + 0.3 * torch.randn(256, 1, 1, 1)
+    ring4_problem.fit(module, 100, Batch(x0=x0, cond={"class_labels": labels}))
+    first, second = module.student.network.means.tolist()
+    print(f"{first:.2f} {second:.2f}")
+    if classes is None:
+        assert -1.5 < first < -0.5 < 0.5 < second < 1.5
+    else:
+        assert second < 0.0 < first
+
+
 def test_bad_input():
+    with pytest.raises(ValueError, match="UNet2DModel has no classes that heads could be told"):
+        ready(GDD(unet(), features=features(), classes=True))
     with pytest.raises(ValueError, match="GDD needs features"):
         GDD(unet())
     with pytest.raises(ValueError, match="matches no parameter of UNet2DModel"):

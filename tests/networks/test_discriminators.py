@@ -160,6 +160,22 @@ def test_heads_learn_to_tell_two_distributions(shape):
     assert correct.item() / 2 > 0.78
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 4), (5, 6), (3,)], ids=str)
+def test_heads_that_are_told_the_class_project_on_its_vector(shape):
+    heads = DiscriminatorHeads({"a.b": shape}, width=16, num_logits=2, num_classes=3)
+    feature, labels = torch.randn(4, *shape), torch.tensor([2, 0, 3, 0])
+    made = heads.heads["a/b"](feature)
+    made = made.mean(1) if len(shape) == 2 else made
+    vectors = heads.classes["a/b"].weight[labels]
+    want = torch.stack([(made[:, :64] * vectors).sum(1), (made[:, 64:] * vectors).sum(1)], 1) / 8.0
+    torch.testing.assert_close(heads({"a.b": feature}, labels), want)
+    same = heads({"a.b": feature[:1].expand_as(feature)}, labels)
+    assert torch.equal(same[1], same[3])
+    assert not torch.equal(same[0], same[1])
+    with pytest.raises(ValueError, match="is told the class; give class_labels"):
+        heads({"a.b": feature})
+
+
 def test_bad_input():
     heads = DiscriminatorHeads({"mid_block": (8, 4, 4)})
     with pytest.raises(ValueError, match=r"reads 'mid_block', but the features are \['up'\]"):

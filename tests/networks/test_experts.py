@@ -130,6 +130,13 @@ def test_each_class_meets_its_expert():
         torch.testing.assert_close(got[row : row + 1], want)
 
 
+@pytest.mark.parametrize(("count", "owners"), [(1, [0, 0, 0, 0, 0]), (2, [0, 0, 1, 1, 0]), (3, [0, 1, 2, 2, 0])])
+def test_a_number_of_experts_shares_out_the_classes(count, owners):
+    network = Experts(classes=count).build(mlp(classes=4), "student").network
+    assert len(network.experts) == count
+    assert network.groups.tolist() == owners
+
+
 def test_only_the_expert_in_charge_learns():
     module = DMD2(mlp(), student=Experts(boundaries=[0.7]), num_steps=2, ema=[])
     module.configure_model()

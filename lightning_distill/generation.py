@@ -16,7 +16,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.families import example_cond
 from lightning_distill.networks.signatures import call_parameters
 from lightning_distill.networks.text_entries import MASK, TOKENS
-from lightning_distill.parameterisations import TrajectoryMap, takes_target
+from lightning_distill.parameterisations import TrajectoryMap, has_own_target, takes_target
 from lightning_distill.prediction import Prediction
 from lightning_distill.samplers import SAMPLERS, simulate
 
@@ -137,8 +137,9 @@ def bound(
 
     Students given a target time (``TwoTime``) become a ``TrajectoryMap``, of which every sampler takes what it needs:
     the jump to the next time (``flow_map``), to 0 (``renoise``), or the direction at t itself (``ode`` and higher
-    orders). Networks that have one from the start (AnyFlow) do so for ``flow_map`` and where they were trained to jump;
-    else they predict at r = t, as methods that know nothing of r train them and as their stock pipeline runs them.
+    orders). Networks that have one from the start (AnyFlow, a plain module's argument ``r``) do so for ``flow_map`` and
+    where they were trained to jump (``Denoiser.jumps``); else they predict at r = t, as methods that know nothing of r
+    train them and as their stock pipeline runs them.
 
     Args:
         denoiser: student or teacher.
@@ -154,7 +155,7 @@ def bound(
     policy = guidance_scale if isinstance(guidance_scale, Guidance) else None
     scale = guidance_scale.scale if isinstance(guidance_scale, Guidance) else guidance_scale
     two_times = takes_target(denoiser)
-    maps = sampler == "flow_map" or denoiser.jumps or not denoiser.family.needs_target
+    maps = sampler == "flow_map" or denoiser.jumps or not has_own_target(denoiser)
     if two_times and maps and (scale == 1.0 or is_told(denoiser)):
         return TrajectoryMap(denoiser, cond, None if scale == 1.0 else torch.tensor(scale))
     if sampler == "flow_map" or (two_times and maps and sampler in ("renoise", "gamma")):

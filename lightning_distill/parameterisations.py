@@ -38,6 +38,7 @@ __all__ = [
     "TrajectoryMap",
     "average_velocity",
     "edm_boundary",
+    "has_own_target",
     "lcm_boundary",
     "segment_end",
     "segment_start",
@@ -161,8 +162,14 @@ def takes_target(denoiser: Denoiser) -> bool:
     if policy_head_of(denoiser.network) is not None:
         return True
     installed = second_time_of(denoiser.network)
-    if installed is not None and installed.kind is not None:
-        return True
+    return (installed is not None and installed.kind is not None) or has_own_target(denoiser)
+
+
+def has_own_target(denoiser: Denoiser) -> bool:
+    """Whether the network takes a target time by itself, and nothing installed or put behind it does."""
+    installed = second_time_of(denoiser.network)
+    if policy_head_of(denoiser.network) is not None or (installed is not None and installed.kind is not None):
+        return False
     name = denoiser.family.target_time
     return name is not None and name in call_parameters(denoiser.network)
 

@@ -15,6 +15,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.prediction import Prediction
 from lightning_distill.processes import expand
+from lightning_distill.times import t_min
 
 __all__ = ["ACDMD"]
 
@@ -97,6 +98,7 @@ class ACDMD(SubintervalMethod):
         t = prediction.t
         v = self.draws.uniform("consistency/time", len(t))
         r = t - v * torch.minimum(t - u, torch.full_like(t, self.consistency_span * self.process.t_max))
+        r = torch.minimum(r.clamp_min(t_min(self.process)), t)
         own = Prediction.from_x0(prediction.x0.detach(), prediction.x_t, t, self.process)
         defects = []
         for i in range(2):

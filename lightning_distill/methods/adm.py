@@ -13,6 +13,7 @@ from lightning_distill.methods.base import Terms
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.samplers import transport
+from lightning_distill.times import t_min
 
 __all__ = ["ADM"]
 
@@ -68,8 +69,9 @@ class ADM(AdversarialMethod):
         self.step_share = step_share
 
     def earlier(self, t: Tensor) -> Tensor:
-        """T - dt, at least half of t, (B,)."""
-        return torch.maximum(t - self.step_share * self.process.t_max, 0.5 * t)
+        """T - dt, at least half of t and within the times that networks know, (B,)."""
+        r = torch.maximum(t - self.step_share * self.process.t_max, 0.5 * t)
+        return torch.minimum(r.clamp_min(t_min(self.process)), t)
 
     def student_loss(self, batch: Batch) -> Terms:
         """The generator's side at the point that the fake score's step leads to."""

@@ -199,8 +199,15 @@ class DistillationModule(StudentSampling, Probing):
         return strategy is None or self.trainer.precision in ("32-true", "64-true")
 
     def build_roles(self) -> None:
-        """Create the trained networks; methods with more roles extend this."""
+        """Create the trained networks; methods with more roles extend this.
+
+        How the teacher is sampled, if it is a student itself, is not how this student is trained; methods that train
+        jumps, a solver or guidance in sampling say so when they extend this.
+        """
         self.student = self._student_role.build(self.require_teacher(), "student")
+        if self.student is not self.teacher:
+            self.student.jumps = False
+            self.student.sampling_guidance = self.student.coefficients = None
 
     def check_configuration(self) -> None:
         """Raise for settings that contradict each other; called when the networks exist, before any step."""

@@ -17,7 +17,7 @@ from lightning_distill.methods.base import DistillationModule, Terms
 from lightning_distill.methods.critic_schedule import ScheduledCritic, UpdateSchedule
 from lightning_distill.methods.discriminating import score_with_features
 from lightning_distill.methods.dropping import drop_conditions
-from lightning_distill.methods.rollout import Rollout
+from lightning_distill.methods.rollout import Rollout, rollout_key
 from lightning_distill.methods.step_aware import Scores, StepAware
 from lightning_distill.methods.told_scale import ToldScale
 from lightning_distill.networks.denoiser import Denoiser
@@ -129,6 +129,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         self.rollout_step = rollout_step
         self.optimizer_factories["fake_score"] = fake_score_optimizer
         self.scheduler_factories["fake_score"] = fake_score_scheduler
+        self._remembered: set[tuple[int, ...]] = set()
         self.fake_score: Denoiser
         self.matching_times: TimeDistribution
         self.critic_times: TimeDistribution
@@ -254,17 +255,22 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         prediction = self.criticised(x_t, t, batch.cond, taps)
         loss = self.critic_error(prediction, x, eps, weight)
         self.remember_prediction(batch.cond, prediction, x, eps, weight)
-        if isinstance(self.fake_score.network, OracleNetwork):
-            self._remember(rollout, batch)
+        if isinstance(self.fake_score.network, OracleNetwork) and not self._remember(rollout, batch):
+            loss = 0.0 * loss  # samples of its own bank say nothing about its blur
         return Terms({"denoising": loss}, self.schedule_diagnostics()), prediction
 
-    def _remember(self, rollout: Rollout, batch: Batch) -> None:
-        """Samples of all ranks enter the bank of an oracle, after it was judged on them."""
+    def _remember(self, rollout: Rollout, batch: Batch) -> bool:
+        """Samples of all ranks enter the bank of an oracle once, after it was judged on them; whether they are new."""
+        key = (self.draws.update, *rollout_key(self.draws)[1:])
+        if key in self._remembered:
+            return False
+        self._remembered = {known for known in self._remembered if known[0] == self.draws.update} | {key}
         held: dict[str, Any] = {"x0": rollout.x0, **batch.cond}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: Any = self.all_gather(held)
             held = {k: v.flatten(0, 1) for k, v in gathered.items()}
         self.fake_score.network.observe(held.pop("x0"), held)  # type: ignore[operator]
+        return True
 
     def critic_samples(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What the fake score learns from: x_t, t, its targets x0 and eps, and a weight (B,) or None.

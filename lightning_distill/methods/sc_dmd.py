@@ -10,6 +10,8 @@ from lightning_distill.batch import Batch
 from lightning_distill.methods.base import Terms
 from lightning_distill.methods.dmd2 import DMD2
 from lightning_distill.methods.rollout import Rollout
+from lightning_distill.networks.modes import evaluation_mode
+from lightning_distill.processes import expand
 from lightning_distill.samplers import transport
 
 __all__ = ["SCDMD"]
@@ -27,7 +29,7 @@ class SCDMD(DMD2):
 
     Notes:
         Reconstructed from the paper's description: the weight and the choice of times are ours, the paper's were not
-        at hand. The rollout's own prediction is the long step.
+        at hand. The rollout's own prediction is the long step; the two short ones have no dropout.
         Its cache-aware features for video are not part of this method.
     """
 
@@ -45,12 +47,14 @@ class SCDMD(DMD2):
         """SC of a rollout with graph."""
         times = torch.tensor([*self.student_times, 0.0, 0.0], dtype=torch.float64, device=rollout.x0.device)
         middle, end = times[rollout.steps + 1], times[rollout.steps + 2]
-        # a step of length 0 for the last: the defect is then 0, and every update costs the same
-        middle = torch.where(middle > 0, middle, rollout.prediction.t)
-        with torch.no_grad(), self.told_student():
+        divided = middle > 0
+        # a step of length 0 for the last, which is not divided: every update costs the same
+        middle = torch.where(divided, middle, rollout.prediction.t)
+        with torch.no_grad(), self.told_student(), evaluation_mode(self.student):
             x_m = transport(rollout.prediction, middle)
             composed = transport(self.student(x_m, middle, batch.cond), end)
-        return (transport(rollout.prediction, end) - composed).square().mean()
+        defect = transport(rollout.prediction, end) - composed
+        return (expand(divided.to(defect), defect) * defect.square()).mean()
 
     def forward_counts(self) -> dict[str, dict[str, int]]:  # noqa: D102
         counts = super().forward_counts()

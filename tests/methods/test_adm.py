@@ -15,10 +15,13 @@ from lightning_distill.losses.subinterval import cps_step
 from lightning_distill.methods import ACDMD, ADM, DMD2
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
+from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.prediction import Prediction
-from lightning_distill.processes import EDM, FlowMatching
+from lightning_distill.processes import EDM, FlowMatching, TrigFlow, VariancePreserving
 from lightning_distill.randomness import Draws
 from lightning_distill.samplers import transport
+from lightning_distill.times import t_min
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConstantEMA", "ignore:.*eval mode")
 
@@ -158,6 +161,23 @@ def test_consistency_is_an_unbiased_square():
     spread = float(defects.var()) / n**0.5
     assert got == pytest.approx(square, abs=5 * spread)
     assert abs(biased - square) > 20 * spread
+
+
+@pytest.mark.parametrize("process", [EDM(0.02, 10.0), VariancePreserving()], ids=["edm", "vp"])
+def test_no_network_is_asked_below_its_least_time(process):
+    source = Denoiser(ResidualMLP((2,), 8, 1), process, "v_prediction", network_process=TrigFlow(), sigma_data=1.1)
+    for method, settings in ((ACDMD, {"num_steps": 2}), (ADM, {"gan": heads()})):
+        module = ready(method(source, shape=[2], ema=[], fake_score_steps=1, **settings), "fake_score0")
+        seen = []
+        for role in (module.fake_score, module.require_teacher()):
+            role.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(float(args[1].min())))
+        if method is ADM:
+            module.logits = lambda x, t, cond, seen=seen: seen.append(float(t.min())) or x
+        for update in range(20):
+            module.draws = Draws(module.streams, update, 0, "fake_score0")
+            module._rollouts.clear()
+            module.fake_score_loss(Batch(size=64))
+        assert min(seen) >= t_min(process) * (1 - 1e-9)
 
 
 def test_settings_are_checked():

@@ -16,7 +16,7 @@ from lightning_distill.methods.fake_score import Scores
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ConditionExperts
-from lightning_distill.networks.roles import Explicit
+from lightning_distill.networks.roles import Explicit, Lora
 from lightning_distill.networks.small import ResidualMLP
 from lightning_distill.networks.specs import NewDenoiser
 from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
@@ -221,7 +221,7 @@ def test_each_sample_has_one_of_the_two_terms():
     game = module.fake_score_loss(batch).losses["gan"]
     seen = []
     original = module.heads
-    module.heads = lambda f: seen.append(original(f)) or seen[-1]
+    module.heads = lambda f, cond: seen.append(original(f, cond)) or seen[-1]
     module.fake_score_loss(batch)
     fake, real = seen
     want = ((F.softplus(fake) + F.softplus(-real)).mean(1) * clean).mean()
@@ -356,6 +356,17 @@ def test_the_defect_of_a_linear_velocity_is_the_closed_form():
             want = 2 * factor * (-(t - end)) * float(x.square().mean())
             assert float(gradient) == pytest.approx(want, rel=1e-3)
     assert seen == {0, 1, 2}
+
+
+def test_dropout_is_no_defect_of_the_last_step():
+    student = Lora(rank=2, target_modules=["inner"], dropout=0.5)
+    module = ready(SCDMD(mlp(), student=student, num_steps=1, ema=[]))
+    shift(module.student)
+    module.student.train()
+    rollout = module.rollout(Batch(size=8))
+    assert not torch.equal(rollout.x0, module.rollout(Batch(size=8)).x0), "dropout is on"
+    assert float(module.defect(rollout, Batch(size=8))) == 0.0
+    assert module.student.training
 
 
 def test_a_student_whose_steps_compose_has_no_defect():

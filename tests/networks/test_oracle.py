@@ -80,8 +80,13 @@ def test_a_method_fills_the_bank_after_judging_it():
     x = made.rollout(batch, grad=False).x0
     assert torch.equal(made.fake_score.network.bank[:8], x)
     assert made.fake_score.network.labels[:8].tolist() == batch.cond["class_labels"].tolist()
+    held = made.fake_score.network.bank.clone()
     again = made.fake_score_loss(batch).losses["denoising"]
-    assert float(again.detach()) < float(first.detach())
+    assert float(again.detach()) == 0.0, "its own samples say nothing about its blur"
+    assert torch.equal(made.fake_score.network.bank, held), "nor do they enter twice"
+    made.draws = Draws(made.streams, 1, 0, "fake_score0")
+    made._rollouts.clear()
+    assert float(made.fake_score_loss(batch).losses["denoising"].detach()) > 0.0
     first.backward()
     assert float(made.fake_score.network.log_width.grad) != 0
     keys = [k for k in made.state_dict() if k.startswith("fake_score")]

@@ -102,6 +102,7 @@ def discriminator_figures(
     if gan is None or network is None or batch.x0 is None:
         return {}
     process, data = module.process, batch.x0
+    heads = getattr(module, "heads", None) or (lambda features, _cond: discriminator(features))
     distribution = gan.times or getattr(module, "critic_times", None) or bounded(process, 0.0, 1.0)
     # a shared backbone would tell the teacher, too
     told = getattr(module, "told_step", nullcontext) if gan.features == "fake_score" else nullcontext
@@ -110,7 +111,7 @@ def discriminator_figures(
         t = distribution.quantile(torch.full((len(x),), q, dtype=torch.float64, device=x.device), process)
         with told():
             real, fake = (
-                discriminator(gan.tapped(network, process.add_noise(clean, n, t), t, batch.cond))
+                heads(gan.tapped(network, process.add_noise(clean, n, t), t, batch.cond), batch.cond)
                 for clean, n in ((data, real_eps[q]), (x, noise))
             )
         found = logit_statistics(real, fake, gan.kind)

@@ -50,14 +50,16 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         updates_per_sample: critic updates that share one batch of student samples.
         fresh_samples: the critic's first samples are those that the student makes of the same noise after its update,
             which costs a student forward. Otherwise the fake score is one update behind the student when it is asked,
-            which a single critic update per cycle does not make up for. None is True there, and False with several.
+            which a single critic update per cycle does not make up for. None is True there (with ``critic_schedule``
+            in the cycles that have one), and False with several.
         matching_times: distribution of the times at which scores are compared; None is uniform on [.02, .98] of
             t_max, on the Karras scale for EDM.
         critic_times: distribution of the critic's training times; must cover ``matching_times``; None is the
             same over the whole range.
         critic_space: space of the critic's squared error (see ``denoising_loss``); None is the network's own type, or
             ``edm`` for a network with a process of its own.
-        fake_guidance: guidance of the fake score where scores are compared; None for none, as in most methods.
+        fake_guidance: guidance of the fake score where scores are compared; None for none, as in most methods. A fake
+            score that is told the samples' scales is told no others: it is ``guidance`` or None there.
         critic_guidance: guidance of the fake score in its own training: its guided prediction then denoises; None for
             none.
         critic_dropout: share of samples whose condition is dropped in the fake score's training, which keeps an
@@ -118,6 +120,7 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
         self.fake_score_steps = fake_score_steps
         self.add_schedule(critic_schedule)
         self.updates_per_sample = updates_per_sample
+        self._fresh_if_single = fresh_samples is None
         self.fresh_samples = self.fake_score_steps == 1 if fresh_samples is None else fresh_samples
         self._given_matching_times = matching_times
         self._given_critic_times = critic_times
@@ -197,7 +200,8 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
     def after_phase(self, phase: str) -> None:
         """As usual; samples of the student before its update are forgotten where the critic is to have fresh ones."""
         super().after_phase(phase)
-        if phase == "student" and self.fresh_samples:
+        single = self._fresh_if_single and self.critic_updates == 1  # of a schedule, in this cycle
+        if phase == "student" and (self.fresh_samples or single):
             self._rollouts.clear()
 
     # ------------------------------------------------------------------------------------------------ student
@@ -295,7 +299,8 @@ class FakeScoreMethod(ScheduledCritic, ToldScale, StepAware, DistillationModule)
     @property
     def _drops_conditions(self) -> bool:
         """Whether there is an unconditional branch to train: a fake score that is told a scale is guided by it."""
-        return self.critic_dropout > 0.0 and not (self._critic_policy.needs_null and is_told(self.fake_score))
+        asked = self._critic_policy.needs_null and is_told(self.fake_score)
+        return self.critic_dropout > 0.0 and not asked and not self.tells_fake_score
 
     def criticised(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], taps: tuple[str, ...] = ()) -> Any:
         """The fake score's prediction in its own training."""

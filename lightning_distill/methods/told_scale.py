@@ -27,10 +27,12 @@ class ToldScale(_Base):
     """The scale by which the teacher is guided at a sample is told to the student that makes it and to the fake score.
 
     A fake score that is told nothing learns the mixture over scales, as one that is told no step learns that of all
-    steps.
+    steps. One that is told the samples' scales is told no others: guiding it is telling it.
     """
 
     guidance: Guidance
+    fake_guidance: Guidance
+    critic_guidance: Guidance
     _tells_scale: bool
     _scales: dict[tuple[str, int, int], float | Tensor]
     _scale_draws: dict[tuple[str, int, int], Tensor]
@@ -46,6 +48,21 @@ class ToldScale(_Base):
         for network in (self.student, self.fake_score):
             if network.embeds_guidance:
                 network.family = replace(network.family, guidance_scale=self.guidance.scale)
+        if not self.tells_fake_score:
+            return
+        for name in ("fake_guidance", "critic_guidance"):
+            given: Guidance = getattr(self, name)
+            if given.needs_null and (type(given), vars(given)) != (type(self.guidance), vars(self.guidance)):
+                raise ValueError(
+                    f"{name}={given!r}: the fake score is told the scale at which each sample was made, by guidance, "
+                    f"and no other one; leave {name} out, or give it a network that is told no scale."
+                )
+            setattr(self, name, Guidance(1.0))  # it is told, see told_step
+
+    @property
+    def tells_fake_score(self) -> bool:
+        """Whether the fake score is told the scales at which samples are made."""
+        return self._tells_scale and self.fake_score.embeds_guidance
 
     def check_told(self) -> None:
         """Raise where the student is told scales that the fake score is not."""
@@ -94,6 +111,6 @@ class ToldScale(_Base):
         """Within it the fake score knows steps and scales of the current slice, those that it is to know."""
         with ExitStack() as stack:
             stack.enter_context(super().told_step())
-            if self._tells_scale and self.fake_score.embeds_guidance:
+            if self.tells_fake_score:
                 stack.enter_context(telling(self.fake_score, self._scales[rollout_key(self.draws)]))
             yield

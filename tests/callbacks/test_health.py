@@ -152,7 +152,7 @@ def test_figures_exist_where_they_mean_something(tmp_path):
     assert not any(name.startswith(("term_norm", "cosine", "saturation")) for name in one)
 
     assert critic | guidance | drift <= set(figures("guidance", tmp_path)[1])
-    for name in ("gan_fake_score", "gan_teacher", "gan_input"):
+    for name in ("gan_fake_score", "gan_teacher", "gan_input", "told_heads_of_the_critic"):
         assert critic | gan | drift <= set(figures(name, tmp_path)[1])
     assert drift | gan - {"cosine/matching_gan"} <= set(figures("unet_gan", tmp_path)[1])
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance
 from lightning_distill.losses.score_matching import surrogate
-from lightning_distill.methods import DMD2
+from lightning_distill.methods import DMD2, UpdateSchedule
 from lightning_distill.methods.base import Terms
 from lightning_distill.networks.adversary import Adversary
 from lightning_distill.networks.analytic import GaussianMixture, analytic_denoiser
@@ -391,11 +391,24 @@ def test_critics_that_share_samples_draw_new_times_and_noise():
 
 
 @pytest.mark.parametrize(
-    ("given", "updates", "fresh"), [(False, 1, False), (True, 2, True), (None, 1, True), (None, 2, False)]
+    ("given", "updates", "fresh"),
+    [
+        (False, 1, False),
+        (True, 2, True),
+        (None, 1, True),
+        (None, 2, False),
+        (None, (1, 3), True),
+        (False, (1, 3), False),
+    ],
+    ids=str,
 )
 def test_fresh_samples_are_those_of_the_moved_student(given, updates, fresh):
     """Of the same noise: the critic sees what the student made of it before its update, or makes of it after."""
-    module = ready(DMD2(mlp(), fake_score_steps=updates, fresh_samples=given))
+    scheduled = isinstance(updates, tuple)  # a schedule that has come down to a single critic update
+    critic = {"critic_schedule": UpdateSchedule(*updates)} if scheduled else {"fake_score_steps": updates}
+    module = ready(DMD2(mlp(), fresh_samples=given, **critic))
+    if scheduled:
+        module.critic_levels.fill_(1.0)
     batch, weights = Batch(size=8), list(module.student.parameters())
 
     def samples(phase, move):
@@ -411,7 +424,7 @@ def test_fresh_samples_are_those_of_the_moved_student(given, updates, fresh):
     assert torch.equal(before, after) is not fresh
     module._rollouts.clear()
     torch.testing.assert_close(samples("student0", -0.125), before)  # it is the noise that they share
-    assert module.forward_counts()["fake_score"]["student"] == int(fresh)
+    assert module.forward_counts()["fake_score"]["student"] == int(fresh and not scheduled)
 
 
 # ------------------------------------------------------------------------------------------------ learning

@@ -27,6 +27,7 @@ from lightning_distill.methods import (
     KnowledgeDistillation,
     LearnedSolver,
     Reflow,
+    SiD,
     SwiftBrush,
 )
 from lightning_distill.methods.discriminating import score_with_features
@@ -245,6 +246,33 @@ def test_student_teacher_and_fake_score_see_one_scale_per_sample(told_dmd2):
     assert torch.equal(seen["fake_score"][-1], seen["student"][-1])
     assert not torch.isclose(seen["fake_score"][-1], wanted).any()
     assert module.student.family.guidance_scale == 3.5
+
+
+@pytest.mark.parametrize("method", [SwiftBrush, SiD])
+def test_guiding_a_fake_score_that_is_told_the_samples_scales_is_telling_it_them(method):
+    """By default in SwiftBrush, whose fake score is guided as the teacher; as in SiD's LSG."""
+    role, policy = TwoTime(kind=None, guidance=True), RandomGuidance(1.0, 6.0)
+    lsg = {"fake_guidance": RandomGuidance(1.0, 6.0), "critic_guidance": RandomGuidance(1.0, 6.0)}
+    settings = {"guidance": policy, "fake_score_steps": 2, "ema": [], **(lsg if method is SiD else {})}
+    module = ready(method(mlp(classes=3), student=role, fake_score=role, **settings))
+    told = {"student": [], "fake_score": []}
+    for name, found in told.items():
+        branch = getattr(module, name)
+        own = branch._guidance
+        branch.__dict__["_guidance"] = lambda given, x, own=own, branch=branch, found=found: (
+            found.append(branch.family.guidance_scale if given is None else given) or own(given, x)
+        )
+    batch = Batch(cond={"class_labels": torch.arange(N) % 3})
+    module.student_loss(batch)
+    module.draws = Draws(module.streams, 0, 0, "fake_score0")
+    module.fake_score_loss(batch)
+    wanted = told["student"][0]
+    assert wanted.unique().numel() == N
+    assert len(told["fake_score"]) == 2
+    assert all(torch.equal(found, wanted) for found in told["fake_score"])
+    other = {**settings, "fake_guidance": Guidance(2.0)}
+    with pytest.raises(ValueError, match=r"fake_guidance=Guidance\(scale=2.0\): the fake score is told the scale at"):
+        ready(method(mlp(classes=3), student=role, fake_score=role, **other))
 
 
 def test_both_branches_of_the_scale_are_trained(told_dmd2):

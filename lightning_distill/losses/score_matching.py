@@ -155,7 +155,7 @@ def matching_weight(kind: str, x: Tensor, real: Tensor, t: Tensor, process: Nois
         scale = (x - real).abs().flatten(1).mean(1).clamp_min(0.1 if kind == "dmd_clamped" else 1e-6)
         weight = 1.0 / scale
         if kind == "dmd_v1":
-            weight = weight * process.alpha(t).to(weight)
+            return expand(weight, x) * expand(process.alpha(t).to(weight), x)
     elif kind == "kl":
         weight = (process.alpha(t) / process.sigma(t)).square()
     elif kind == "vsd":

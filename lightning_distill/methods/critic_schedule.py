@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distill.collectives import sum_over_processes
+from lightning_distill.networks.modes import evaluation_mode
 from lightning_distill.prediction import Prediction
 from lightning_distill.randomness import Draws
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import DistillationModule
+    from lightning_distill.networks.denoiser import Denoiser
 
     _Base = DistillationModule
 else:
@@ -107,6 +109,7 @@ class ScheduledCritic(_Base):
     fake_score_steps: int
     critic_moves: Tensor
     critic_levels: Tensor
+    fake_score: "Denoiser"
     criticised: Callable[..., Any]
     critic_error: Callable[..., Tensor]
     _critic_updates: int | None = None
@@ -184,6 +187,9 @@ class ScheduledCritic(_Base):
         schedule, draws = self.critic_schedule, self.draws
         if schedule is None or draws.phase != "fake_score0" or (draws.update + 1) % schedule.every:
             return
+        if self.fake_score.training:  # masks of dropout are no move of the critic
+            with torch.no_grad(), evaluation_mode(self.fake_score):
+                prediction = self.criticised(prediction.x_t, prediction.t, cond)
         kept = Prediction(prediction.raw.detach(), prediction.x_t, prediction.t, prediction.process, prediction.kind)
         self._before.append(_Before(draws, cond, kept, x0, eps, weight))
 
@@ -198,7 +204,8 @@ class ScheduledCritic(_Base):
         self._before = []
         for part in seen:
             self.draws, old = part.draws, part.prediction
-            new = self.criticised(old.x_t, old.t, part.cond)
+            with evaluation_mode(self.fake_score):
+                new = self.criticised(old.x_t, old.t, part.cond)
             before, after = (self.critic_error(p, part.x0, part.eps, part.weight) for p in (old, new))
             move = self.critic_error(new, old.x0, old.eps, part.weight)
             fresh += len(old.t) * torch.stack([before - after, move, before])

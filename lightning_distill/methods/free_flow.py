@@ -56,7 +56,7 @@ class FreeFlow(TwoTimeMethod):
         n = batch.size
         r = self.training_times.quantile(self.draws.uniform("r", n), FlowMatching()).clamp_max(self._flow_max)
         t = torch.full_like(r, self._flow_max)
-        x = self._flow_max * self.draws.normal("noise", (n, *self.sample_shape))
+        x = self._flow_start * self.draws.normal("noise", (n, *self.sample_shape))
         average = self.average(self.student, batch, self.told_scale(self.native(x, t)[1]))
         along = (None, None, -1.0)
         u, du = value_and_tangent(average, (x, t, r), along, self.tangent, step=self.tangent_step)

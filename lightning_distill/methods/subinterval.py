@@ -18,6 +18,7 @@ from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.oracle import OracleNetwork
 from lightning_distill.networks.specs import DenoiserSpec
 from lightning_distill.samplers import transport
+from lightning_distill.streams import StreamProcess
 from lightning_distill.time_coverage import restricted
 from lightning_distill.times import TimeDistribution
 
@@ -65,8 +66,13 @@ class SubintervalMethod(FakeScoreMethod):
         super().build_roles()
 
     def check_configuration(self) -> None:
-        """There must be times at which the end of every step can be compared."""
+        """There must be times at which the end of every step can be compared, of one stream."""
         super().check_configuration()
+        if isinstance(self.process, StreamProcess):
+            raise ValueError(
+                f"{type(self).__name__} weighs samples by the noise left where a step ends, of which several streams "
+                "have one each; use DMD2 or SiD for them."
+            )
         top = float(self.matching_times.quantile(torch.ones((), dtype=torch.float64), self.process))
         ends = self.step_ends()
         if isinstance(self.fake_score.network, OracleNetwork) and len(ends) > 1:

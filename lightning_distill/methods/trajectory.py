@@ -52,12 +52,17 @@ class TrajectoryMethod(DistillationModule):
         self._tells_scale = False
         #: flow-matching times of the process' noisiest one and of the least that its networks know
         self._flow_max, self._flow_min = 1.0, 0.0
+        #: standard deviation, in flow-matching coordinates, of the noise at which samples begin
+        self._flow_start = 1.0
 
     def build_roles(self) -> None:
         """The student; one that embeds a guidance scale is sampled with that of ``guidance``."""
         super().build_roles()
         end = torch.tensor(self.process.t_max, dtype=torch.float64)
-        self._flow_max = float(change_process(end, self.process, FlowMatching())[0].max())
+        top, scale = change_process(end, self.process, FlowMatching())
+        self._flow_max = float(top.max())
+        # without zero terminal SNR more than the noise at that time: what was left of the data is missing
+        self._flow_start = float(scale.max()) * self.process.prior_std(self.process.t_max)
         if isinstance(self.process, (VariancePreserving, EDM)):
             # a hair above, on the side of the schedule that the networks know: derivatives differ there
             least = torch.tensor(t_min(self.process), dtype=torch.float64) * (1.0 + 1e-9)

@@ -147,7 +147,7 @@ class TwinFlow(TwoTimeMethod):
 
     def generated(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One-step samples x' and the average velocity u that made them, (B, ...) each, with graph."""
-        start = self._flow_max * self.draws.normal("start", (batch.size, *self.sample_shape))
+        start = self._flow_start * self.draws.normal("start", (batch.size, *self.sample_shape))
         top = torch.full((batch.size,), self._flow_max, dtype=torch.float64, device=start.device)
         end = torch.zeros_like(top)
         u = self.average(self.student, batch, self.told_scale(self.native(start, top)[1]))(start, top, end)

@@ -12,6 +12,7 @@ from gaussians import CASES, PROCESSES, denoiser
 from lightning_distill.losses.score_matching import denoising_loss, matching_weight, score_difference, surrogate
 from lightning_distill.prediction import PREDICTION_TYPES, Prediction
 from lightning_distill.processes import FlowMatching, VariancePreserving
+from lightning_distill.streams import Stream, StreamProcess
 
 #: student N(M, S^2) and teacher N(MU, TAU^2)
 M, S, MU, TAU = -0.5, 1.3, 1.0, 0.7
@@ -105,6 +106,14 @@ def test_dmd_weights_are_one_number_per_sample():
     assert not matching_weight("dmd", x, real, t, process).requires_grad
     with pytest.raises(ValueError, match="unknown matching weight 'sds'; choose dmd"):
         matching_weight("sds", x, real, t, process)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_the_first_dmd_weight_of_several_streams_is_one_per_element(n):
+    process = StreamProcess({"video": Stream([2], 5.0), "action": Stream([1], 0.5)})
+    x, real, t = torch.randn(n, 3), torch.randn(n, 3), torch.linspace(0.2, 0.9, n).double()
+    want = process.alpha(t).float() / (x - real).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(matching_weight("dmd_v1", x, real, t, process), want)
 
 
 def test_the_surrogate_has_the_given_gradient_and_nothing_else():

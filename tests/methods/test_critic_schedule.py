@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from small_problems import distil, gaussian_problem, mlp, ready, trained_steps
+from small_problems import distil, gaussian_problem, mlp, ready, shift, trained_steps
 
 from lightning_distill.batch import Batch
 from lightning_distill.callbacks.alarm import CollapseAlarm
@@ -14,6 +14,7 @@ from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.guidance import Guidance
 from lightning_distill.methods import DMD2, TDM, DiffInstruct, SiD, SwiftBrush, UpdateSchedule
 from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.roles import Lora
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ConstantEMA",
@@ -91,6 +92,18 @@ def test_the_same_samples_are_predicted_again(method, settings, monkeypatch):
     assert torch.equal(first.detach(), old)
     assert torch.equal(old, new)
     assert torch.equal(module.critic_moves, torch.zeros(2))  # a critic that has not moved says nothing
+
+
+def test_masks_of_dropout_are_no_move():
+    """Their variance is in both losses and would be all of U, which says that the critic has caught up."""
+    adapter = Lora(rank=2, target_modules=["inner"], dropout=0.5)
+    module = DMD2(mlp(), ema=[], fake_score=adapter, critic_schedule=UpdateSchedule(1, 2, every=2))
+    ready(module)
+    shift(module.fake_score)
+    assert module.fake_score.training
+    measured(module, Batch(size=64), lambda network: None)
+    assert torch.equal(module.critic_moves, torch.zeros(2))
+    assert module.fake_score.training
 
 
 # ------------------------------------------------------------------------------------------------ decisions

@@ -26,10 +26,12 @@ from lightning_distill.methods import (
     AnyFlow,
     AnyFlowOnPolicy,
     ArcFlow,
+    FreeFlow,
     GuidanceDistillation,
     MDTDist,
     MeanFlow,
     SANASprint,
+    TwinFlow,
 )
 from lightning_distill.methods.any_flow import flow_map_simulation
 from lightning_distill.metrics.sliced_wasserstein import sliced_wasserstein
@@ -414,6 +416,21 @@ def test_central_differences_at_the_noisiest_time_of_a_timestep_model(zero):
         assert float((time - ones).abs().max()) > 1e-3
     loss = module.student_loss(Batch(x0=torch.randn(64, 2))).losses
     assert all(torch.isfinite(value) for value in loss.values())
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_one_step_is_trained_from_the_noise_it_is_sampled_from(zero):
+    """Without zero terminal SNR samples begin at unit noise, which is more than sigma at the last timestep."""
+    for method, name, act in (
+        (FreeFlow, "noise", lambda module: module.student_loss(Batch(size=8))),
+        (TwinFlow, "start", lambda module: module.generated(Batch(size=8))),
+    ):
+        module, seen = ready(method(timestep_mlp(zero, "v_prediction"), shape=[2], ema=[])), []
+        module.student.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+        act(module)
+        torch.testing.assert_close(seen[0], module.process.prior(module.draws.normal(name, (8, 2))))
+        module.sample(8, num_steps=1, noise=torch.ones(8, 2))
+        torch.testing.assert_close(seen[-1], torch.ones(8, 2))
 
 
 @pytest.mark.parametrize(("method", "settings"), [(AnyFlow, {}), (MDTDist, {}), (SCM, {"tangent": "central"})])

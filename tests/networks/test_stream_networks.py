@@ -8,6 +8,7 @@ import torch
 from lightning_distill.data.streams import RingAction
 from lightning_distill.export import export_pipeline, export_weights
 from lightning_distill.export.pipeline import stock_student
+from lightning_distill.methods import ACDMD, TDM, PhasedDMD
 from lightning_distill.networks.analytic import GaussianMixture, gaussian_flow_map
 from lightning_distill.networks.roles import Copy, averaged_copy
 from lightning_distill.networks.stream_mixture import RingActionTeacher, StreamMixture, ring_action
@@ -215,3 +216,9 @@ def test_weights_are_exported_and_stock_pipelines_refused(tmp_path):
     config = (folder / "distill_config.json").read_text()
     assert "action [1] shift 1, video [2] shift 5" in config
     assert "variance_preserving" in config
+
+
+def test_methods_of_one_noise_level_refuse_streams():
+    for method in (TDM, PhasedDMD, ACDMD):
+        with pytest.raises(ValueError, match=f"{method.__name__} weighs samples by the noise left where a step ends"):
+            method(spec().build(), num_steps=2, ema=[]).configure_model()

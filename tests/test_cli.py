@@ -19,6 +19,7 @@ from lightning_distill import __version__
 from lightning_distill.cli import main, trainer_cli
 from lightning_distill.commands.methods import method_rows
 from lightning_distill.commands.run_folder import find_run, load_run
+from lightning_distill.configs import config_path, with_shipped
 from lightning_distill.methods import DMD2, DistillationModule
 from lightning_distill.networks.small import small_unet
 
@@ -329,6 +330,24 @@ def test_files_are_merged_and_refer_to_each_other(tmp_path):
     cli = fit(config, tmp_path, "-c", str(tmp_path / "data.yaml"), "--trainer.max_steps=1")
     assert cli.model.accumulate_grad_batches == 4
     assert Path(cli.trainer.log_dir).parent.name == "toy", "the run is named after the file with the model"
+
+
+def test_shipped_configurations_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shipped = str(config_path("method/dmd2_ring4.yaml"))
+    for name in ("configs/method/dmd2_ring4.yaml", "method/dmd2_ring4.yaml", "dmd2_ring4"):
+        assert with_shipped(["fit", "-c", name, "--x=-c"]) == ["fit", "-c", shipped, "--x=-c"]
+        assert with_shipped(["fit", f"--config={name}"]) == ["fit", f"--config={shipped}"]
+    run = trainer_cli(["fit", "-c", "configs/method/dmd2_ring4.yaml", "--trainer.max_steps=1"])
+    assert Path(run.trainer.log_dir).parent.name == "dmd2_ring4"
+    own = tmp_path / "dmd2_ring4"
+    own.touch()
+    assert with_shipped(["-c", "dmd2_ring4"]) == ["-c", "dmd2_ring4"], "a file is what its name says"
+    for command in (["fit"], ["plan"]):
+        assert main([*command, "-c", "configs/method/dmd2_rin4.yaml"]) == 2
+        told = capsys.readouterr().err
+        assert "configs/method/dmd2_rin4.yaml does not exist, here or among the shipped ones" in told
+        assert "configs/method/dmd2_ring4.yaml" in told
 
 
 def test_another_optimizer_keeps_its_own_defaults(tmp_path):

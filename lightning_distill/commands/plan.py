@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lightning_distill.commands.errors import CommandError, CommandParser
 from lightning_distill.commands.instantiation import maker
+from lightning_distill.configs import with_shipped
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.methods.guards import check_precision
 from lightning_distill.plan_parts import GIB, RESERVE, Plan
@@ -94,10 +95,11 @@ def parse_config(words: Sequence[str]) -> dict[str, Any]:
     """Configuration files and options of ``fit`` as plain data.
 
     Args:
-        words: command line without the subcommand.
+        words: command line without the subcommand; configurations may be named as ``configs.with_shipped`` knows.
     """
     from lightning_distill.cli import import_everything
 
+    words = with_shipped(words)
     import_everything()
     with contextlib.suppress(TypeError, ValueError):  # as for fit
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)

@@ -24,6 +24,7 @@ from lightning_distill import checkpoints
 from lightning_distill.bfloat16 import bfloat16_advice
 from lightning_distill.checkpoint_files import AtomicCheckpointIO, damage, last_good, remove_parts
 from lightning_distill.commands.run_folder import find_run
+from lightning_distill.configs import with_shipped
 from lightning_distill.environment import environment
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.progress import StudentProgressBar
@@ -195,10 +196,11 @@ def run_trainer(words: Sequence[str]) -> TrainerCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; returns the finished command line.
 
     Args:
-        words: command line from the subcommand on.
+        words: command line from the subcommand on; configurations may be named as ``configs.with_shipped`` knows.
     """
     from lightning_distill.cli import import_everything
 
+    words = with_shipped(words)
     import_everything()
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _quiet()

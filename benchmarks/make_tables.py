@@ -80,10 +80,10 @@ def comparison() -> list[str]:
     groups = {name: rows for name, rows in compared.items() if len(rows) > 2 and not own & rows[0].keys()}
     if not groups:
         return []
-    lines = ["", "Mean over three seeds (smallest to largest); 5,000 samples, one thread:", ""]
+    lines = ["", "Mean over three seeds (smallest to largest); 5,000 samples, one thread, CPU seconds of all stages:", ""]
     lines += [
-        "| configuration | steps | progress | fd_cnn | recall | class accuracy | CPU s |",
-        "|---|---|---|---|---|---|---|",
+        "| configuration | steps | progress | fd_cnn | recall | class accuracy | pass | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for rows in groups.values():
 
@@ -94,7 +94,9 @@ def comparison() -> list[str]:
         cells = [cell("progress", 3), cell("fd", 2), cell("recall", 2), cell("class_accuracy", 3)]
         seconds = sum(row["cpu_seconds"] for row in rows) / len(rows)
         config = rows[0]["config"]
-        lines.append(f"| [`{config}`]({config}) | {rows[0]['nfe']} | {' | '.join(cells)} | {seconds:.0f} |")
+        what = f"[`{config}`]({config}){_settings(rows[0], 'configs')}"
+        cells.append(f"{sum(not row.get('objections', ['unknown']) for row in rows)} of {len(rows)}")
+        lines.append(f"| {what} | {rows[0]['nfe']} | {' | '.join(cells)} | {seconds:.0f} |")
     return lines
 
 
@@ -142,7 +144,7 @@ def stored() -> str:
 def _settings(row: dict[str, Any], configs: str) -> str:
     """What a row changed in its configuration, and the stages before it, in the folder ``configs``."""
     words = [f"{key} {value}" for key, value in row.get("settings", {}).items()]
-    for config in row.get("after", ()):
+    for config in (word.rstrip("~") for word in row.get("after", ())):
         words.append(f"after [`{config.rpartition('/')[2]}`]({configs}/{config.removeprefix('configs/')})")
     return f", {', '.join(words)}" if words else ""
 

@@ -80,8 +80,10 @@ def comparison() -> list[str]:
     groups = {name: rows for name, rows in compared.items() if len(rows) > 2 and not own & rows[0].keys()}
     if not groups:
         return []
-    lines = ["", "Mean over three seeds (smallest to largest); 5,000 samples, one thread, CPU seconds of all stages:", ""]
-    lines += [
+    lines = [
+        "",
+        "Mean over three seeds (smallest to largest); 5,000 samples, one thread, CPU seconds of all stages:",
+        "",
         "| configuration | steps | progress | fd_cnn | recall | class accuracy | pass | CPU s |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -186,7 +186,7 @@ def test_fake_features_in_passing_are_those_of_a_call_of_their_own(monkeypatch):
     shared = module.fake_score_loss(batch)
     seen = []
     original = module.heads
-    monkeypatch.setattr(module, "heads", lambda f: seen.append(original(f)) or seen[-1])
+    monkeypatch.setattr(module, "heads", lambda f, cond: seen.append(original(f, cond)) or seen[-1])
     module._rollouts.clear()
     module.fake_score_loss(batch)
     fake, real = seen
@@ -194,7 +194,7 @@ def test_fake_features_in_passing_are_those_of_a_call_of_their_own(monkeypatch):
     torch.testing.assert_close(shared.losses["gan"], want)
     x = module.rollout(batch, grad=False).x0
     x_t, t, _ = module.renoise(x, module.critic_times, "critic")
-    alone = original(module.gan.tapped(module.fake_score, x_t, t, {}))
+    alone = original(module.gan.tapped(module.fake_score, x_t, t, {}), {})
     torch.testing.assert_close(fake, alone)
 
 

@@ -50,7 +50,7 @@ def test_with_the_exact_ratio_the_gradient_is_that_of_the_divergence(name, monke
     module = ready(weighted_problem(name, time))
     own, target = (torch.tensor((1 - time) ** 2 * s**2 + time**2) for s in (1.1, 0.7))
 
-    def exact(features):
+    def exact(features, cond):
         x_t = features["input"]
         return log_normal(x_t, (1 - time) * 1.0, target) - log_normal(x_t, (1 - time) * 0.3, own)
 

@@ -26,7 +26,9 @@ from lightning_distill.samplers import flow_map
 
 
 def exact_student():
-    return Exact(ExactAverage(), "flow_prediction").build(analytic_denoiser(MIXTURE, FLOW))
+    student = Exact(ExactAverage(), "flow_prediction").build(analytic_denoiser(MIXTURE, FLOW))
+    student.jumps = True
+    return student
 
 
 def test_a_target_time_is_found_wherever_it_comes_from():
@@ -55,6 +57,10 @@ def test_all_paths_make_the_same_jumps(sampler):
         torch.testing.assert_close(again, many, rtol=0, atol=1e-5)
         want = flow_map(TrajectoryMap(student), noise, [1.0, 0.5], FLOW)
         torch.testing.assert_close(generate(student, noise, {}, [1.0, 0.5], sampler, batch_size=2), want)
+    student.jumps = False  # not trained to: what it predicts at r = t
+    made, t = generate(student, noise, {}, [1.0], sampler), torch.ones(5, dtype=F64)
+    there = end if sampler == "flow_map" else student(noise, t, {}).x0
+    torch.testing.assert_close(made, there, rtol=0, atol=1e-7)
 
 
 def test_a_flow_map_needs_its_target_time_and_no_further_guidance():

@@ -42,7 +42,7 @@ def test_with_the_exact_ratio_the_gradient_is_that_of_the_expansion(name, monkey
     )
     target, own = (torch.tensor((1 - time) ** 2 * s**2 + time**2, dtype=torch.float64) for s in (0.7, a0))
 
-    def exact(features):
+    def exact(features, cond):
         x_t = features["input"].double()
         return log_normal(x_t, (1 - time) * 1.0, target) - log_normal(x_t, (1 - time) * b0, own)
 

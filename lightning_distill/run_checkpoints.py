@@ -123,10 +123,25 @@ class StudentCheckpoint(ModelCheckpoint):
 
 
 class MonitorWatch(Callback):
-    """Tells once of a ``ModelCheckpoint`` whose figure is not there when it is due: Lightning then saves nothing."""
+    """Tells once of callbacks that look for a figure in vain.
+
+    A ``ModelCheckpoint`` whose figure is not there when it is due saves nothing, and an ``EarlyStopping``, which looks
+    at the end of an epoch, does nothing in a run that is over before.
+    """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for an end of an epoch."""
+        if not 0 < trainer.max_steps <= trainer.num_training_batches:
+            return
+        for callback in trainer.early_stopping_callbacks:
+            rank_zero_warn(
+                f"EarlyStopping looks at {callback.monitor!r} at the end of an epoch, which has "
+                f"{trainer.num_training_batches} updates here, and the run {trainer.max_steps}: it does nothing. Give "
+                "trainer.limit_train_batches, after so many of which an epoch ends."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -275,6 +275,25 @@ def test_a_figure_that_nothing_measures_is_told(tmp_path):
         fit(config, tmp_path)
 
 
+def test_early_stopping_that_never_looks_is_told(tmp_path):
+    config = ring4()
+    watch = spec("lightning.pytorch.callbacks.EarlyStopping", monitor="val/sw2", strict=False)
+    config["trainer"] |= {"callbacks": [watch], "max_steps": 1}
+    with pytest.warns(
+        UserWarning, match=r"EarlyStopping looks at 'val/sw2' at the end of an epoch, .* it does nothing"
+    ):
+        fit(config, tmp_path)
+
+
+def test_a_checkpoint_may_be_named_as_the_run_names_it(tmp_path, capsys):
+    run = fit(ring4(), tmp_path).trainer.log_dir
+    assert main(["sample", str(run), "--n", "4", "--checkpoint", "last.ckpt"]) == 0
+    assert main(["sample", str(run), "--n", "4", "--checkpoint", "first.ckpt"]) == 2
+    assert "first.ckpt does not exist; the run has" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--n", "100", "--reference", "nowhere.npz"]) == 2
+    assert "reference='nowhere.npz': samples of shape (2,) are compared with" in capsys.readouterr().err
+
+
 def test_predict_makes_samples_for_a_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("toy.yaml").write_text(yaml.safe_dump(ring4()))

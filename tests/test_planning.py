@@ -484,6 +484,13 @@ def test_what_follows_a_warm_up_is_planned(config):
     assert content["model"]["init_args"]["regression_steps"] == 5
 
 
+def test_a_teacher_that_no_adapter_fits_is_given_none():
+    planned_from = parse_config(["--config", "configs/method/dmd2_ring4.yaml"])
+    names = [name for name, _ in suggestions(planned_from, plan_config(planned_from))]
+    assert names
+    assert not any(name.startswith("Lora") for name in names)
+
+
 @pytest.mark.slow
 def test_suggestions_save_memory_one_after_the_other(config):
     import lightning_distill.cli

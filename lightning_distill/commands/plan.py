@@ -216,9 +216,14 @@ def suggestions(
         yield "AdamW8bit for all optimizers", (planned := planned.with_8bit_optimizers())
     roles = [role for role in planned.roles if role.name in ("student", "fake_score")]
     if full := [role.name for role in roles if role.trained and not role.shared]:
-        config = copy.deepcopy(config)
+        before, config = config, copy.deepcopy(config)
         config["model"].setdefault("init_args", {}).update(dict.fromkeys(full, _LORA))
-        yield f"Lora(rank=64) for {' and '.join(full)}", (planned := again())
+        try:
+            planned = again()
+        except ValueError:  # a teacher without layers that adapters know
+            config = before
+        else:
+            yield f"Lora(rank=64) for {' and '.join(full)}", planned
     if any(role.quantisable[0] for role in planned.roles):
         yield "quantize: int8 for the teacher", planned.with_8bit_weights()
 

@@ -37,13 +37,15 @@ def find_run(path: str | Path) -> Path:
 
 
 def find_checkpoint(run: Path, checkpoint: str | None = None) -> Path:
-    """The checkpoint to read: the given one, else the run's newest that is whole.
+    """The checkpoint to read: the given one, a file or the name of one of the run's, else its newest that is whole.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if checkpoint:
         path = Path(checkpoint).expanduser()
+        if not path.exists() and (inside := run / "checkpoints" / path).exists():
+            path = inside
     else:  # a run resumed within its own folder numbers its last checkpoints
         named = any((run / "checkpoints").glob("last*.ckpt")) or (run / "checkpoints" / "interrupted.ckpt").exists()
         path = (last_good(run / "checkpoints") if named else None) or run / "checkpoints" / "last.ckpt"

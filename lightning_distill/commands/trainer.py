@@ -15,7 +15,7 @@ import jsonargparse
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -179,7 +179,7 @@ class TrainerCLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not quick and not any(c.save_last for c in kept):
             total = config.get("max_steps") or -1
             callbacks.append(StudentCheckpoint(max(1, min(1000, total // 4)) if total > 0 else 1000))
-        if any(c.monitor for c in kept):
+        if any(c.monitor for c in kept) or _has(callbacks, EarlyStopping):
             callbacks.append(MonitorWatch())
         if not _has(callbacks, StopWithoutSaving) and not quick:
             saves = _has(callbacks, Checkpoint)

@@ -56,6 +56,11 @@ def check_references(
         FileNotFoundError: weights of an extractor, or a reference, are not there.
         ValueError: an extractor cannot read samples of this shape, or a reference is none of its features.
     """
+    if not extractors and isinstance(reference, str) and reference != DATA:
+        raise ValueError(
+            f"reference={reference!r}: samples of shape {tuple(shape)} are compared with the run's data as they are, "
+            "and no extractor reads a reference; leave it out."
+        )
     named = reference if isinstance(reference, Mapping) else {e.name: reference for e in extractors}
     if wrong := [name for name in named if name not in {e.name for e in extractors}]:
         known = ", ".join(e.name for e in extractors) or "none"

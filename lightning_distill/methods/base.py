@@ -111,8 +111,11 @@ class DistillationModule(StudentSampling, Probing):
         super().__init__()
         self.automatic_optimization = False
         check_phases(self)
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps}: a student needs at least one step.")
+        if not num_steps or num_steps < 1:  # YAML may say null
+            raise ValueError(
+                f"num_steps={num_steps}: a student needs at least one step; leave num_steps out where student_times "
+                "are given."
+            )
         if student_times is not None and num_steps not in (1, len(student_times), _usual_steps(type(self))):
             raise ValueError(
                 f"num_steps={num_steps} and the {len(student_times)} student_times disagree; leave num_steps out, the "

@@ -84,7 +84,7 @@ class Shortcut(TwoTimeMethod):
         Raises:
             ValueError: it is no power of 2, or more than half of ``most_steps``.
         """
-        if num_steps < 1 or num_steps & (num_steps - 1) or num_steps > self.most_steps // 2:
+        if not num_steps or num_steps < 1 or num_steps & (num_steps - 1) or num_steps > self.most_steps // 2:
             raise ValueError(
                 f"num_steps={num_steps}: a shortcut model of most_steps={self.most_steps} has learned steps whose "
                 f"sizes are powers of 1/2, from 1 to {2 / self.most_steps:g}; give a power of 2 up to "

@@ -81,3 +81,9 @@ def test_guidance_of_a_teachers_sampling_is_not_the_students(role):
     want = module.student(noise, torch.ones(4).double(), cond).x0
     torch.testing.assert_close(module.sample(4, cond, noise=noise), want)
     assert source.sampling_guidance is not None
+
+
+@pytest.mark.parametrize("number", [None, 0, -1])
+def test_no_steps_are_refused_in_words(number):
+    with pytest.raises(ValueError, match=f"num_steps={number}: a student needs at least one step"):
+        DMD2(mlp(), num_steps=number)

@@ -124,7 +124,8 @@ def verify_fingerprint(role: str, found: str, recorded: str) -> None:
     if found != recorded:
         raise ValueError(
             f"the {role} of this configuration (sha256 {found[:12]}) is not the one the checkpoint was trained with "
-            f"(sha256 {recorded[:12]}); give the original weights, or start a new run."
+            f"(sha256 {recorded[:12]}); give the original weights, or start a new run. An earlier run is named exactly "
+            "with its version, runs/NAME/version_N: without it the newest is read."
         )
 
 

@@ -205,6 +205,10 @@ def test_runs_go_where_the_trainer_is_told(tmp_path):
     assert Path(trainer_cli(words).trainer.log_dir) == tmp_path / "here/toy/version_0"
     cli = trainer_cli([*words, f"--trainer.logger.init_args.save_dir={tmp_path / 'there'}"])
     assert Path(cli.trainer.log_dir) == tmp_path / "there/toy/version_0"
+    saved = ["fit", "-c", str(tmp_path / "here/toy/version_0/config.yaml")]
+    assert Path(trainer_cli(saved).trainer.log_dir) == tmp_path / "here/toy/version_1"
+    again = trainer_cli([*saved, f"--trainer.default_root_dir={tmp_path / 'elsewhere'}"])
+    assert Path(again.trainer.log_dir) == tmp_path / "elsewhere/toy/version_0"
 
 
 @pytest.mark.long

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import jsonargparse
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
@@ -24,8 +23,8 @@ from lightning_distill import checkpoints
 from lightning_distill.bfloat16 import bfloat16_advice
 from lightning_distill.checkpoint_files import AtomicCheckpointIO, damage, last_good, remove_parts
 from lightning_distill.commands.run_folder import find_run
+from lightning_distill.commands.saved_config import RUNS, RunConfig
 from lightning_distill.configs import with_shipped
-from lightning_distill.environment import environment
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.progress import StudentProgressBar
 from lightning_distill.requeue import start_without_hpc
@@ -39,24 +38,9 @@ from lightning_distill.run_checkpoints import (
 from lightning_distill.run_metrics import EarlierRows
 from lightning_distill.run_safety import memory_advice, run_lock
 
-__all__ = ["RunConfig", "StudentCheckpoint", "TrainerCLI", "run_trainer"]
+__all__ = ["StudentCheckpoint", "TrainerCLI", "run_trainer"]
 
-#: folder of all runs, below the current one
-RUNS = "runs"
 _KEYWORDS = ("best", "last", "hpc", "registry")
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` and ``environment.json`` into the run folder, unless nothing is kept of the run."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write both files."""
-        if trainer.logger is None and not trainer.checkpoint_callbacks:
-            return
-        super().setup(trainer, pl_module, stage)
-        folder = trainer.log_dir  # a collective
-        if trainer.is_global_zero and folder is not None and stage == "fit":
-            (Path(folder) / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 class TrainerCLI(LightningCLI):

@@ -3,7 +3,7 @@ import torch
 from sampling_of_cases import long
 
 from lightning_distill.cli import main
-from lightning_distill.commands.run_folder import load_run
+from lightning_distill.commands.run_folder import load_run, read_config
 from lightning_distill.configs import config_path
 from lightning_distill.guidance import is_told
 from lightning_distill.methods import DMD2, ConsistencyDistillation, InstaFlow
@@ -31,6 +31,25 @@ def test_a_trained_teacher_is_distilled_by_naming_its_run_folder(tmp_path, capsy
     student = ["fit", "--model=DMD2", "--model.teacher=RunDenoiser", f"--model.teacher.path={folder}"]
     student += ["--data=Prior", "--data.batch_size=8", "--trainer.max_steps=2", "--model.fake_score_steps=1", *quiet]
     assert main(student) == 0, capsys.readouterr().err
+
+
+def test_a_run_keeps_its_teacher_when_the_teacher_is_trained_again(tmp_path, capsys):
+    quiet = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    teacher = ["fit", "-c", str(config_path("teacher/checkerboard.yaml")), "--trainer.max_steps=2", *quiet]
+    assert main(teacher) == 0, capsys.readouterr().err
+    words = ["fit", "--model=DMD2", "--model.teacher=RunDenoiser", f"--model.teacher.path={tmp_path / 'checkerboard'}"]
+    words += ["--model.student=FromCheckpoint", f"--model.student.path={tmp_path / 'checkerboard'}"]
+    words += ["--data=Prior", "--data.batch_size=8", "--trainer.max_steps=2", "--trainer.logger.init_args.name=student"]
+    assert main([*words, *quiet]) == 0, capsys.readouterr().err
+    before = load_run(tmp_path / "student").state_dict()
+    assert main([*teacher, "--model.init_args.seed=1"]) == 0, capsys.readouterr().err
+    after = load_run(tmp_path / "student").state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    saved = read_config(tmp_path / "student/version_0")["model"]["init_args"]
+    assert saved["student"]["init_args"]["path"] == str(tmp_path / "checkerboard/version_0")
+    last = tmp_path / "student/version_0/checkpoints/last.ckpt"
+    assert main([*words, *quiet, f"--ckpt_path={last}"]) == 2
+    assert "version_N" in capsys.readouterr().err
 
 
 def test_a_student_begins_as_the_student_of_a_run_folder(tmp_path, capsys):

@@ -140,6 +140,7 @@ def header(module: DistillationModule) -> dict[str, Any]:
         "rng": _generator_states(module),
         "parameters": parameter_names(module),
         "settings": recorded_settings(module),
+        "shape": None if module._seen_shape is None else list(module._seen_shape),
     }
     if module.teacher is not None:
         entry["teacher"] = module.teacher_fingerprint()
@@ -160,6 +161,8 @@ def check_header(module: DistillationModule, entry: Mapping[str, Any] | None) ->
         )
     if module.teacher is not None and "teacher" in entry:
         verify_fingerprint("teacher", module.teacher_fingerprint(), entry["teacher"])
+    if shape := entry.get("shape"):
+        module._seen_shape = tuple(shape)
     if module._trainer is None or module.trainer.state.fn != "fit":
         return  # weights loaded outside a run
     if "settings" in entry:

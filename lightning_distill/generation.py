@@ -70,9 +70,12 @@ def given_cond(denoiser: Denoiser, n: int, cond: Mapping[str, Any] | None) -> Ma
     """The user's conditions of n samples, or the classes in turn.
 
     Raises:
-        ValueError: none are given, and the network needs what the classes do not say.
+        ValueError: none are given, and the network needs what the classes do not say; or they have other numbers of
+            rows, or labels that are no integers or none of the network's classes.
+        TypeError: they are no mapping.
     """
     if cond is not None:
+        _check_cond(denoiser, n, cond)
         return cond
     if missing := needed_conditions(denoiser):
         name = type(denoiser.network).__name__
@@ -81,6 +84,26 @@ def given_cond(denoiser: Denoiser, n: int, cond: Mapping[str, Any] | None) -> Ma
             "example of a batch of the data module, or sample the exported pipeline with prompts."
         )
     return default_cond(denoiser, n)
+
+
+def _check_cond(denoiser: Denoiser, n: int, cond: Mapping[str, Any]) -> None:
+    if not isinstance(cond, Mapping):
+        raise TypeError(f"cond is a {type(cond).__name__}; give a mapping such as {{'class_labels': tensor}}.")
+    for key, value in cond.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) != n:
+            raise ValueError(
+                f"cond[{key!r}] has {len(value)} rows, and {n} samples are asked for; give one row for each."
+            )
+    labels, count = cond.get("class_labels"), denoiser.num_classes
+    if labels is None or count is None:
+        return
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        raise ValueError(f"cond['class_labels'] must be a tensor of {n} integers.")
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > count):  # count itself may be the null class
+        raise ValueError(
+            f"cond['class_labels'] has the labels {int(labels.min())} to {int(labels.max())}; the network has the "
+            f"classes 0 to {count - 1}."
+        )
 
 
 def fitting_cond(denoiser: Denoiser, n: int) -> dict[str, Tensor]:

@@ -137,10 +137,12 @@ class MonitorWatch(Callback):
         if not 0 < trainer.max_steps <= trainer.num_training_batches:
             return
         for callback in trainer.early_stopping_callbacks:
+            if not getattr(callback, "_check_on_train_epoch_end", True):
+                continue
             rank_zero_warn(
                 f"EarlyStopping looks at {callback.monitor!r} at the end of an epoch, which has "
                 f"{trainer.num_training_batches} updates here, and the run {trainer.max_steps}: it does nothing. Give "
-                "trainer.limit_train_batches, after so many of which an epoch ends."
+                "it check_on_train_epoch_end: false, to look after each evaluation of GenerativeEvaluation."
             )
 
     def on_train_batch_end(

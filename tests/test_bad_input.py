@@ -115,6 +115,22 @@ CONFIGURATIONS = {
         {f"{MODEL}.guidance": spec("Guidance", scal=2.0)},
         [f"{MODEL}.guidance", "'scal'", "scale"],
     ),
+    "argument_of_a_parent": (
+        {"model": spec("TSCD", teacher=spec("ZooDenoiser", name="digits"), num_steps=2)},
+        [f"{MODEL}.num_steps: TSCD sets 'num_steps' itself; leave it out"],
+    ),
+    "a_base_of_methods": (
+        {"model.class_path": "FakeScoreMethod", f"{MODEL}.fake_score_steps": 1},
+        ["FakeScoreMethod has no student_loss"],
+    ),
+    "a_choice": (
+        {"trainer.callbacks": [spec("CollapseAlarm", action="explode")]},
+        ["trainer.callbacks", "action: choose one of warn, stop, rollback"],
+    ),
+    "two_evaluations": (
+        {"trainer.callbacks": [spec("GenerativeEvaluation", steps=[1]), spec("GenerativeEvaluation", steps=[4])]},
+        ["several GenerativeEvaluation", "steps: [1, 4]"],
+    ),
     "unknown_part": ({f"{MODEL}.guidance": spec("Guidanc")}, [f"{MODEL}.guidance", "'Guidanc'", "Guidance"]),
     "unknown_teacher": ({f"{MODEL}.teacher": spec("ZooDenoizer", name="digits")}, [f"{MODEL}.teacher", "ZooDenoiser"]),
     "unknown_data": ({"data": spec("Toy2")}, ["data:", "'Toy2'", "Toy2D"]),
@@ -241,6 +257,12 @@ def test_files_that_are_no_configuration(refused):
     refused(["fit", "-c", "broken.yaml"], "broken.yaml is not valid YAML", "line")
     Path("list.yaml").write_text("- a\n- b\n")
     refused(["fit", "-c", "list.yaml"], "list.yaml", "keys")
+    Path("empty.yaml").write_text("# later\n")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for command in ("fit", "plan"):
+        refused([command, "-c", "broken.yaml"], "broken.yaml is not valid YAML", "line")
+        refused([command, "-c", "empty.yaml"], "empty.yaml is empty")
+        refused([command, "-c", "binary.yaml"], "binary.yaml is not a text file")
 
 
 def test_weights_that_are_pickles_or_damaged(refused, write):
@@ -390,12 +412,38 @@ def test_a_run_is_not_written_over(refused, write, run):
         (["--steps", "0"], ["num_steps=0"]),
         (["--classes", "1"], ["no classes"]),
         (["--checkpoint", "nowhere.ckpt"], ["nowhere.ckpt", "last.ckpt"]),
+        (["--out", "earlier/config.yaml"], ["earlier/config.yaml: File exists"]),
     ],
 )
 def test_sampling(refused, run, words, mentioned):
     before = contents(run)
     refused(["sample", str(run), *words], *mentioned)
     assert contents(run) == before
+
+
+def test_a_checkpoint_of_another_run(refused, run):
+    other = run.parent / "version_1"
+    shutil.copytree(run, other)
+    last = other / "checkpoints" / "last.ckpt"
+    for command in (["sample", str(run)], ["evaluate", str(run), "--n", "10"]):
+        refused([*command, "--checkpoint", str(last)], f"is a checkpoint of the run {other}, not of {run}")
+    os.rename(run, run.parent / "version_0")
+    assert (
+        main(
+            ["sample", str(run.parent), "--n", "4", "--checkpoint", str(run.parent / "version_0/checkpoints/last.ckpt")]
+        )
+        == 0
+    )
+    assert (run.parent / "version_0" / "samples.npz").is_file()
+    assert not (other / "samples.npz").exists()
+
+
+def test_relative_paths_of_a_run_seen_from_elsewhere(refused, run):
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["model"]["init_args"]["teacher"] = spec("PretrainedDenoiser", path="models/mine")
+    file.write_text(yaml.safe_dump(config))
+    refused(["sample", str(run)], "'models/mine' in", "is relative to the folder of its fit")
 
 
 def test_run_folders_that_are_incomplete(refused, run):

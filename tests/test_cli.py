@@ -289,6 +289,16 @@ def test_early_stopping_that_never_looks_is_told(tmp_path):
         fit(config, tmp_path)
 
 
+def test_a_timer_can_be_given_and_its_run_repeated(tmp_path):
+    config = ring4()
+    timer = spec("lightning.pytorch.callbacks.Timer", duration={"days": 1})
+    config["trainer"] |= {"callbacks": [timer], "max_steps": 1}
+    run = Path(fit(config, tmp_path).trainer.log_dir)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+    assert trainer_cli(["fit", "-c", str(run / "config.yaml")]).trainer.global_step == 1
+
+
 def test_a_checkpoint_may_be_named_as_the_run_names_it(tmp_path, capsys):
     run = fit(ring4(), tmp_path).trainer.log_dir
     assert main(["sample", str(run), "--n", "4", "--checkpoint", "last.ckpt"]) == 0
@@ -364,7 +374,7 @@ def test_shipped_configurations_are_found_from_any_folder(tmp_path, monkeypatch,
     run = trainer_cli(["fit", "-c", "configs/method/dmd2_ring4.yaml", "--trainer.max_steps=1"])
     assert Path(run.trainer.log_dir).parent.name == "dmd2_ring4"
     own = tmp_path / "dmd2_ring4"
-    own.touch()
+    own.write_text("trainer: {}\n")
     assert with_shipped(["-c", "dmd2_ring4"]) == ["-c", "dmd2_ring4"], "a file is what its name says"
     for command in (["fit"], ["plan"]):
         assert main([*command, "-c", "configs/method/dmd2_rin4.yaml"]) == 2

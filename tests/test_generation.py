@@ -132,3 +132,24 @@ def test_conditions_of_text_models_must_be_given(denoiser):
     cond = {"encoder_hidden_states": torch.zeros(2, 3, 8)}
     assert given_cond(words, 2, cond) is cond
     assert given_cond(denoiser, 2, None)["class_labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("cond", "error", "words"),
+    [
+        (torch.arange(2), TypeError, "cond is a Tensor"),
+        ({"class_labels": torch.arange(3)}, ValueError, "has 3 rows, and 2 samples are asked for"),
+        ({"class_labels": [0, 1]}, ValueError, "must be a tensor of 2 integers"),
+        ({"class_labels": torch.ones(2)}, ValueError, "must be a tensor of 2 integers"),
+        (
+            {"class_labels": torch.tensor([0, 99])},
+            ValueError,
+            "has the labels 0 to 99; the network has the classes 0 to",
+        ),
+        ({"class_labels": torch.tensor([-1, 0])}, ValueError, "has the labels -1 to 0"),
+    ],
+    ids=["tensor", "rows", "list", "floats", "high", "low"],
+)
+def test_conditions_that_do_not_fit_are_refused(denoiser, cond, error, words):
+    with pytest.raises(error, match=words):
+        given_cond(denoiser, 2, cond)

@@ -298,3 +298,17 @@ def test_overfit_batches_repeats_the_same_ones(tmp_path, overfit):
     assert len(seen) == 8
     different = {tuple(x.flatten().tolist()) for x in seen}
     assert len(different) == (2 if overfit else 8)
+
+
+def test_the_shape_of_samples_is_that_of_the_data_where_nothing_else_says_it(tmp_path):
+    network = NewDenoiser(Normed, FlowMatching(), "flow_prediction")
+    module = TeacherTraining(network)
+    module.configure_model()
+    with pytest.raises(ValueError, match="does not know the shape of its samples"):
+        module.sample(1)
+    run = trainer(tmp_path, 1)
+    run.fit(module, Toy2D("ring4", batch_size=8))
+    assert module.sample(3).shape == (3, 2)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    found = TeacherTraining.load_from_checkpoint(tmp_path / "last.ckpt", network=network)
+    assert found.sample(3).shape == (3, 2)

@@ -31,9 +31,10 @@ class GenerativeEvaluation(Callback):
 
     Runs every ``every_n_steps`` student updates, at the last update, and in ``validate`` and ``test``. Every figure is
     logged as ``val/<measure>/nfe<steps>/<weights>`` (``test/...`` in ``test``), for example ``val/fd_cnn/nfe1/ema`` or
-    ``val/progress_cnn/nfe1/ema``; ``ModelCheckpoint(monitor=...)`` and ``EarlyStopping`` work with these names. All
-    rows, the teacher's too, are kept in ``history`` and in ``metrics.json`` of the run folder. In a fit an update is
-    measured once, whatever asks for it. Samples that are not finite make figures of NaN there, and an error elsewhere.
+    ``val/progress_cnn/nfe1/ema``; ``ModelCheckpoint(monitor=...)`` and ``EarlyStopping`` work with these names, the
+    latter after each evaluation where ``check_on_train_epoch_end`` is false. All rows, the teacher's too, are kept in
+    ``history`` and in ``metrics.json`` of the run folder. In a fit an update is measured once, whatever asks for it.
+    Samples that are not finite make figures of NaN there, and an error elsewhere.
 
     The noise of a sample depends on its index only, is never that of the training, and no global generator is touched:
     a run with this callback has the same weights, bit for bit, as one without. Samples are shared over the processes.
@@ -174,6 +175,8 @@ class GenerativeEvaluation(Callback):
         due = self.every_n_steps and step % self.every_n_steps == 0
         if step and (due or step == trainer.max_steps or trainer.should_stop):
             self._evaluate(trainer, as_distillation(self, pl_module), "fit")
+            for callback in trainer.early_stopping_callbacks:  # does nothing in those that look at ends of epochs
+                callback.on_validation_end(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, unless it is the sanity check."""

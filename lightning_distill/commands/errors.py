@@ -52,6 +52,8 @@ def one_line(error: BaseException) -> str:
         return type(error).__name__
     if isinstance(error, CommandError):
         return text
+    if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
+        return f"{error.filename}: {error.strerror}."
     if "Parser key " in text or "Does not validate against" in text:
         leaves = _leaves(text)
         if leaves:
@@ -138,8 +140,10 @@ def _explain(leaf: _Leaf) -> str:
             allowed = value
     where = ".".join(keys)
     if match := re.match(r"Option '([^']+)' is not accepted", leaf.message):
-        name = match[1].split(".")[0]
-        return f"{where}.{name}: {owner.rsplit('.', 1)[-1]} has no argument {name!r}{_meant(name, _arguments(owner))}"
+        name, short, known = match[1].split(".")[0], owner.rsplit(".", 1)[-1], _arguments(owner)
+        if name in known:  # of a parent
+            return f"{where}.{name}: {short} sets {name!r} itself; leave it out."
+        return f"{where}.{name}: {short} has no argument {name!r}{_meant(name, known)}"
     prefix = f"{where.removesuffix('.init_args')}: " if where else ""
     unknown = re.match(r"Expected a dot import path string: (.*)", leaf.message)
     wrong = re.match(r"Import path (\S+) does not correspond to a subclass of (\w+)", leaf.message)
@@ -152,7 +156,8 @@ def _explain(leaf: _Leaf) -> str:
                 f"it, or write {elsewhere}."
             )
         return f"{prefix}{problem}{_meant(given.rsplit('.', 1)[-1], _subclasses(allowed), show_all=True)}"
-    if choices := _choices(allowed):
+    literal = re.match(r"Expected an? (typing\.Literal\[[^]]*\])\. Got value", leaf.message)
+    if choices := _choices(literal[1] if literal else allowed):
         return f"{prefix}choose one of {', '.join(choices)}."
     message = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", leaf.message)
     message = re.sub(r"Expected an? ([^.]+)\. Got value: (.*)", r"expected \1, got \2", message)
@@ -212,7 +217,8 @@ def _subclasses(types: str) -> list[str]:
             cls = waiting.pop()
             if inspect.isclass(cls):
                 waiting += cls.__subclasses__()
-                if not inspect.isabstract(cls) and not cls.__name__.startswith("_") and cls.__module__ != "builtins":
+                hidden = inspect.isabstract(cls) or cls.__name__.startswith("_") or cls.__module__ == "builtins"
+                if not hidden and (not hasattr(cls, "phases") or hasattr(cls, "student_loss")):  # no base of methods
                     found.add(cls.__name__)
     return sorted(found)
 

@@ -102,7 +102,7 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(
             f"--pass-rule needs --n {MINIMUM_SAMPLES} or more and --half held_out, not --n {args.n} --half {args.half}."
         )
-    run = find_run(args.run_dir)
+    run = find_run(args.run_dir, args.checkpoint)
     earlier = EvaluationLog.load(run, missing_ok=True)
     if args.pass_rule and any(row.seed == args.seed and row.half == "selection" for row in earlier.rows):
         raise ValueError(f"--seed {args.seed} was used while training; the pass rule needs noise that was not.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,8 +74,10 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="a few updates and samples: does every part run?")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs", help="folder for the run")
+    parser.add_argument("--out", default="runs", help="folder of runs; this one gets quickstart/version_N there")
     args = parser.parse_args(list(words))
+    if Path(args.out).expanduser().is_file():
+        raise ValueError(f"--out {args.out} is a file; give a folder.")
     config = config_path("quickstart.yaml")
     words = ["fit", "-c", str(config), f"--model.init_args.seed={args.seed}", f"--seed_everything={args.seed}"]
     words += [f"--trainer.logger.init_args.save_dir={args.out}"]
@@ -114,7 +117,8 @@ def main(words: Sequence[str]) -> None:
     print(
         f"\npictures    {picture}\nreport      {page}   (open it in a browser)\nfigures     {written}\n"
         f"pipeline    {folder}   (stock diffusers gives the same images: difference {difference:.0e})\n"
-        f"curves      tensorboard --logdir {run}\nmore        lightning-distill sample {run} --n 100\n"
+        f"curves      tensorboard --logdir {shlex.quote(str(run))}\n"
+        f"more        lightning-distill sample {shlex.quote(str(run))} --n 100\n"
         "next        configs/method/dmd2_fashion.yaml adds real data and a GAN; README.md: your own model"
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,19 @@ from lightning_distill.methods.base import DistillationModule
 __all__ = ["find_checkpoint", "find_run", "load_run", "read_config", "read_data", "weights_name"]
 
 
-def find_run(path: str | Path) -> Path:
+def find_run(path: str | Path, checkpoint: str | None = None) -> Path:
     """The folder with ``config.yaml``: ``path`` itself, or the newest ``version_N`` below it that has checkpoints.
+
+    Args:
+        path: run folder, or the folder of its versions.
+        checkpoint: file that is to be read; the version that holds it is the run then.
 
     Raises:
         FileNotFoundError: there is none.
     """
     root = Path(path).expanduser()
+    if checkpoint and (owner := _owner(Path(checkpoint).expanduser())) and owner.parent.resolve() == root.resolve():
+        return owner
     if (root / "config.yaml").is_file():
         return root
     versions = {int(m.group(1)): p for p in root.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))}
@@ -36,16 +44,25 @@ def find_run(path: str | Path) -> Path:
     )
 
 
+def _owner(checkpoint: Path) -> Path | None:
+    """The run folder in which a checkpoint lies, None for one that lies elsewhere."""
+    folder = checkpoint.parent.parent
+    return folder if checkpoint.exists() and (folder / "config.yaml").is_file() else None
+
+
 def find_checkpoint(run: Path, checkpoint: str | None = None) -> Path:
     """The checkpoint to read: the given one, a file or the name of one of the run's, else its newest that is whole.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: the given one belongs to another run.
     """
     if checkpoint:
         path = Path(checkpoint).expanduser()
         if not path.exists() and (inside := run / "checkpoints" / path).exists():
             path = inside
+        if (owner := _owner(path)) and owner.resolve() != run.resolve():
+            raise ValueError(f"{path} is a checkpoint of the run {owner}, not of {run}; give {owner} as the run.")
     else:  # a run resumed within its own folder numbers its last checkpoints
         named = any((run / "checkpoints").glob("last*.ckpt")) or (run / "checkpoints" / "interrupted.ckpt").exists()
         path = (last_good(run / "checkpoints") if named else None) or run / "checkpoints" / "last.ckpt"
@@ -83,6 +100,30 @@ def read_data(config: dict[str, Any]) -> LightningDataModule | None:
     return data
 
 
+@contextmanager
+def _seen_from_elsewhere(run: Path, config: Any) -> Iterator[None]:
+    """Say of relative paths that are not here whence they were seen."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if not (missing := _missing(config)):
+            raise
+        from lightning_distill.commands.errors import one_line
+
+        raise FileNotFoundError(
+            f"{one_line(error)} {missing[0]!r} in {run / 'config.yaml'} is relative to the folder of its fit: "
+            "run this command there, or write the path out."
+        ) from None
+
+
+def _missing(part: Any) -> list[str]:
+    """Relative paths in a configuration that do not exist here."""
+    if isinstance(part, dict):
+        own = [v for k, v in part.items() if k in ("path", "root") and isinstance(v, str) and not v.startswith("~")]
+        return [v for v in own if not Path(v).exists() and not Path(v).is_absolute()] + _missing(list(part.values()))
+    return [path for value in part for path in _missing(value)] if isinstance(part, list) else []
+
+
 def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationModule:
     """The module of a run with the weights of its checkpoint, in eval mode on the CPU.
 
@@ -96,14 +137,15 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationMod
     """
     from lightning_distill.cli import import_everything
 
-    run = find_run(path)
+    run = find_run(path, checkpoint)
     file = find_checkpoint(run, checkpoint)
     config = read_config(run)
     content = checkpoints.read_checkpoint(file)
     import_everything()
-    module = instantiate(DistillationModule, "model", config["model"])
-    module.compile_blocks = False  # samples are made sooner than anything is compiled, maybe without a compiler
-    module.configure_model()
+    with _seen_from_elsewhere(run, config["model"]):
+        module = instantiate(DistillationModule, "model", config["model"])
+        module.compile_blocks = False  # samples are made sooner than anything is compiled, maybe without a compiler
+        module.configure_model()
     checkpoints.check_header(module, content.get("lightning_distill"))
     module.load_state_dict(content["state_dict"])
     return module.eval()

@@ -58,7 +58,9 @@ def main(words: Sequence[str]) -> None:
             )
         raise ValueError(f"{args.run_dir} is {kind}, and {', '.join(wrong)} is for {other}; {remedy}.")
     x0, arrays, pixels = _from_export(args) if exported else _from_run(args)
-    out = Path(args.out or args.run_dir).expanduser() if args.out or exported else find_run(args.run_dir)
+    out = (
+        Path(args.out or args.run_dir).expanduser() if args.out or exported else find_run(args.run_dir, args.checkpoint)
+    )
     out.mkdir(parents=True, exist_ok=True)
     arrays |= {"x0": x0.numpy(), "seed": np.array(args.seed)}
     if pixels:
@@ -85,7 +87,7 @@ def _from_run(args: Any) -> tuple[Tensor, dict[str, Any], bool]:
     module = load_run(args.run_dir, args.checkpoint)
     weights = weights_name(module, args.weights)
     network = module.sampling_network(weights)
-    cond = _conditions(args.run_dir, network, n)
+    cond = _conditions(find_run(args.run_dir, args.checkpoint), network, n)
     if args.classes is not None:
         if "class_labels" not in cond:
             raise ValueError(f"--classes {args.classes}: the student has no classes.")
@@ -101,7 +103,7 @@ def _from_run(args: Any) -> tuple[Tensor, dict[str, Any], bool]:
     return x0, {key: value.cpu().numpy() for key, value in cond.items() if key == "class_labels"}, pixels
 
 
-def _conditions(run_dir: str, network: Denoiser, n: int) -> dict[str, Any]:
+def _conditions(run: Path, network: Denoiser, n: int) -> dict[str, Any]:
     """Classes in turn, or what the first rows of the run's data have where the network needs more.
 
     Raises:
@@ -110,14 +112,14 @@ def _conditions(run_dir: str, network: Denoiser, n: int) -> dict[str, Any]:
     if not (needed := needed_conditions(network)):
         return default_cond(network, n)
     try:
-        conditions = RunConditions(read_data(read_config(find_run(run_dir))))
+        conditions = RunConditions(read_data(read_config(run)))
         cond = conditions(network, n)
     except Exception as error:
         if not is_user_error(error):
             raise
         raise ValueError(
             f"the student needs {', '.join(needed)} for every sample, and the data of its run do not give them "
-            f"({one_line(error).rstrip('.')}); restore them, or export it with lightning-distill export {run_dir} OUT "
+            f"({one_line(error).rstrip('.')}); restore them, or export it with lightning-distill export {run} OUT "
             "and use lightning-distill sample OUT --prompt TEXT."
         ) from None
     print(f"{', '.join(needed)}: of the first rows of the run's {conditions.name}")

@@ -55,7 +55,7 @@ def _name_versions(part: Any) -> None:
         _name_versions(value)
     settings = part.get("init_args")
     if part.get("class_path") in _READ_RUNS and settings and any(Path(settings["path"]).expanduser().glob("version_*")):
-        settings["path"] = str(find_run(settings["path"]))
+        settings["path"] = str(find_run(settings["path"], settings.get("checkpoint")))
 
 
 def _follow_root(trainer: Any) -> None:

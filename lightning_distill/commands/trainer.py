@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_distill import checkpoints
 from lightning_distill.bfloat16 import bfloat16_advice
+from lightning_distill.callbacks.evaluation import GenerativeEvaluation
 from lightning_distill.checkpoint_files import AtomicCheckpointIO, damage, last_good, remove_parts
 from lightning_distill.commands.run_folder import find_run
 from lightning_distill.commands.saved_config import RUNS, RunConfig
-from lightning_distill.configs import with_shipped
+from lightning_distill.configs import read_mapping, with_shipped
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.progress import StudentProgressBar
 from lightning_distill.requeue import start_without_hpc
@@ -163,6 +165,11 @@ class TrainerCLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not quick and not any(c.save_last for c in kept):
             total = config.get("max_steps") or -1
             callbacks.append(StudentCheckpoint(max(1, min(1000, total // 4)) if total > 0 else 1000))
+        if sum(isinstance(c, GenerativeEvaluation) for c in callbacks) > 1:
+            raise ValueError(
+                "trainer.callbacks has several GenerativeEvaluation, which write the same figures; give one with all "
+                "numbers of steps, weights and extractors (steps: [1, 4])."
+            )
         if any(c.monitor for c in kept) or _has(callbacks, EarlyStopping):
             callbacks.append(MonitorWatch())
         if not _has(callbacks, StopWithoutSaving) and not quick:
@@ -187,6 +194,8 @@ def run_trainer(words: Sequence[str]) -> TrainerCLI:
     words = with_shipped(words)
     import_everything()
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    # defaults such as those of Lightning's Timer, which are written into config.yaml
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(str(value.value)))
     _quiet()
     options = {"parser_mode": "omegaconf+", "exit_on_error": False, "prog": "lightning-distill"}
     logger = {
@@ -263,23 +272,8 @@ def _run_name(words: Sequence[str]) -> str:
     """Name of the run folder: that of the last configuration file with a model."""
     files = [b for a, b in pairwise(words) if a in ("-c", "--config")]
     files += [w.split("=", 1)[1] for w in words if w.startswith(("--config=", "-c="))]
-    described = [name for name in files if "model" in _mapping(Path(name))]
+    described = [name for name in files if "model" in read_mapping(Path(name))]
     return Path((described or files or ["run"])[-1]).stem
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    """A configuration file as plain data; nothing for what the parser will refuse with its own words."""
-    try:
-        content = yaml.safe_load(file.read_text())
-    except OSError:
-        return {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{file} is not valid YAML: {getattr(error, 'problem', error)}{place}.") from None
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{file} is no configuration: it holds a {type(content).__name__} instead of keys.")
-    return content or {}
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
-__all__ = ["config_path", "with_shipped"]
+import yaml
+
+__all__ = ["config_path", "read_mapping", "with_shipped"]
 
 FOLDER = Path(__file__).parent
 
@@ -36,6 +39,7 @@ def with_shipped(words: Sequence[str]) -> list[str]:
     Raises:
         FileNotFoundError: a name with ``.yaml`` is neither a file nor a shipped configuration; the message has those
             that are like it.
+        ValueError: a file is no configuration.
     """
     found: list[str] = []
     for word in words:
@@ -49,8 +53,34 @@ def with_shipped(words: Sequence[str]) -> list[str]:
     return found
 
 
+def read_mapping(file: Path) -> dict[str, Any]:
+    """A configuration file as plain data; nothing for a file that is not there, which the parser says.
+
+    Raises:
+        ValueError: it is no YAML, empty, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(file.expanduser().read_text())
+    except OSError:
+        return {}
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file; give a configuration in YAML.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{file} is not valid YAML: {getattr(error, 'problem', error)}{place}.") from None
+    if content is None:
+        raise ValueError(f"{file} is empty; give a configuration with a model section.")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no configuration: it holds a {type(content).__name__} instead of keys.")
+    return content
+
+
 def _found(name: str) -> str:
-    if "\n" in name or Path(name).expanduser().exists():
+    if "\n" in name:
+        return name
+    if Path(name).expanduser().exists():
+        read_mapping(Path(name))
         return name
     parts = PurePath(name).parts
     inner = PurePath(*parts[1:]) if parts[:1] == ("configs",) else PurePath(name)

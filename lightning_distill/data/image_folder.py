@@ -87,6 +87,8 @@ class ImageFolder(DistillationDataModule):
         super().__init__(**kwargs)
         if channels not in (1, 3):
             raise ValueError(f"ImageFolder(channels={channels}): pictures have 3 channels (colour) or 1 (grey).")
+        if size < 1:
+            raise ValueError(f"ImageFolder(size={size}): give the height and width in pixels.")
         self.root = root
         self.paths, self.labels, self.class_names = find_images(root)
         self.shape = (channels, size, size)

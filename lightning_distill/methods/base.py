@@ -134,6 +134,7 @@ class DistillationModule(StudentSampling, Probing):
         self._given_times = None if student_times is None else [float(t) for t in student_times]
         self.sampler = sampler
         self._given_shape = None if shape is None else tuple(shape)
+        self._seen_shape: tuple[int, ...] | None = None
         self.loss_weights = {**self.default_loss_weights, **(loss_weights or {})}
         self._weight_watch = LossWeightWatch(loss_weights or ())
         self.optimizer_factories: dict[str, OptimizerCallable | None] = {"student": student_optimizer}

@@ -77,6 +77,7 @@ class Cycle(LightningModule):
     #: updates of a fit that has ended
     updates_before: int = 0
     _given_shape: tuple[int, ...] | None
+    _seen_shape: tuple[int, ...] | None
     _weight_watch: LossWeightWatch
     _rollouts: dict[tuple[str, int, int], Rollout]
     _stepping: tuple[int, Tensor]
@@ -136,6 +137,7 @@ class Cycle(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse strategies and precisions that cannot train several phases, before anything is built."""
         if stage == "fit":
+            self._check_phases()
             check_trainer(self.trainer)
             check_hyperparameters(self)
             if (data := getattr(self.trainer, "datamodule", None)) is not None:
@@ -248,6 +250,14 @@ class Cycle(LightningModule):
         function: Callable[[Batch], Terms] = getattr(self, f"{phase}_loss")
         return function
 
+    def _check_phases(self) -> None:
+        """Refuse a class of which no part can be trained, such as a base of methods, before it begins."""
+        if missing := [f"{phase}_loss" for phase in self.phases if not callable(getattr(self, f"{phase}_loss", None))]:
+            raise TypeError(
+                f"{type(self).__name__} has no {missing[0]}(batch); choose a method, or write it: it returns the Terms "
+                f"of the phase {missing[0].removesuffix('_loss')!r}."
+            )
+
     def weighted_sum(self, phase: str, terms: Terms) -> Tensor:
         """Total loss of a phase: its terms with their ``loss_weights``."""
         losses = [self.loss_weights.get(f"{phase}/{name}", 1.0) * value for name, value in terms.losses.items()]
@@ -303,7 +313,11 @@ class Cycle(LightningModule):
         return strategy.block_backward_sync()
 
     def _check_data(self, batch: Batch, update: int) -> None:
-        if not self.check_data or update >= 2:  # a run that was resumed is past that
+        if update >= 2:  # a run that was resumed is past that
+            return
+        if batch.x0 is not None:
+            self._seen_shape = tuple(batch.x0.shape[1:])
+        if not self.check_data:
             return
         check_examples(self.student, batch, self._given_shape or self.student.sample_shape)
         if batch.x0 is not None:

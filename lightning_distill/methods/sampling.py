@@ -40,6 +40,7 @@ class StudentSampling:
     edges: list[float] | None = None
     _given_times: list[float] | None
     _given_shape: tuple[int, ...] | None
+    _seen_shape: tuple[int, ...] | None  # of the training data
     _num_steps: int
 
     @property
@@ -91,8 +92,8 @@ class StudentSampling:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample without the batch dimension."""
-        shape = self._given_shape or self.student.sample_shape
+        """Shape of one sample without the batch dimension: given, the network's own, or that of the training data."""
+        shape = self._given_shape or self.student.sample_shape or self._seen_shape
         if shape is None:
             raise ValueError(
                 f"{type(self.student.network).__name__} does not know the shape of its samples; give shape=[channels, "
@@ -154,6 +155,8 @@ class StudentSampling:
         Raises:
             ValueError: conditions or a null condition are missing, or the student is not sampled in this way.
         """
+        if n < 1:
+            raise ValueError(f"sample({n}): give the number of samples, 1 or more.")
         network = self.sampling_network(weights)
         times = self.own_times_or(num_steps)
         self.check_times(times)

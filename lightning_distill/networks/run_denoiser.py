@@ -31,7 +31,7 @@ class RunDenoiser(DenoiserSpec):
     def check(self) -> None:  # noqa: D102
         from lightning_distill.commands.run_folder import find_checkpoint, find_run
 
-        find_checkpoint(find_run(self.path), self.checkpoint)
+        find_checkpoint(find_run(self.path, self.checkpoint), self.checkpoint)
 
     def build(self) -> Denoiser:  # noqa: D102
         from lightning_distill.commands.run_folder import load_run

@@ -111,6 +111,11 @@ def test_checkpoints_and_stopping_follow_the_figures(tmp_path):
     short.fit(student(), prior_of(2))
     assert short.global_step < 40
 
+    each = EarlyStopping("val/fd_cnn/nfe1/ema", patience=1, min_delta=1e9, check_on_train_epoch_end=False)
+    shorter = trainer(tmp_path, 40, callbacks=[evaluation(every_n_steps=2), each])
+    shorter.fit(student(), prior_of(1000))
+    assert shorter.global_step == 4  # the second evaluation is no better than the first
+
 
 def prior_of(updates):
     data = prior()

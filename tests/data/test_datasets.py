@@ -392,6 +392,8 @@ def test_image_folder_errors(tmp_path):
         ImageFolder(str(tmp_path)).setup("fit")
     with pytest.raises(ValueError, match="channels=4"):
         ImageFolder(str(tmp_path), channels=4)
+    with pytest.raises(ValueError, match="size=0"):
+        ImageFolder(str(tmp_path), size=0)
 
 
 # ----------------------------------------------------------------------------------------- configurations

@@ -154,6 +154,36 @@ def test_adapters_of_layers_that_are_never_called_are_refused():
         DMD2(teacher(Attention()), student=Lora(target_modules=["out_proj"]), shape=[2]).configure_model()
 
 
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], None], ids=["named", "all"])
+def test_adapters_within_layers_of_fused_inference_are_heard(targets):
+    """torch's ``TransformerEncoderLayer`` in eval mode without gradients reads weights and calls no layer."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 8)
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.outer = nn.Linear(8, 2)
+
+        def forward(self, x, t):
+            return self.outer(self.block(self.inner(x)[:, None]))[:, 0]
+
+    role = Lora(rank=2) if targets is None else Lora(rank=2, target_modules=targets)
+    module = DMD2(teacher(Tokens()), student=role, shape=[2])
+    module.configure_model()
+    if targets is None:
+        assert not any("out_proj" in name for name, _ in module.student.named_parameters())
+    with torch.no_grad():
+        for parameter in module.role_parameters("student"):
+            parameter.normal_()
+    x, t = torch.randn(3, 2), torch.full((3,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        sampled, untouched = module.student.eval()(x, t).x0, module.teacher(x, t).x0
+    trained = module.student(x, t).x0.detach()
+    assert (sampled - untouched).abs().max() > 1e-2
+    torch.testing.assert_close(sampled, trained)
+
+
 def test_a_denoiser_that_is_adapted_already_says_what_to_give():
     shared = teacher()
     DMD2(shared, student=Lora(rank=2)).configure_model()

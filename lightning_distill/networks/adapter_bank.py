@@ -66,6 +66,12 @@ class AdapterBank:
         """Read the low-rank layers from ``network`` and switch all adapters off."""
         self.layers = {path: m for path, m in network.named_modules() if isinstance(m, LoraLayer)}
         self._set((None, False))
+        for module in network.modules():
+            # torch's fused inference reads the weights of the layers within and calls none of them
+            if isinstance(module, nn.TransformerEncoderLayer) and any(
+                isinstance(m, LoraLayer) for m in module.modules()
+            ):
+                module.activation_relu_or_gelu = 0
 
 
 class _Using(AbstractContextManager):

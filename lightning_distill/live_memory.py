@@ -132,6 +132,8 @@ class EmptyStreams(RandomStreams):
 def forget_values(module: nn.Module, fakes: EmptyTensors) -> None:
     """Replace all parameters, and the buffers of networks, by tensors without memory; shared ones stay shared.
 
+    Buffers of parts with ``values_decide`` keep their values.
+
     Args:
         module: its own buffers (counters) keep their values, those of its parts do not.
         fakes: mode of the new tensors.
@@ -151,7 +153,8 @@ def forget_values(module: nn.Module, fakes: EmptyTensors) -> None:
         return made[id(tensor)][1]
 
     for part in module.modules():
-        for held in (part._parameters, {} if part is module else part._buffers):
+        keeps = part is module or getattr(part, "values_decide", False)
+        for held in (part._parameters, {} if keeps else part._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = fake(tensor)  # type: ignore[assignment]

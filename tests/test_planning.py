@@ -25,8 +25,9 @@ from lightning_distill.commands.plan import parse_config, plan_config, suggestio
 from lightning_distill.generation import default_cond
 from lightning_distill.guidance import Guidance
 from lightning_distill.live_memory import LiveMemory, mixed_precision
-from lightning_distill.methods import DMD2, RCM, SCM, TeacherTraining
+from lightning_distill.methods import DMD2, MSD, RCM, SCM, PhasedDMD, TeacherTraining
 from lightning_distill.networks.adversary import Adversary
+from lightning_distill.networks.experts import Experts
 from lightning_distill.networks.quantisation import quantisable, quantised_bytes
 from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.small import ResidualMLP, small_dit, small_unet
@@ -561,6 +562,49 @@ def test_configurations_of_stored_trajectories_and_experts_are_planned(config, r
     planned = plan_config(parse_config(["--config", str(file)]))
     assert all(phase.peak > phase.gradients for phase in planned.phases if phase.name in roles)
     assert {phase.name for phase in planned.phases} >= roles
+
+
+@pytest.mark.long
+def test_frozen_features_are_planned_without_their_weights(tmp_path):
+    features = {
+        "class_path": "lightning_distill.networks.frozen_features.FrozenFeatures",
+        "init_args": {
+            "network": {"class_path": "torchvision.models.squeezenet1_1"},
+            "taps": ["features.2"],
+            "size": 32,
+            "weights": "nowhere.pth",
+        },
+    }
+    teacher = {"class_path": "ZooDenoiser", "init_args": {"name": "digits"}}
+    model = {"class_path": "GDD", "init_args": {"teacher": teacher, "features": features}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "data": {"class_path": "Digits"}}))
+    planned = plan_config(parse_config(["--config", str(tmp_path / "run.yaml")]), batch_size=4)
+    assert {phase.name for phase in planned.phases} == {"student", "discriminator"}
+
+
+@pytest.mark.parametrize("split", ["times", "steps", "classes"])
+def test_experts_are_planned(split):
+    """By times that a plan knows; samples of other groups are shared out evenly."""
+
+    def make():
+        common = {"fake_score_steps": 1, "rollout_step": "sample" if split == "steps" else "batch"}
+        if split == "classes":
+            return MSD(spec(unet, null_class=3), classes=2, **common)
+        experts = Experts(boundaries=[0.6])
+        if split == "steps":
+            return DMD2(spec(unet, null_class=3), student=experts, num_steps=2, **common)
+        parts = {"num_steps": 4, "subintervals": [2, 2], "subinterval_updates": [4]}
+        return PhasedDMD(spec(unet, null_class=3), student=experts, **parts, **common)
+
+    planned = plan(make, 4, "32-true", device="cpu")
+    found = real_phases(make(), 4)
+    for phase in planned.phases:
+        assert phase.kept == pytest.approx(found[phase.name][0], rel=0.1), phase.name
+        assert phase.peak == pytest.approx(found[phase.name][1], rel=0.1), phase.name
+    student = next(role for role in planned.roles if role.name == "student")
+    module = make()
+    module.configure_model()
+    assert student.trained == sum(p.numel() for p in module.student.parameters())
 
 
 def test_a_network_that_is_trained_itself_has_its_optimizer():

@@ -140,6 +140,7 @@ def plan_config(
     model = copy.deepcopy(config["model"])
     if (settings := model.get("init_args") or {}).get("regression_steps"):
         settings |= {"regression_steps": 0, "regression_pairs": None}  # its pairs are not there yet
+    _leave_weights(model)
 
     def build() -> DistillationModule:
         return make(copy.deepcopy(model))
@@ -159,6 +160,14 @@ def plan_config(
         updates=max(1, trainer.get("max_steps") or 1),
         data=_DATA.get(str((config.get("data") or {}).get("class_path")).rpartition(".")[2], "samples"),
     )
+
+
+def _leave_weights(part: Any) -> None:
+    """Let networks whose values play no part begin without the files of their weights."""
+    for value in part if isinstance(part, list) else part.values() if isinstance(part, dict) else ():
+        _leave_weights(value)
+    if isinstance(part, dict) and str(part.get("class_path")).endswith(".FrozenFeatures"):
+        part["init_args"]["weights"] = None
 
 
 def _micro_batch(config: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
@@ -91,7 +92,7 @@ class ExpertNetwork(nn.Module):
         """
         index = self.route(x, time, kwargs)
         numbers = torch.arange(len(self.experts), device=index.device)
-        counts, running = self._counted((index[:, None] == numbers).sum(0))
+        counts, running = self._counted((index[:, None] == numbers).sum(0), len(index))
         if len(running) == 1:
             return self.experts[running[0]](x, time, **kwargs)
         chosen = index.argsort(stable=True)
@@ -112,8 +113,15 @@ class ExpertNetwork(nn.Module):
         result = torch.cat(parts)[order]
         return result + nothing if unused else result
 
-    def _counted(self, counts: Tensor) -> tuple[list[int], list[int]]:
-        """Samples of each expert, and the numbers of the experts that run; waits for the device once."""
+    def _counted(self, counts: Tensor, total: int) -> tuple[list[int], list[int]]:
+        """Samples of each expert, and the numbers of the experts that run; waits for the device once.
+
+        Where a run is planned and nobody knows, all have as many.
+        """
+        if isinstance(counts, FakeTensor):
+            bounds = [total * k // len(counts) for k in range(len(counts) + 1)]
+            planned = [end - first for first, end in pairwise(bounds)]
+            return planned, [k for k, count in enumerate(planned) if count]
         if not self.sharded:
             own: list[int] = counts.tolist()
             return own, [k for k, count in enumerate(own) if count]
@@ -162,6 +170,7 @@ class TimeExperts(ExpertNetwork):
     """
 
     boundaries: Tensor
+    values_decide = True  # also in a plan, of times that are known
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Tensor, rising: bool) -> None:
         super().__init__(experts)
@@ -233,7 +242,7 @@ def experts_at(denoiser: Denoiser, times: Sequence[float]) -> list[int]:
     """
     network = denoiser.network
     assert isinstance(network, TimeExperts)
-    t = denoiser._time(torch.tensor(times, dtype=torch.float64, device=denoiser.device))
+    t = denoiser._time(torch.tensor(times, dtype=torch.float64, device=network.boundaries.device))
     found: list[int] = network.route(t, t, {}).tolist()
     return found
 
@@ -335,7 +344,7 @@ class Experts(Role):
         else:
             router = ConditionExperts(networks, _owners(groups or []))
         router.shared = first.family.shared
-        first.network = router.to(first.device)
+        first.network = router if first.device.type == "meta" else router.to(first.device)
         return first
 
     def _centres(self, path: str) -> Tensor:

@@ -259,8 +259,8 @@ def _target_paths(network: nn.Module, endings: Sequence[str], exact: bool) -> li
         layers[path] = module
     suffixes = tuple(f".{e}" for e in endings)
     if not endings:
-        uncalled = {p for p in layers if isinstance(network.get_submodule(p.rpartition(".")[0]), nn.MultiheadAttention)}
-        paths = [p for p, m in layers.items() if isinstance(m, _ADAPTABLE) and p not in uncalled]
+        unheard = {p for p in layers if isinstance(network.get_submodule(p.rpartition(".")[0]), nn.MultiheadAttention)}
+        paths = [p for p, m in layers.items() if isinstance(m, _ADAPTABLE) and p not in unheard]
     else:
         paths = [p for p in layers if p in endings or (not exact and f".{p}".endswith(suffixes))]
     if not paths:

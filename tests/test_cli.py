@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from lightning.pytorch.cli import LightningCLI
 from sampling_of_cases import long
 
 from lightning_distill import __version__
@@ -20,6 +21,7 @@ from lightning_distill.cli import main, trainer_cli
 from lightning_distill.commands.methods import method_rows
 from lightning_distill.commands.run_folder import find_run, load_run
 from lightning_distill.configs import config_path, with_shipped
+from lightning_distill.data.prior import Prior
 from lightning_distill.methods import DMD2, DistillationModule
 from lightning_distill.networks.small import small_unet
 
@@ -526,3 +528,22 @@ def test_the_quick_start_runs_in_all_its_parts(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("progress", "tensorboard --logdir", "lightning-distill sample"))
     assert (latest.read_bytes() if latest.exists() else None) == before, "a smoke run is no measurement"
+
+
+@pytest.mark.long
+def test_runs_of_lightnings_own_command_line_are_read(tmp_path, capsys):
+    """A program with ``LightningCLI(DMD2, Prior)``, whose configuration names no classes."""
+    teacher = ["--model.teacher=lightning_distill.networks.specs.ZooDenoiser", "--model.teacher.name=digits"]
+    words = ["fit", *teacher, "--model.fake_score_steps=1", "--data.num_classes=10", "--data.batch_size=4"]
+    words += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
+    run = LightningCLI(DMD2, Prior, args=words).trainer.log_dir
+    (checkpoint,) = Path(run, "checkpoints").glob("*.ckpt")
+    assert main(["sample", run, "--n", "4", "--checkpoint", checkpoint.name]) == 0, capsys.readouterr().err
+    config = Path(run, "config.yaml")
+    found = torch.load(checkpoint, weights_only=True)
+    found["lightning_distill"]["method"] = "Unknown"
+    torch.save(found, checkpoint)
+    for other in Path(run, "checkpoints").glob("*.sha256"):
+        other.unlink()
+    assert main(["sample", run, "--n", "4", "--checkpoint", checkpoint.name]) == 2
+    assert f"{config} does not say the class of its model" in capsys.readouterr().err

@@ -92,12 +92,24 @@ def read_data(config: dict[str, Any]) -> LightningDataModule | None:
     Args:
         config: what ``read_config`` returned.
     """
-    if not config.get("data"):
+    if not config.get("data") or "class_path" not in config["data"]:  # the latter of a LightningCLI told the class
         return None
     data = instantiate(LightningDataModule, "data", config["data"])
     data.prepare_data()
     data.setup("fit")
     return data
+
+
+def _class_path(checkpoint: dict[str, Any], run: Path) -> str:
+    """Full path of the method that wrote a checkpoint."""
+    name = (checkpoint.get("lightning_distill") or {}).get("method")
+    waiting: list[type] = [DistillationModule]
+    while waiting:
+        cls = waiting.pop()
+        if cls.__name__ == name:
+            return f"{cls.__module__}.{name}"
+        waiting += cls.__subclasses__()
+    raise ValueError(f"{run / 'config.yaml'} does not say the class of its model; write it there as model.class_path.")
 
 
 @contextmanager
@@ -142,8 +154,11 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> DistillationMod
     config = read_config(run)
     content = checkpoints.read_checkpoint(file)
     import_everything()
-    with _seen_from_elsewhere(run, config["model"]):
-        module = instantiate(DistillationModule, "model", config["model"])
+    model = config["model"]
+    if "class_path" not in model:  # of a LightningCLI that was told the class
+        model = {"class_path": _class_path(content, run), "init_args": model}
+    with _seen_from_elsewhere(run, model):
+        module = instantiate(DistillationModule, "model", model)
         module.compile_blocks = False  # samples are made sooner than anything is compiled, maybe without a compiler
         module.configure_model()
     checkpoints.check_header(module, content.get("lightning_distill"))

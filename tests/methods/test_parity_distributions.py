@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity_networks import F64, Given, Head, check, fixture, scores
+from parity_networks import F64, FAKE, STUDENT, TEACHER, Formula, Given, Head, built, check, denoiser, fixture, scores
 from torch import nn
 
 from lightning_distill.batch import Batch
 from lightning_distill.guidance import Guidance
-from lightning_distill.methods import ACDMD, CDM, UniInstruct, subinterval
+from lightning_distill.methods import ACDMD, CDM, SwiftBrush, UniInstruct, subinterval
 from lightning_distill.networks.adversary import Adversary
-from lightning_distill.processes import EDM, FlowMatching
+from lightning_distill.processes import EDM, FlowMatching, VariancePreserving
 from lightning_distill.times import Uniform
 
 #: relative error where the library computes weights in single precision
@@ -66,6 +66,44 @@ def test_uni_instruct():
     assert float(loss.detach()) == pytest.approx(expected["discriminator"]["loss"], rel=SINGLE)
     (slope,) = torch.autograd.grad(loss, head.weight)
     assert slope.tolist() == pytest.approx(expected["discriminator"]["head"], rel=SINGLE)
+
+
+class Generator(Formula):
+    """The student's clean samples at the last of 1,000 times, with the released code's rounded alpha."""
+
+    last_alpha_squared = 0.0
+
+    def forward(self, x, t, shift=None):
+        eps = super().forward(x, t, shift=shift)
+        return (x - (1 - self.last_alpha_squared) ** 0.5 * eps) / self.last_alpha_squared**0.5
+
+
+def test_swiftbrush():
+    """The released code drops the condition of a tenth of the batches, this one that of a tenth of the samples."""
+    given, expected = fixture("SwiftBrush")
+    Generator.last_alpha_squared = given.last_alpha_squared
+    process = VariancePreserving()
+    teacher, student, fake = (
+        denoiser(phase, process, kind, network(phase), null_cond={"shift": 0.25})
+        for phase, kind, network in (
+            (TEACHER, "epsilon", Formula),
+            (STUDENT, "sample", Generator),
+            (FAKE, "epsilon", Formula),
+        )
+    )
+    everywhere = Uniform(0.0, 1.0)
+    times = {"matching_times": everywhere, "critic_times": everywhere}
+    module = built(SwiftBrush, teacher, student, fake, guidance=Guidance(given.guidance), **times)
+    module.draws = Given(
+        start=given.z,
+        matching__time=(given.matching_index + 1) / 1000,
+        matching__noise=given.matching_noise,
+        critic__time=(given.critic_index + 1) / 1000,
+        critic__noise=given.critic_noise,
+    )
+    batch = Batch(cond={"shift": torch.zeros(3, dtype=F64)})
+    check(module.student_loss(batch).losses["matching"], module.student.network, expected["matching"], rel=SINGLE)
+    check(module.fake_score_loss(batch).losses["denoising"], module.fake_score.network, expected["critic"], rel=SINGLE)
 
 
 def test_cdm(monkeypatch):

@@ -175,8 +175,11 @@ class GenerativeEvaluation(Callback):
         due = self.every_n_steps and step % self.every_n_steps == 0
         if step and (due or step == trainer.max_steps or trainer.should_stop):
             self._evaluate(trainer, as_distillation(self, pl_module), "fit")
+            rows = self._measured(step)
+            names = {metric_name(_PREFIX[r.stage], k, r.nfe, r.weights) for r in rows for k in r.metrics}
             for callback in trainer.early_stopping_callbacks:  # does nothing in those that look at ends of epochs
-                callback.on_validation_end(trainer, pl_module)
+                if callback.monitor in names:
+                    callback.on_validation_end(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, unless it is the sanity check."""

@@ -46,7 +46,7 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Path:
 
 def _owner(checkpoint: Path) -> Path | None:
     """The run folder in which a checkpoint lies, None for one that lies elsewhere."""
-    folder = checkpoint.parent.parent
+    folder = checkpoint.absolute().parent.parent
     return folder if checkpoint.exists() and (folder / "config.yaml").is_file() else None
 
 

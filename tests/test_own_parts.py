@@ -184,6 +184,25 @@ def test_adapters_within_layers_of_fused_inference_are_heard(targets):
     torch.testing.assert_close(sampled, trained)
 
 
+def test_adapters_that_nothing_hears_are_told(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(2, 8), nn.Linear(8, 2)
+
+        def forward(self, x, t):
+            return nn.functional.linear(x, self.inner.weight) @ self.outer.weight.T + self.outer(self.inner(x))
+
+        def half(self, x, t):
+            return self.outer(nn.functional.linear(x, self.inner.weight))
+
+    trainer(tmp_path, 1).fit(DMD2(teacher(Tied()), student=Lora(rank=2), fake_score_steps=1, shape=[2]), prior())
+    Tied.forward = Tied.half
+    module = DMD2(teacher(Tied()), student=Lora(rank=2), fake_score_steps=1, shape=[2])
+    with pytest.warns(UserWarning, match=r"1 of the 2 adapters of student are without effect \('inner' is the first\)"):
+        trainer(tmp_path, 1).fit(module, prior())
+
+
 def test_a_denoiser_that_is_adapted_already_says_what_to_give():
     shared = teacher()
     DMD2(shared, student=Lora(rank=2)).configure_model()

@@ -20,6 +20,7 @@ from lightning_distill.memory_format import match_states
 from lightning_distill.methods.clock import PhaseClock
 from lightning_distill.methods.guards import (
     LossWeightWatch,
+    check_adapters_heard,
     check_batch,
     check_examples,
     check_fitted_before,
@@ -226,6 +227,8 @@ class Cycle(LightningModule):
                     self.manual_backward(loss)
                 total = total + loss.detach()
                 logged.append(terms)
+            if update == repeat == 0 and self.trainer.world_size == 1:
+                check_adapters_heard(self, phase)
             self._stepping = (index, total)
             if phase == "student":
                 optimizer.step()

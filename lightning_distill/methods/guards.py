@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from lightning_distill.collectives import max_over_processes
+from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.networks.signatures import call_parameters
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LossWeightWatch",
+    "check_adapters_heard",
     "check_batch",
     "check_examples",
     "check_null_class",
@@ -241,6 +243,29 @@ def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int] | None
             f"the batches have samples of shape {found}, and the student is sampled in the shape {tuple(shape)}; "
             "resize the data, or give model.init_args.shape."
         )
+
+
+def check_adapters_heard(module: Cycle, phase: str) -> None:
+    """Tell of adapters that a phase's loss does not depend on: their layers are not called, or their output is unused.
+
+    Some modules read the weights of layers within them and call none, where an adapter has no effect.
+
+    Args:
+        module: after the backward pass of its first update, on one process.
+        phase: whose networks are looked at.
+    """
+    for role in module.phases[phase]:
+        network = getattr(module, role, None)
+        if not isinstance(network, AdapterDenoiser):
+            continue
+        layers = {p: layer for p, layer in network.bank.layers.items() if network.adapter_name in layer.lora_B}
+        silent = [p for p, layer in layers.items() if layer.lora_B[network.adapter_name].weight.grad is None]
+        if silent:
+            rank_zero_warn(
+                f"{len(silent)} of the {len(layers)} adapters of {role} are without effect ({silent[0]!r} is the "
+                f"first): {type(network.network).__name__} does not call their layers, or does not use what they "
+                "give; leave them out with target_modules."
+            )
 
 
 def check_schedule(module: DistillationModule, name: str, updates: int, consequence: str) -> None:

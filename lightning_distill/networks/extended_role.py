@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_distill.networks.adapter_bank import added_parts
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.experts import Experts
 from lightning_distill.networks.merging import merged_network
 from lightning_distill.networks.roles import Copy, FromCheckpoint, Lora, Role, with_network
 
@@ -51,6 +52,9 @@ class ExtendedRole(Role):
         """Names of the parts' layers, for adapters to attach to."""
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
+        if isinstance(self.role, Experts):
+            own = type(self).__name__
+            raise ValueError(f"{own}(role=Experts(...)): each expert takes it itself; give Experts(role={own}(...)).")
         if isinstance(self.role, Lora):
             self._install_on_shared(source)
             adapter = copy.copy(self.role)

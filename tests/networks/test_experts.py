@@ -278,3 +278,5 @@ def test_experts_are_given_the_conditions_of_their_networks():
     made, own = default_cond(teacher, 2), default_cond(student, 2)
     assert set(own) == set(made)
     assert all(own[key].shape == made[key].shape for key in made)
+    with pytest.raises(ValueError, match=r"give Experts\(role=TwoTime"):
+        TwoTime(Experts(boundaries=[0.5])).build(mlp(), "student")

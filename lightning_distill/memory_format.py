@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,15 +38,24 @@ def lay_out_convolutions(module: nn.Module, channels_last: bool = True) -> None:
     """Change the memory format of the weights of two-dimensional convolutions in place; values stay what they are.
 
     A convolution whose weight has its channels innermost computes, and returns, that format whatever it is given. As in
-    ``nn.Module.to(memory_format=...)`` every parameter of four dimensions counts, those of adapters among them.
+    ``nn.Module.to(memory_format=...)`` every parameter of four dimensions counts, those of adapters among them, but for
+    DoRA's, which peft takes views of.
 
     Args:
         module: whose parameters are changed.
         channels_last: channels innermost, or PyTorch's own order.
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    viewed = {
+        id(weight)
+        for layer in module.modules()
+        if isinstance(layer, LoraLayer)
+        for name in layer.lora_magnitude_vector
+        for weight in (*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters())
+    }
     for weight in module.parameters():
-        if weight.ndim == 4:  # not contiguous(), which leaves the strides of a single channel as they are
+        if weight.ndim == 4 and id(weight) not in viewed:
+            # not contiguous(), which leaves the strides of a single channel as they are
             weight.data = torch.empty_like(weight.data, memory_format=memory_format).copy_(weight.data)
 
 

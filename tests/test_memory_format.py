@@ -18,6 +18,7 @@ from lightning_distill.forward_rules import forward_rules
 from lightning_distill.memory_format import is_dense, lay_out_convolutions, match_states, suits_channels_last
 from lightning_distill.methods import DMD2
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.roles import Lora
 from lightning_distill.processes import FlowMatching
 from lightning_distill.strategies import RoleFSDP2
 from lightning_distill.strategies.reducer import _views, share_tensors
@@ -97,6 +98,14 @@ def test_a_run_is_the_same_run(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("channels_last", [None, True])
+def test_dora_of_convolutions_is_trained(tmp_path, channels_last):
+    module = method(student=Lora(rank=2, target_modules=["conv1"], dora=True), channels_last=channels_last)
+    trainer(tmp_path, 2).fit(module, prior())
+    assert module.teacher.network.conv_in.weight.is_contiguous(memory_format=INNERMOST)
+    assert module.sample(2).isfinite().all()
+
+
 def test_a_checkpoint_goes_on_in_the_other_format(tmp_path):
     straight = method(channels_last=False)
     trainer(tmp_path, 6).fit(straight, prior())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distill.data.loader import ResumableLoader, epoch_generator
@@ -135,6 +136,15 @@ class BucketLoader(ResumableLoader):
         if sum(sizes) != len(self.source):  # type: ignore[arg-type]
             raise ValueError(
                 f"the buckets hold {sum(sizes)} samples, but the source has {len(self.source)}."  # type: ignore[arg-type]
+            )
+        unseen = sorted(size for size in sizes if 0 < size < self.global_batch)
+        if len(unseen) == len(self.sizes):
+            unseen.pop()  # the largest is repeated
+        if unseen:
+            rank_zero_warn(
+                f"{len(unseen)} of the {len(self.sizes)} sizes have fewer samples ({listed(unseen)}) than a cycle "
+                f"takes of one size over all processes, {self.global_batch}: they are never drawn. Give fewer sizes, a "
+                "smaller batch_size, or more data of these."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_distill.batch import Batch, as_batch
+from lightning_distill.batch import Batch, as_batch, slice_cond
 from lightning_distill.randomness import derive_seed
 
 __all__ = ["InMemory", "ResumableLoader", "Source", "epoch_generator", "pinned"]
@@ -61,7 +61,8 @@ class InMemory:
             return value.index_select(0, indices) if value.ndim > 0 else value
 
         times = self.data.times  # the same for all samples
-        batch = replace(replace(self.data, times=None).map(pick), times=times, size=len(indices))
+        cond = slice_cond(self.data.cond, indices, self.data.size)
+        batch = replace(replace(self.data, times=None, cond={}).map(pick), cond=cond, times=times, size=len(indices))
         return batch if self.transform is None else self.transform(batch)
 
 

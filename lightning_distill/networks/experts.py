@@ -36,6 +36,9 @@ class ExpertNetwork(nn.Module):
 
     Args:
         experts: networks with the same calling convention.
+        name: of the buffer by which samples are sent.
+        value: of the buffer.
+        persistent: whether checkpoints hold it.
     """
 
     #: while an expert runs on some of a call's samples: which (n,), and how many the call has; None if it has all
@@ -43,8 +46,9 @@ class ExpertNetwork(nn.Module):
     #: whether the processes hold the weights together, and so have to gather and reduce those of the same experts
     sharded: bool = False
 
-    def __init__(self, experts: Sequence[nn.Module]) -> None:
+    def __init__(self, experts: Sequence[nn.Module], name: str, value: Tensor, persistent: bool = False) -> None:
         super().__init__()
+        self.register_buffer(name, value, persistent)  # first, as an expert may have an attribute of this name
         self.experts = nn.ModuleList(experts)
         #: names of arguments that all samples of a call share, see ``Family``
         self.shared = family_of(self.experts[0]).shared
@@ -173,8 +177,7 @@ class TimeExperts(ExpertNetwork):
     values_decide = True  # also in a plan, of times that are known
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Tensor, rising: bool) -> None:
-        super().__init__(experts)
-        self.register_buffer("boundaries", boundaries.double(), persistent=False)
+        super().__init__(experts, "boundaries", boundaries.double())
         self.rising = rising
 
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -197,8 +200,7 @@ class ConditionExperts(ExpertNetwork):
     groups: Tensor
 
     def __init__(self, experts: Sequence[nn.Module], groups: Tensor) -> None:
-        super().__init__(experts)
-        self.register_buffer("groups", groups.long(), persistent=False)
+        super().__init__(experts, "groups", groups.long())
 
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """By class label."""
@@ -216,8 +218,7 @@ class PromptExperts(ExpertNetwork):
     centres: Tensor
 
     def __init__(self, experts: Sequence[nn.Module], centres: Tensor) -> None:
-        super().__init__(experts)
-        self.register_buffer("centres", centres.float())
+        super().__init__(experts, "centres", centres.float(), persistent=True)
 
     def route(self, x: Tensor, time: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """By the nearest centre."""

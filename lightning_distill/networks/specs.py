@@ -37,6 +37,9 @@ __all__ = [
     "seeded",
 ]
 
+#: endings of further copies of the same weights on the hub
+_VARIANTS = ("fp16", "bf16", "non_ema", "ema", "int8", "fp32")
+
 
 class DenoiserSpec(ABC):
     """How to make one denoiser.
@@ -352,10 +355,15 @@ class PretrainedDenoiser(DenoiserSpec):
             self.check()
         import huggingface_hub
 
-        patterns = ["*.json", "*.safetensors"] if self.variant is None else ["*.json", f"*.{self.variant}*.safetensors"]
-        options: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
+        ending = "*.safetensors" if self.variant is None else f"*.{self.variant}*.safetensors"
+        # a pipeline's folders with their tokenizers, or a model alone; no checkpoints in a single file beside them
+        options: dict[str, Any] = {
+            "allow_patterns": ["*.json", "*.txt", "*.model", f"*/{ending}", f"diffusion_pytorch_model{ending}"],
+            "ignore_patterns": [f"*.{kind}*.safetensors" for kind in _VARIANTS if kind != self.variant],
+            "revision": self.revision,
+        }
         try:
-            return Path(huggingface_hub.snapshot_download(self.path, allow_patterns=patterns, **options))
+            return Path(huggingface_hub.snapshot_download(self.path, **options))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{type(self).__name__}(path={self.path!r}, allow_download=True) could not be fetched from "

@@ -84,6 +84,7 @@ def test_time_ids_have_the_order_of_the_stock_pipeline():
 
 
 SIZES = [37, 5, 22]
+pytestmark = pytest.mark.filterwarnings("ignore:1 of the 3 sizes have fewer samples")
 
 
 class Source:
@@ -129,6 +130,12 @@ def test_two_ranks_see_what_one_sees():
     assert torch.equal(torch.cat([r.indices(2) for r in two], dim=1), one.indices(2))
 
 
+def test_sizes_of_too_few_samples_are_told():
+    with pytest.warns(UserWarning, match=rf"1 of the 3 sizes have fewer samples \({min(SIZES)}\) than a cycle takes"):
+        BucketLoader(Source(), min(SIZES) + 1, sizes=SIZES)
+
+
+@pytest.mark.filterwarnings("ignore:2 of the 3 sizes")
 def test_few_samples_fill_one_batch():
     few = BucketLoader(Source(), 50, sizes=SIZES, seed=1)
     assert len(few) == 1

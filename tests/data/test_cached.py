@@ -151,7 +151,8 @@ def test_several_sizes(tmp_path):
         store(tmp_path / "sizes" / name, n=n, latent=latent)
     data = CachedLatents(str(tmp_path / "sizes"), batch_size=4)
     data.setup("fit")
-    loader = data.train_dataloader()
+    with pytest.warns(UserWarning, match=r"1 of the 3 sizes have fewer samples \(3\)"):
+        loader = data.train_dataloader()
     assert isinstance(loader, BucketLoader)
     shapes = [tuple(batch.x0.shape[1:]) for batch in loader]
     assert len(shapes) == 7 + 5

@@ -14,6 +14,14 @@ from lightning_distill.data import DistillationDataModule, InMemory, ResumableLo
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware", "ignore:Using ModelCheckpoint with manual")
 
 
+def test_lists_of_conditions_go_with_their_samples():
+    captions = [f"c{i}" for i in range(6)]
+    source = InMemory(Batch(cond={"prompt": captions, "all": "same"}, x0=torch.arange(6.0)[:, None], size=6))
+    batch = source.gather(torch.tensor([4, 0, 4]), 0)
+    assert batch.cond == {"prompt": ["c4", "c0", "c4"], "all": "same"}
+    assert batch.x0.flatten().tolist() == [4, 0, 4]
+
+
 def numbers(n: int) -> InMemory:
     values = torch.arange(n)
     return InMemory(

@@ -247,6 +247,18 @@ def test_experts_know_the_times_and_conditions_of_their_networks():
     assert not student.embeds_guidance
 
 
+def test_an_expert_may_have_an_attribute_of_the_name():
+    class Named(nn.Linear):
+        boundaries = groups = "its own"
+
+        def forward(self, x, t):
+            return super().forward(x)
+
+    student = Experts(boundaries=[0.5]).build(Denoiser(Named(2, 2), FlowMatching(), "flow_prediction"), "student")
+    assert experts_at(student, [0.9, 0.2]) == [0, 1]
+    assert student.network.groups == "its own"
+
+
 def test_models_of_diffusers_are_experts_too():
     network = small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8)
     teacher = Denoiser(network, FlowMatching(), "flow_prediction").eval()

@@ -13,6 +13,7 @@ from diffusers import (
     LCMScheduler,
     UNet2DModel,
 )
+from huggingface_hub.utils import filter_repo_objects
 from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 from torch import nn
@@ -253,12 +254,33 @@ def test_folders_that_hold_no_model(tmp_path):
         PretrainedDenoiser(str(tmp_path), dtype="half").check()
 
 
+#: what the hub's folder of a pipeline has
+HUB = [
+    "README.md",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model.safetensors.index.json",
+    "tokenizer/merges.txt",
+    "tokenizer/vocab.json",
+    "tokenizer_2/spiece.model",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "v1-5-pruned-emaonly.safetensors",
+    "v1-5-pruned.safetensors",
+]
+
+
 def test_names_and_downloads(tmp_path, monkeypatch):
     monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
     calls = []
 
-    def download(name, allow_patterns):
-        calls.append((name, tuple(allow_patterns)))
+    def download(name, revision, **patterns):
+        calls.append((name, sorted(filter_repo_objects(HUB, **patterns))))
         return str(tmp_path / "maker" / "model")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -273,7 +295,10 @@ def test_names_and_downloads(tmp_path, monkeypatch):
     willing.check()
     assert calls == []  # checking downloads nothing
     willing.build()
-    assert calls == [("maker/model", ("*.json", "*.safetensors"))]
+    wanted = {
+        name for name in HUB if "pruned" not in name and "fp16" not in name and not name.endswith((".bin", ".md"))
+    }
+    assert calls == [("maker/model", sorted(wanted))]
     for base in (tmp_path, tmp_path / "maker"):
         monkeypatch.setenv(WEIGHTS_VARIABLE, str(base))
         spec.check()

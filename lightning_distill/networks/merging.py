@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_distill.networks.adapter_bank import BANK, AdapterBank, adapter_bank, added_parts
@@ -15,6 +17,10 @@ from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
 from lightning_distill.networks.quantisation import dequantise, plain_tensors
 
 __all__ = ["base_state_dict", "merged_network", "widen", "widened", "without_adapters"]
+
+
+#: share of an adapter's change in the rounding of which it is told
+LOST = 0.1
 
 
 def without_adapters(network: nn.Module) -> nn.Module:
@@ -52,6 +58,7 @@ def _plain_copy(network: nn.Module, name: str | None, widened: bool = False) -> 
     bank = network.__dict__.pop(BANK, None)
     if bank is None:
         return network
+    lost = change = torch.zeros((), dtype=torch.float64)
     for path, layer in bank.layers.items():
         base = layer.get_base_layer()
         if name in layer.lora_A:
@@ -61,10 +68,19 @@ def _plain_copy(network: nn.Module, name: str | None, widened: bool = False) -> 
                     magnitude = layer.lora_magnitude_vector[name].weight.flatten()
                     scale = magnitude / weight.flatten(1).norm(dim=1)
                     weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+                if not weight.is_meta and base.weight.dtype != weight.dtype:
+                    change = change + (weight - base.weight).double().square().sum().cpu()
+                    lost = lost + (weight - weight.to(base.weight.dtype)).double().square().sum().cpu()
                 base.weight.copy_(weight)
         parent, _, child = path.rpartition(".")
         network.get_submodule(parent)._modules[child] = base
     network.__dict__.pop("peft_config", None)
+    if lost > LOST**2 * change:
+        rank_zero_warn(
+            f"the adapter {name!r} is added to weights of half precision of {type(network).__name__}, which rounds "
+            f"{math.sqrt(float(lost / change)):.0%} of its change away; give PretrainedDenoiser dtype: float32 in the "
+            "configuration of its run, or distil an exported pipeline."
+        )
     if getattr(network, "is_gradient_checkpointing", False):
         checkpoint_with(network, None)
     return network

@@ -91,7 +91,7 @@ class Copy(Role):
     """A deep copy of the source with every weight trained, in float32 whatever the source's dtype is."""
 
     def build(self, source: Denoiser, name: str | None = None) -> Denoiser:  # noqa: D102
-        copied = with_network(source, merged_network(source))
+        copied = with_network(source, merged_network(source, widened=True))
         if next(copied.parameters(), None) is None:
             raise ValueError(
                 f"{type(source.network).__name__} has no parameters, so a copy of it cannot be trained; give "
@@ -262,7 +262,7 @@ class FromCheckpoint(Role):
         adapter = self._adapter(source, state, name, origin)
         if not self.merge:
             return adapter
-        return _master(with_network(adapter if _guided(adapter) else source, merged_network(adapter)))
+        return _master(with_network(adapter if _guided(adapter) else source, merged_network(adapter, widened=True)))
 
     def _adapter(self, source: Denoiser, state: dict[str, Tensor], name: str | None, origin: str) -> AdapterDenoiser:
         downs = [key for key in state if key.endswith(".lora_A.weight")]
@@ -339,7 +339,7 @@ def averaged_copy(denoiser: Denoiser, name: str) -> Denoiser:
         return denoiser.with_lora(second).eval() if _guided(denoiser) else second
     if _guided(denoiser) and not denoiser.owns_network:
         return denoiser.averaged()
-    copied = _master(with_network(denoiser, merged_network(denoiser)))
+    copied = _master(with_network(denoiser, merged_network(denoiser, widened=True)))
     return copied.requires_grad_(False).eval()
 
 

@@ -14,7 +14,8 @@ class RunDenoiser(DenoiserSpec):
     """The network that an earlier run samples from.
 
     A teacher trained with ``TeacherTraining``, or a student to be distilled further. Adapters of ``Lora`` are merged
-    into their weights, quantised ones restored, so that any role can start from it; ``GuidanceAdapters``, which depend
+    into their weights (of half precision, where they are: it is told if much of the adapter is rounded away), quantised
+    ones restored, so that any role can start from it; ``GuidanceAdapters``, which depend
     on the call, stay beside the network, which becomes the denoiser's own.
 
     Args:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, adapter_bank
+from lightning_distill.networks.merging import merged_network
 from lightning_distill.networks.roles import (
     Copy,
     Explicit,
@@ -261,6 +262,34 @@ def test_warm_start_from_adapters(tmp_path):
     assert len(trainable_parameters(merged)) == len(list(merged.parameters()))
     with pytest.raises(ValueError, match=r"does not fit UNet2DModel: .* has shape"):
         FromCheckpoint(str(path), "student").build(teacher_of(block_out_channels=(4, 4)))
+
+
+def test_a_small_adapter_of_half_precision_weights_is_merged_whole(tmp_path):
+    """Its change is far below the resolution of bfloat16."""
+
+    def half():
+        teacher = teacher_of()
+        teacher.network.to(torch.bfloat16)
+        return teacher
+
+    first = half()
+    student = Lora(rank=2, target_modules=["conv1"]).build(first, "s")
+    with torch.no_grad():
+        for name, parameter in student.adapter_parameters():
+            parameter.fill_(1e-2 if "lora_B" in name else 1e-3)
+    save(tmp_path / "lora.ckpt", student=student)
+    clean = half()
+    weights = dict(clean.network.named_parameters())
+    merged = dict(FromCheckpoint(str(tmp_path / "lora.ckpt"), "student", merge=True).build(clean).named_parameters())
+    averaged = dict(Copy().build(student).named_parameters())
+    for path, layer in student.bank.layers.items():
+        key, change = f"{path}.weight", layer.get_delta_weight("s")
+        for found in (merged, averaged):
+            torch.testing.assert_close(found[f"network.{key}"] - weights[key].float(), change, rtol=0, atol=1e-7)
+    with pytest.warns(
+        UserWarning, match=r"which rounds \d+% of its change away; give PretrainedDenoiser dtype: float32"
+    ):
+        merged_network(student)
 
 
 def test_checkpoints_that_cannot_be_read(tmp_path):

@@ -341,6 +341,8 @@ def _installed(network: nn.Module, embedders: list[nn.Module], embedding: TimeEm
 
 
 def _placed(module: nn.Module, like: nn.Module) -> nn.Module:
-    """The module on the device, in the dtype and with the gradients of another."""
-    parameter = next(like.parameters())
-    return module.to(parameter.device, parameter.dtype).requires_grad_(parameter.requires_grad)
+    """The module on the device, in the dtype and with the gradients of another; frequencies keep their precision."""
+    first = next(like.parameters())
+    for parameter in module.to(first.device).parameters():
+        parameter.data = parameter.data.to(first.dtype)
+    return module.requires_grad_(first.requires_grad)

@@ -352,3 +352,17 @@ def test_any_module_with_an_embedding_of_its_own():
     assert not torch.equal(denoiser(x, t, r=r).raw, before)
     student = add_adapter(denoiser, rank=2)
     assert any("second_time" in key for key, _ in student.named_parameters())
+
+
+def test_frequencies_keep_their_precision_beside_half_precision_weights():
+    network = small_unet(8, 1, 0, (8, 16), norm_num_groups=4, attention_head_dim=8)
+    denoiser = Denoiser(network, FlowMatching(), "flow_prediction")
+    denoiser.network.to(torch.bfloat16)
+    add_second_time(denoiser.network, "zero_init")
+    installed = second_time_of(denoiser.network)
+    assert {p.dtype for p in installed.parameters()} == {torch.bfloat16}
+    buffers = list(installed.buffers())
+    assert buffers
+    assert {b.dtype for b in buffers} == {torch.float32}
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.9, 0.4]).double()
+    assert denoiser(x, t, r=t / 2).x0.isfinite().all()

@@ -14,7 +14,7 @@ from lightning_distill.data.buckets import BucketLoader
 from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import ResumableLoader, epoch_generator
 from lightning_distill.data.shards import difference, read_header
-from lightning_distill.data.store import Store, is_store
+from lightning_distill.data.store import Store, is_store, record_weight
 from lightning_distill.networks.autoencoders import autoencoder_identity
 from lightning_distill.networks.specs import PretrainedDenoiser
 from lightning_distill.networks.text import text_digest
@@ -97,13 +97,13 @@ class StoreSource:
     def __init__(self, stores: list[Store], keys: list[str], latents: bool, seed: int = 0) -> None:
         self.keys, self.latents, self.seed = keys, latents, seed
         every = [store.facts(range(len(store))) for store in stores]
-        kept = [i for i, facts in enumerate(every) if any(_weight(fact) > 0 for fact in facts)]
+        kept = [i for i, facts in enumerate(every) if any(record_weight(fact) > 0 for fact in facts)]
         if not kept:
             raise ValueError(f"every record of {stores[0].folder} has the weight 0, so none can be drawn.")
         self.stores, facts = [stores[i] for i in kept], [every[i] for i in kept]
         #: text of every record, in the order of the stores; empty where none was written
         self.prompts = [fact.get("prompt", "") for of_store in facts for fact in of_store]
-        weights = [torch.tensor([_weight(fact) for fact in of_store], dtype=torch.float64) for of_store in facts]
+        weights = [torch.tensor([record_weight(fact) for fact in of_store], dtype=torch.float64) for of_store in facts]
         self.sizes = _shares([float(w.sum()) for w in weights], sum(map(len, weights)))
         #: cumulated weights; None where every record has a place of its own
         self._cumulated = [
@@ -142,10 +142,6 @@ class StoreSource:
         found = self.stores[stores[0]].gather(records - self._starts[stores[0]], names)
         x0 = found.pop(_LATENTS).float() if self.latents else None
         return Batch(cond=found, x0=x0, size=len(indices))
-
-
-def _weight(fact: Mapping[str, Any]) -> float:
-    return float(fact.get("weight", 1.0))
 
 
 def _shares(sums: Sequence[float], total: int) -> list[int]:

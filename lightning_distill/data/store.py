@@ -42,7 +42,12 @@ from lightning_distill.data.shards import (
     write_file,
 )
 
-__all__ = ["Store", "StoreWriter", "is_store"]
+__all__ = ["Store", "StoreWriter", "is_store", "record_weight"]
+
+
+def record_weight(fact: Mapping[str, Any]) -> float:
+    """How often a record of prompts is drawn beside the others; 0 for never."""
+    return float(fact.get("weight", 1.0))
 
 
 def is_store(path: str | Path) -> bool:

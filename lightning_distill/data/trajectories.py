@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distill.batch import Batch
@@ -13,7 +14,7 @@ from lightning_distill.data.base import DistillationDataModule
 from lightning_distill.data.checksums import verify_stores
 from lightning_distill.data.loader import ResumableLoader, pinned
 from lightning_distill.data.shards import difference, plain_key
-from lightning_distill.data.store import Store
+from lightning_distill.data.store import Store, record_weight
 from lightning_distill.guidance import IntervalGuidance, RandomGuidance
 from lightning_distill.trajectories import describe_denoiser, describe_process
 
@@ -28,6 +29,8 @@ _NO_CONDITIONS = (*_FIELDS, *_PREDICTIONS, "latents")
 class StoredConditions:
     """Conditions from a store of ``lightning-distill cache``; trajectory i has row i modulo their number.
 
+    Rows of weight 0 are left out; other weights do not count here, which is told.
+
     Args:
         folder: the store.
         names: tensors to take; None is every one that could be a condition.
@@ -41,6 +44,14 @@ class StoredConditions:
             raise ValueError(
                 f"the store {folder} has no conditions of this teacher"
                 f"{'' if names is None else ' (' + ', '.join(names) + ')'}; it holds {', '.join(self.store.names)}."
+            )
+        weights = torch.tensor([record_weight(fact) for fact in self.store.facts(range(len(self.store)))])
+        self.rows = weights.nonzero()[:, 0]
+        if not len(self.rows):
+            raise ValueError(f"every record of {folder} has the weight 0, so none can be used.")
+        if len(weights[self.rows].unique()) > 1:
+            rank_zero_warn(
+                f"the records of {folder} have weights, and each that is not 0 is used equally often for trajectories."
             )
 
     @classmethod
@@ -66,14 +77,14 @@ class StoredConditions:
         Args:
             indices: of the trajectories, (B,).
         """
-        return self.store.gather(indices % len(self.store), self.names)
+        return self.store.gather(self.rows[indices % len(self.rows)], self.names)
 
     def identity(self) -> dict[str, Any]:
         """What the conditions are, for the key of a store of trajectories."""
         text = json.dumps(self.store.key, sort_keys=True)
         return {
             "key": hashlib.sha256(text.encode()).hexdigest(),
-            "records": len(self.store),
+            "records": len(self.rows),
             "names": self.names,
         }
 

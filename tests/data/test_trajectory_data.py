@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from lightning_distill.batch import Batch
 from lightning_distill.cli import main
 from lightning_distill.data import Pairs, Prior, Trajectories
 from lightning_distill.data.store import Store, StoreWriter
-from lightning_distill.data.trajectories import StoredTrajectories, check_teacher
+from lightning_distill.data.trajectories import StoredConditions, StoredTrajectories, check_teacher
 from lightning_distill.generation import default_cond, generate
 from lightning_distill.guidance import Guidance, IntervalGuidance, RandomGuidance
 from lightning_distill.methods import DMD, DMD2, KnowledgeDistillation, PairRegression
@@ -361,3 +362,15 @@ def test_a_warm_up_on_the_teachers_pairs_brings_the_student_closer_to_them(store
     before = error()
     fit(module, Prior(num_classes=10, batch_size=64), 40)
     assert error() < 0.6 * before
+
+
+@pytest.mark.parametrize(("weights", "rows"), [([1, 0, 1, 1], [0, 2, 3, 0]), ([1, 0, 3, 1], [0, 2, 3, 0])])
+def test_conditions_of_weight_zero_are_left_out(tmp_path, weights, rows):
+    writer = StoreWriter(tmp_path, {"text_encoder": "x"}, 4)
+    values = torch.arange(4.0)[:, None]
+    writer.write(0, {"encoder_hidden_states": values}, [{"weight": weight} for weight in weights])
+    told = pytest.warns(UserWarning, match="have weights, and each that is not 0") if 3 in weights else nullcontext()
+    with told:
+        conditions = StoredConditions(str(tmp_path))
+    assert conditions.gather(torch.arange(4))["encoder_hidden_states"].flatten().tolist() == rows
+    assert conditions.identity()["records"] == 3

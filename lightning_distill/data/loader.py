@@ -2,17 +2,20 @@
 
     position in the epoch's order  =  batch_idx * global_batch + rank * batch_size + i
 
-Neither the number of workers nor prefetching nor an interruption changes which samples come next, and two
-ranks together see exactly what one rank with the doubled batch would see.
+Neither the number of workers nor prefetching nor an interruption changes which samples come next, nor the random
+numbers with which a data set makes them, and two ranks together see exactly what one rank with the doubled batch would
+see.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -154,8 +157,11 @@ class ResumableLoader:
 
     def indices(self, epoch: int) -> Tensor:
         """Sample indices of this rank's batches of an epoch, (len(self), batch_size * slices), int64."""
-        order = self.order(epoch).reshape(len(self), self.slices, self.world_size, self.batch_size)
-        return order[:, :, self.rank].reshape(len(self), self.slices * self.batch_size)
+        return self._own(self.order(epoch))
+
+    def _own(self, of_all: Tensor) -> Tensor:
+        parts = of_all.reshape(len(self), self.slices, self.world_size, self.batch_size)
+        return parts[:, :, self.rank].reshape(len(self), self.slices * self.batch_size)
 
     # ---------------------------------------------------------------------------------------------- iteration
     def __iter__(self) -> Iterator[Batch]:
@@ -170,7 +176,7 @@ class ResumableLoader:
         # a generator: nothing is read before the first batch is asked for, after which the epoch is settled
         epoch = 0 if self.same_epoch else self.epoch
         indices = self.indices(epoch)[self.batch :]
-        for batch in self._gather(indices, epoch) if isinstance(self.source, Source) else self._collate(indices):
+        for batch in self._gather(indices, epoch) if isinstance(self.source, Source) else self._collate(indices, epoch):
             self.batch += 1
             yield batch
 
@@ -180,10 +186,10 @@ class ResumableLoader:
             batch = self.source.gather(rows, epoch)
             yield pinned(batch) if self.pin_memory else batch
 
-    def _collate(self, indices: Tensor) -> Iterator[Batch]:
+    def _collate(self, indices: Tensor, epoch: int) -> Iterator[Batch]:
         if self._workers is None:
             self._workers = DataLoader(
-                self.source,  # type: ignore[arg-type]
+                _Seeded(self.source),  # type: ignore[arg-type]
                 batch_sampler=self._rows,
                 collate_fn=_collate,
                 num_workers=self.num_workers,
@@ -192,7 +198,9 @@ class ResumableLoader:
                 # workers are seeded from here, so that iterating leaves the global random state alone
                 generator=epoch_generator(self.seed, 0, stream=1),
             )
-        self._rows.rows = indices.tolist()
+        places = self._own(torch.arange(len(self) * self.global_batch))[self.batch :]
+        self._rows.rows = torch.stack([places, indices], dim=-1)
+        self._rows.about = (self.seed, "item", epoch)
         for data in self._workers:
             yield as_batch(data)
 
@@ -232,17 +240,59 @@ class ResumableLoader:
         self._restored = True
 
 
+class _Seeded(Dataset[Any]):
+    """A data set whose random numbers depend on the epoch and the place of a sample in it only.
+
+    Items are asked for with a seed for the global generators of torch, numpy and Python, which are left as they were:
+    augmentations are the same in whatever process and however often a run was interrupted.
+
+    Args:
+        source: map-style data set.
+    """
+
+    def __init__(self, source: Dataset[Any]) -> None:
+        self.source = source
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[Any]:
+        """Items by (seed, index); those of a data set that fetches batches share the first's seed."""
+        torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        try:
+            if callable(fetch := getattr(self.source, "__getitems__", None)):
+                _seed(items[0][0])
+                return list(fetch([index for _, index in items]))
+            found = []
+            for seed, index in items:
+                _seed(seed)
+                found.append(self.source[index])
+            return found
+        finally:
+            torch.set_rng_state(torch_state)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 class _Rows:
-    """Batches of indices for ``DataLoader``: what is left of the epoch when its iteration begins.
+    """Batches of (seed, index) for ``DataLoader``: what is left of the epoch when its iteration begins.
 
     It knows nothing of the loader, since worker processes in a reference cycle are stopped late and slowly.
     """
 
     def __init__(self) -> None:
-        self.rows: list[list[int]] = []
+        self.rows = torch.empty(0, 0, 2, dtype=torch.long)
+        self.about: tuple[int | str, ...] = ()
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.rows)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for row in self.rows:
+            yield [(derive_seed(*self.about, place), index) for place, index in row.tolist()]
 
     def __len__(self) -> int:
         return len(self.rows)

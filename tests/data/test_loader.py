@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -288,3 +291,42 @@ def test_lightning_keeps_the_loader_and_gives_it_the_rank(tmp_path):
     data.trainer = Parallel()
     loader = data.train_dataloader()
     assert (loader.rank, loader.world_size, len(loader)) == (1, 2, 5)
+
+
+class Augmented(Dataset):
+    """Random numbers of all three global generators beside the index."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return torch.tensor([index, torch.rand(()).item(), random.random(), np.random.rand()])
+
+
+class Fetching(Augmented):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("source", [Augmented(), Fetching()], ids=["items", "batches"])
+def test_augmentations_do_not_depend_on_processes_or_interruptions(source):
+    def loader(**settings):
+        return ResumableLoader(source, settings.pop("batch_size", 3), seed=5, **settings)
+
+    before = torch.get_rng_state()
+    whole = [batch.x0 for batch in loader()]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b.x0) for a, b in zip(whole, loader(num_workers=2)))
+    assert len(torch.cat(whole)[:, 1:].unique()) == 72
+    first = loader()
+    for _, _ in zip(range(3), first):
+        pass
+    resumed = loader(num_workers=2)
+    resumed.load_state_dict({**first.state_dict(), "batch": 3})
+    assert torch.equal(next(iter(resumed)).x0, whole[3])
+    again = loader()
+    epochs = [[batch.x0 for batch in again] for _ in range(2)]
+    assert not set(torch.cat(epochs[0])[:, 1].tolist()) & set(torch.cat(epochs[1])[:, 1].tolist())
+    if type(source) is Augmented:  # others share the numbers of a batch
+        double = next(iter(loader(batch_size=6))).x0
+        assert torch.equal(torch.cat([next(iter(loader(rank=r, world_size=2))).x0 for r in range(2)]), double)

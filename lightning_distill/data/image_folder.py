@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_distill.data.base import DistillationDataModule, bytes_to_unit
-from lightning_distill.data.pictures import as_shown, open_picture
+from lightning_distill.data.pictures import as_shown, files_below, open_picture
 
 __all__ = ["ImageFolder", "find_images"]
 
@@ -30,7 +30,7 @@ def find_images(root: str | Path) -> tuple[list[Path], list[int] | None, list[st
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"the image folder {root} does not exist; give ImageFolder(root=...) a folder.")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    paths = files_below(root, _SUFFIXES)
     if not paths:
         raise FileNotFoundError(
             f"{root} holds no pictures ({', '.join(sorted(_SUFFIXES))}); check ImageFolder(root=...)."

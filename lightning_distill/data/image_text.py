@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_distill.data.pictures import open_picture, read_frames, read_picture, shown_size
+from lightning_distill.data.pictures import files_below, open_picture, read_frames, read_picture, shown_size
 from lightning_distill.data.prompts import TEXT_COLUMNS, Prompt, check_characters, read_prompts
 
 __all__ = ["ImageText", "find_image_text", "from_prompts", "records_digest"]
@@ -112,7 +112,7 @@ def find_image_text(root: str | Path, column: str | None = None, skip_broken: bo
     for name in _METADATA:
         if (root / name).is_file():
             return _metadata_records(root / name, column)
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower().lstrip(".") in _PICTURES and p.is_file())
+    paths = files_below(root, [f".{ending}" for ending in _PICTURES])
     if not paths:
         raise FileNotFoundError(f"{root} holds neither pictures ({', '.join(_PICTURES)}) nor .tar shards.")
     return [ImageText(str(path), _caption_beside(path, column), path) for path in paths]

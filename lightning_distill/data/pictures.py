@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["READING", "as_shown", "open_picture", "over_white", "read_frames", "read_picture", "shown_size"]
+__all__ = [
+    "READING",
+    "as_shown",
+    "files_below",
+    "open_picture",
+    "over_white",
+    "read_frames",
+    "read_picture",
+    "shown_size",
+]
 
 #: part of the keys of stores: another number wherever the same file gives other pixels than before
 READING = 2
@@ -28,6 +38,24 @@ _UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
+
+
+def files_below(root: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files with one of some suffixes, sorted; folders that are symbolic links count as folders.
+
+    Args:
+        root: folder.
+        suffixes: in small letters, with the dot.
+    """
+    found = []
+    for name, folders, files in os.walk(root, followlinks=True):
+        folder = Path(name)
+        above = folder.parents[: len(folder.relative_to(root).parts)]
+        if any(os.path.samefile(folder, other) for other in above):  # a link back
+            folders.clear()
+            continue
+        found += [p for p in map(folder.joinpath, files) if p.suffix.lower() in suffixes and p.is_file()]
+    return sorted(found)
 
 
 @contextmanager

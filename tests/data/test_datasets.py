@@ -367,6 +367,18 @@ def test_image_folder_with_classes(tmp_path):
         assert torch.equal((grey.round() >= 3).long(), batch.cond["class_labels"])
 
 
+def test_class_folders_may_be_links(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / "all" / name / "1.png", 100)
+    picture(tmp_path / "some" / "c" / "1.png", 100)
+    for name in ("a", "b"):
+        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
+    (tmp_path / "some" / "c" / "back").symlink_to(tmp_path / "some")
+    data = ImageFolder(str(tmp_path / "some"), size=8, batch_size=1)
+    assert data.class_names == ["a", "b", "c"]
+    assert data.labels == [0, 1, 2]
+
+
 def test_flat_image_folder_has_no_classes(tmp_path):
     for value in range(4):
         picture(tmp_path / f"{value}.jpg", 60 * value + 30, mode="L")

@@ -11,6 +11,8 @@ from diffusers import UNet2DModel
 from own_methods import prior, trainer
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 from lightning_distill.export import export_pipeline
@@ -22,6 +24,7 @@ from lightning_distill.networks.roles import Lora
 from lightning_distill.processes import FlowMatching
 from lightning_distill.strategies import RoleFSDP2
 from lightning_distill.strategies.reducer import _views, share_tensors
+from lightning_distill.strategies.sharding import distribute_like
 
 INNERMOST = torch.channels_last
 pytestmark = pytest.mark.filterwarnings(
@@ -177,6 +180,15 @@ def test_sharding_wants_the_usual_order(one_process, tmp_path):
     module.configure_model()  # before the trainer is known
     trainer(tmp_path, strategy=RoleFSDP2()).fit(module, prior())
     assert all(p.to_local().is_contiguous() for p in module.student.parameters())
+
+
+def test_parts_of_a_moment_lie_as_those_of_its_parameter(one_process):
+    """As the single-file checkpoint of a run with channels innermost has it, which ``role_fsdp2`` goes on from."""
+    like = distribute_tensor(torch.zeros(4, 3, 2, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+    moment = torch.randn(4, 3, 2, 2).contiguous(memory_format=INNERMOST)
+    part = distribute_like(moment, like).to_local()
+    assert torch.equal(part, moment)
+    assert part.stride() == like.to_local().stride() != moment.stride()
 
 
 def test_what_is_dense():

@@ -199,7 +199,7 @@ def unsharded(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def distribute_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This process' part of a tensor that every process has, placed as another; without communication.
+    """This process' part of a tensor that every process has, placed as another and in its order; no communication.
 
     Args:
         whole: of the global shape of ``like``.
@@ -209,6 +209,6 @@ def distribute_like(whole: Tensor, like: Tensor) -> Tensor:
         return whole.to(like.device)
     mesh, (cut, rows) = like.device_mesh, layout(like)
     first = min(mesh.get_local_rank(cut) * rows, whole.shape[0])
-    # a copy: a slice of a tensor on the device would keep the whole alive
-    own = whole[first : first + rows].to(like.device, copy=True)
-    return DTensor.from_local(own, mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    # a copy: a slice of a tensor on the device would keep the whole alive; fused optimizers walk through memory
+    own = torch.empty_like(like.to_local(), dtype=whole.dtype).copy_(whole[first : first + rows])
+    return DTensor.from_local(own, mesh, like.placements, run_check=False, shape=whole.shape, stride=like.stride())

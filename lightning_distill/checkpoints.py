@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.checkpoint_files import require_whole
+from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def checkpoint_keys(module: DistillationModule) -> set[str]:
     roles = {role for names in module.phases.values() for role in names}
     owned = {id(p) for role in roles for p in module.role_parameters(role)}
     owned |= {id(p) for average in module.averages() for p in average}
+    frozen = [part for name in module.targets for part in module._modules[name].modules()]  # type: ignore[union-attr]
+    owned |= {id(p) for part in frozen if isinstance(part, AdapterDenoiser) for p in part.parameters()}
     teacher = set() if module.teacher is None else {id(t) for t in _tensors(module.teacher)}
     kept = roles | {"student_ema", *module.targets}
     keys = set()

@@ -84,6 +84,13 @@ def test_resumed_runs_are_uninterrupted_runs_bit_for_bit(case, build, tmp_path):
     check_resume(case, build, tmp_path, stops)
 
 
+@pytest.mark.parametrize("name", ["shifted_residual", "easier_condition"])
+def test_frozen_copies_of_adapters_are_kept(name, tmp_path):
+    """Targets that are adapters live in the teacher's network, too."""
+    case = next(case for case in CASES if case.name == name)
+    check_resume(case, lambda: case.build(tmp_path, student=Lora(rank=2)), tmp_path, [2, 4])
+
+
 def test_global_generators_are_restored(tmp_path):
     """Dropout of adapters is the one draw that comes from them."""
     lora = dmd2(student=lambda: Lora(rank=2, dropout=0.3), fake_score=lambda: Lora(rank=2))

@@ -36,7 +36,7 @@ class ExpertNetwork(nn.Module):
 
     Args:
         experts: networks with the same calling convention.
-        name: of the buffer by which samples are sent.
+        name: of the buffer by which samples are sent; None for none.
         value: of the buffer.
         persistent: whether checkpoints hold it.
     """
@@ -46,9 +46,16 @@ class ExpertNetwork(nn.Module):
     #: whether the processes hold the weights together, and so have to gather and reduce those of the same experts
     sharded: bool = False
 
-    def __init__(self, experts: Sequence[nn.Module], name: str, value: Tensor, persistent: bool = False) -> None:
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        name: str | None = None,
+        value: Tensor | None = None,
+        persistent: bool = False,
+    ) -> None:
         super().__init__()
-        self.register_buffer(name, value, persistent)  # first, as an expert may have an attribute of this name
+        if name is not None:  # first, as an expert may have an attribute of this name
+            self.register_buffer(name, value, persistent)
         self.experts = nn.ModuleList(experts)
         #: names of arguments that all samples of a call share, see ``Family``
         self.shared = family_of(self.experts[0]).shared

@@ -189,6 +189,11 @@ def add_adapter(
             f"Lora(dora=True) cannot adapt {grouped[0]!r} of {type(network).__name__}, a convolution in groups; leave "
             "it out with target_modules, or set dora=False."
         )
+    if dora and (empty := [p for p in paths if _has_zero_rows(_layer(network, p))]):
+        raise ValueError(
+            f"Lora(dora=True) cannot adapt {empty[0]!r} of {type(network).__name__}, of which rows are zero and have "
+            "no direction, as in branches that are added; leave it out with target_modules, or set dora=False."
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -232,6 +237,13 @@ def check_adapter(rank: int, dropout: float, dora: bool) -> None:
             f"Lora(dora=True, dropout={dropout}): a row is scaled as a whole, also what dropout would leave out; set "
             "dropout=0 or dora=False."
         )
+
+
+def _has_zero_rows(layer: nn.Module) -> bool:
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or weight.is_meta or type(layer) is QuantisedLinear:
+        return False
+    return bool((weight.detach().flatten(1) == 0).all(dim=1).any())
 
 
 def _layer(network: nn.Module, path: str) -> nn.Module:

@@ -192,3 +192,12 @@ def test_magnitudes_and_folded_target_times_have_no_common_file(tmp_path):
     with pytest.raises(ValueError, match=r"magnitudes \(DoRA\), which rescale .* export the pipeline, whose weights"):
         export_lora(student, [1.0, 0.5], "flow_map", tmp_path / "out", shape=tiny.shape)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_zeros_are_refused():
+    """They have no direction, and made samples of NaN."""
+    teacher = teacher_of("unet")
+    with torch.no_grad():
+        teacher.network.conv_out.weight[0] = 0
+    with pytest.raises(ValueError, match="cannot adapt 'conv_out' of UNet2DModel, of which rows are zero"):
+        add_adapter(teacher, "student", rank=2, dora=True, target_modules=["conv_out"])

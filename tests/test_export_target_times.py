@@ -18,7 +18,7 @@ from lightning_distill.export.target_times import Steps, fold_into, low_rank, re
 from lightning_distill.generation import draw_noise, generate
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import add_adapter
-from lightning_distill.networks.merging import merged_network
+from lightning_distill.networks.merging import merged_network, widest
 from lightning_distill.networks.roles import Lora
 from lightning_distill.networks.second_time import add_guidance, add_second_time, remove_second_time, second_time_of
 from lightning_distill.networks.small import small_unet
@@ -84,6 +84,26 @@ def test_flow_maps_of_every_family(name, kind, input, steps, tmp_path):
     plain = generate(student, draw_noise(x0.shape, torch.Generator().manual_seed(3)), cond, times, "ode")
     assert (plain - x0).abs().max() > 1e-3  # the branch matters
     assert second_time_of(student.network) is not None  # and stays in the student
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("zero_init", 4), long("gated_copy", 2), long("scaled_difference", 1)])
+def test_adapters_on_weights_of_half_precision(kind, steps, tmp_path):
+    """The steps are noted as the float32 network of the export computes them."""
+    network = small_unet(8, 3, 0, (8, 16), norm_num_groups=4, attention_head_dim=8).to(torch.bfloat16)
+    source = Denoiser(network, FlowMatching(), "flow_prediction").eval()
+    add_second_time(network, kind)
+    randomised(network)
+    student = add_adapter(source, "student", rank=2, target_modules=["to_q", "second_time.time.outer", "linear_2"])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    times = few_step_times(student.process, steps)
+    out = export_denoiser(student, times, "flow_map", tmp_path / "out")
+    assert network.conv_in.weight.dtype == torch.bfloat16  # afterwards
+    with widest(network):
+        x0 = generate(student, draw_noise((2, 3, 8, 8), torch.Generator().manual_seed(3)), {}, times, "flow_map")
+    assert verify_export(out, x0, seed=3, fresh=False) <= 1e-5
 
 
 @pytest.mark.parametrize("style", ["diffusers", long("kohya")])

@@ -16,6 +16,7 @@ from lightning_distill.cli import trainer_cli
 from lightning_distill.commands.errors import one_line
 from lightning_distill.commands.plan import plan_config
 from lightning_distill.commands.run_folder import load_run, read_config, read_data
+from lightning_distill.data import InMemory, ResumableLoader
 from lightning_distill.ema import ConstantEMA
 from lightning_distill.methods import DMD2, TeacherTraining
 from lightning_distill.methods.base import Terms
@@ -254,6 +255,14 @@ def test_a_last_batch_that_cannot_be_cut_is_refused_before_training(tmp_path):
         trainer(tmp_path, 8).fit(module(), loader())
     assert Own.steps == 0
     trainer(tmp_path, 4).fit(module(), loader(drop_last=True))
+
+
+def test_a_loader_made_for_another_process_is_refused(tmp_path):
+    """Else all processes would see the same samples, or one process a part of them."""
+    source = InMemory(Batch(x0=torch.zeros(16, 2)))
+    loader = ResumableLoader(source, 4, rank=1, world_size=2)
+    with pytest.raises(ValueError, match=r"rank=1 and world_size=2, and this is process 0 of 1; .*global_rank"):
+        trainer(tmp_path, 1).fit(DMD2(teacher(), fake_score_steps=1, check_data=False), loader)
 
 
 def test_a_second_fit_from_the_beginning_is_told_of(tmp_path):

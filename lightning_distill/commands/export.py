@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +19,15 @@ from lightning_distill.export import export_denoiser, export_lora, export_pipeli
 from lightning_distill.export.adapters import LORA_STYLES
 from lightning_distill.export.folders import CONFIG, source_of
 from lightning_distill.export.pipeline import stock_student
+from lightning_distill.export.target_times import stock_sampler
 from lightning_distill.generation import default_cond, draw_noise, generate
 from lightning_distill.methods.base import DistillationModule
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.experts import ConditionExperts, ExpertNetwork, PromptExperts, single_experts
-from lightning_distill.networks.merging import widened, without_adapters
+from lightning_distill.networks.merging import widest, without_adapters
 from lightning_distill.networks.prompt_groups import CENTRES
-from lightning_distill.networks.quantisation import QuantisedLinear
+from lightning_distill.networks.quantisation import holds_quantised
+from lightning_distill.networks.second_time import remove_second_time
 
 __all__ = ["export_module", "main"]
 
@@ -129,10 +130,10 @@ def _export(
         n = min(n, 2)
         cond = probe_cond(one, n, size)
     generator = torch.Generator().manual_seed(0)
-    exact = not any(isinstance(layer, QuantisedLinear) for layer in network.network.modules())
+    exact = not holds_quantised(network.network)
     narrow = {p.dtype for p in network.network.parameters()} & {torch.float16, torch.bfloat16}
     rounded = next(iter(narrow)) if exact and lora is not None and len(narrow) == 1 else None
-    with widened(network.network) if exact else nullcontext():
+    with widest(network.network):
         if isinstance(module.sampling_network(weights).network, PromptExperts):  # which would send prompts to others
             noise = draw_noise((n, *module.sample_shape), generator)
             x0 = generate(network, noise, cond, module.student_times, module.sampler, generator=generator)
@@ -153,12 +154,14 @@ def _export(
 def _base_pipeline(module: DistillationModule, network: Denoiser, folder: Path) -> Path:
     """The original network as a pipeline folder, where the teacher came from none."""
     process, times, start = stock_student(network, module.student_times)
+    original = without_adapters(network.network)
+    remove_second_time(original)  # the file has it
     return export_pipeline(
-        without_adapters(network.network),
+        original,
         process,
         network.prediction_type,
         times,
-        module.sampler,
+        stock_sampler(network, module.sampler, module.student_times),
         folder,
         start_scale=start,
         shape=module.sample_shape,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_distill.export.schedules import OTHERWISE
 from lightning_distill.generation import default_cond, generate
 from lightning_distill.networks.denoiser import Denoiser
+from lightning_distill.networks.merging import widest
 from lightning_distill.networks.second_time import remove_second_time, second_time_of, time_embedders
 
 #: amplification of float32's rounding up to which samples stay equal to 1e-5
@@ -122,7 +123,8 @@ def record_steps(
             denoiser.family = replace(family, guidance_scale=guidance)
         noise = torch.zeros(1, *shape, device=denoiser.device)
         cond = {k: v.to(denoiser.device) for k, v in default_cond(denoiser, 1).items()}
-        generate(denoiser, noise, cond, times, sampler)
+        with widest(network):  # as the weights are that the steps are written into
+            generate(denoiser, noise, cond, times, sampler)
     finally:
         denoiser.family = family
         for layer in layers:

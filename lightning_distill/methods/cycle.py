@@ -26,6 +26,7 @@ from lightning_distill.methods.guards import (
     check_fitted_before,
     check_last_batch,
     check_optimizer,
+    check_ranks,
     check_same_update,
     check_scheduler,
     check_trainer,
@@ -160,6 +161,7 @@ class Cycle(LightningModule):
         """Refuse processes that begin at different updates, and let each draw masks of dropout of its own."""
         check_same_update(self.trainer)
         check_last_batch(self.trainer.train_dataloader, self.slices_per_cycle * self.accumulate_grad_batches)
+        check_ranks(self.trainer)
         check_fitted_before(self)
         if self.trainer.global_rank > 0 and self.trainer.global_step == 0:  # later, checkpoints have the states
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)

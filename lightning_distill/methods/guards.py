@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from lightning_distill.collectives import max_over_processes
+from lightning_distill.data.loader import ResumableLoader
 from lightning_distill.networks.lora import AdapterDenoiser
 from lightning_distill.networks.second_time import second_time_of
 from lightning_distill.networks.signatures import call_parameters
@@ -34,6 +36,7 @@ __all__ = [
     "check_null_class",
     "check_optimizer",
     "check_precision",
+    "check_ranks",
     "check_same_update",
     "check_schedule",
     "check_scheduler",
@@ -161,6 +164,27 @@ def check_last_batch(loader: object, parts: int) -> None:
         )
 
 
+def check_ranks(trainer: Trainer) -> None:
+    """Refuse a ``ResumableLoader`` of another process, with which processes would train on the same samples.
+
+    Args:
+        trainer: of the fit.
+
+    Raises:
+        ValueError: the loader's rank and number of processes are not the trainer's.
+    """
+    loader, split = trainer.train_dataloader, trainer.distributed_sampler_kwargs or {}
+    if not isinstance(loader, ResumableLoader):
+        return
+    own = split.get("rank", 0), split.get("num_replicas", 1)
+    if (loader.rank, loader.world_size) != own:
+        raise ValueError(
+            f"the ResumableLoader was made with rank={loader.rank} and world_size={loader.world_size}, and this is "
+            f"process {own[0]} of {own[1]}; make it in train_dataloader() of a data module with "
+            "rank=self.trainer.global_rank, world_size=self.trainer.world_size, as those of lightning_distill.data do."
+        )
+
+
 def check_fitted_before(module: Cycle) -> None:
     """Warn of a second fit of the same module that begins at update 0."""
     if module.updates_before and module.trainer.global_step == 0:
@@ -248,7 +272,9 @@ def check_examples(denoiser: Denoiser, batch: Batch, shape: Sequence[int] | None
 def check_adapters_heard(module: Cycle, phase: str) -> None:
     """Tell of adapters that a phase's loss does not depend on: their layers are not called, or their output is unused.
 
-    Some modules read the weights of layers within them and call none, where an adapter has no effect.
+    Some modules read the weights of layers within them and call none, where an adapter has no effect. A layer that is
+    heard in other blocks is not told of, because last blocks often compute what nothing reads; nor is one that the
+    method keeps as it is.
 
     Args:
         module: after the backward pass of its first update, on one process.
@@ -258,8 +284,15 @@ def check_adapters_heard(module: Cycle, phase: str) -> None:
         network = getattr(module, role, None)
         if not isinstance(network, AdapterDenoiser):
             continue
-        layers = {p: layer for p, layer in network.bank.layers.items() if network.adapter_name in layer.lora_B}
-        silent = [p for p, layer in layers.items() if layer.lora_B[network.adapter_name].weight.grad is None]
+        layers = {
+            path: layer.lora_B[network.adapter_name].weight
+            for path, layer in network.bank.layers.items()
+            if network.adapter_name in layer.lora_B
+        }
+        layers = {path: weight for path, weight in layers.items() if weight.requires_grad}
+        kinds = {path: re.sub(r"\.\d+\.", ".*.", path) for path in layers}
+        heard = {kinds[path] for path, weight in layers.items() if weight.grad is not None}
+        silent = [path for path in layers if kinds[path] not in heard]
         if silent:
             rank_zero_warn(
                 f"{len(silent)} of the {len(layers)} adapters of {role} are without effect ({silent[0]!r} is the "

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_distill.networks.adapter_bank import BANK, AdapterBank, adapter_bank, added_parts
 from lightning_distill.networks.denoiser import Denoiser
 from lightning_distill.networks.lora import AdapterDenoiser, checkpoint_with
-from lightning_distill.networks.quantisation import dequantise, plain_tensors
+from lightning_distill.networks.quantisation import dequantise, holds_quantised, plain_tensors
 
-__all__ = ["base_state_dict", "merged_network", "widen", "widened", "without_adapters"]
+__all__ = ["base_state_dict", "merged_network", "widen", "widest", "without_adapters"]
 
 
 #: share of an adapter's change in the rounding of which it is told
@@ -96,12 +96,15 @@ def widen(network: nn.Module) -> None:
 
 
 @contextmanager
-def widened(network: nn.Module) -> Iterator[None]:
+def widest(network: nn.Module) -> Iterator[None]:
     """``widen`` for as long as the context lasts; afterwards every tensor has its own dtype and value again.
 
     Args:
-        network: without quantised weights.
+        network: with quantised weights, it is left alone.
     """
+    if holds_quantised(network):
+        yield
+        return
     narrow = (torch.float16, torch.bfloat16)
     parameters = [(p, p.dtype) for p in network.parameters() if p.dtype in narrow]
     buffers = [(m, k, b) for m in network.modules() for k, b in m.named_buffers(recurse=False) if b.dtype in narrow]

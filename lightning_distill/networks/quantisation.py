@@ -28,6 +28,7 @@ __all__ = [
     "QuantisedLinear",
     "check_quantisation",
     "dequantise",
+    "holds_quantised",
     "plain_tensors",
     "quantisable",
     "quantise",
@@ -180,6 +181,11 @@ def quantise(network: nn.Module, kind: str, blocks: Iterable[str] = ()) -> int:
         else:
             network.get_submodule(parent)._modules[child] = QuantisedLinear(linear, kind)
     return len(targets)
+
+
+def holds_quantised(network: nn.Module) -> bool:
+    """Whether any layer of a network has quantised weights."""
+    return any(isinstance(layer, QuantisedLinear) for layer in network.modules())
 
 
 def dequantise(network: nn.Module, dtype: torch.dtype | None = None) -> None:

@@ -205,9 +205,9 @@ def add_second_time(
     if present is not None and present.kind is not None:
         raise ValueError(f"this {type(network).__name__} has a target time already ({present.kind}); install one only.")
     embedders = embedders_of(network, embedding)
-    if kind == "gated_copy" and len(embedders) > 1:
+    if kind == "gated_copy" and "*" in (embedding or known_embedding(network)).embedder:
         raise ValueError(
-            f"{type(network).__name__} embeds its time {len(embedders)} times, and gated_copy copies one embedding; "
+            f"{type(network).__name__} embeds its time in every block, and gated_copy copies one embedding; "
             "use kind='zero_init' or 'scaled_difference'."
         )
     installed = _installed(network, embedders, embedding)

@@ -322,8 +322,9 @@ def test_bad_input():
         add_second_time(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no time embedding at"):
         add_second_time(mlp().network, embedding=TimeEmbedding("nowhere"))
-    with pytest.raises(ValueError, match="embeds its time 4 times"):
-        add_second_time(small_dit(8), "gated_copy")
+    for depth in (4, 1):
+        with pytest.raises(ValueError, match="embeds its time in every block"):
+            add_second_time(small_dit(8, num_layers=depth), "gated_copy")
     unet = Denoiser(small_unet(8, block_out_channels=(8, 32)), EDM(), "sample").eval()
     add_second_time(unet.network, "gated_copy")
     with pytest.raises(ValueError, match="ln sigma"):
